@@ -1,0 +1,232 @@
+"""The configuration of a run: a typed tree, read from YAML, then changed by `dotted.key=value`.
+
+Unknown keys are refused with the nearest known one. The resolved tree is printed and saved with the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from findrec.errors import FindRecError, suggest
+from findrec.paths import find_asset
+
+
+class Section(BaseModel):
+    """A node of the tree: unknown keys are errors, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(Section):
+    """What is trained on."""
+
+    recipe: str = "ml-100k"  # name or path of a recipe; prepared on first use
+    folder: str | None = None  # the prepared folder; default data/<recipe name>
+    max_length: int = Field(200, ge=2, le=65536)  # events a window or an evaluated history holds
+    overlap: float = Field(0.5, ge=0.0, lt=1.0)  # part of a window that repeats earlier events as context
+
+
+class StreamConfig(Section):
+    """The layers that mix a sequence over time."""
+
+    layers: int = Field(2, ge=1)
+    d_state: int = Field(16, ge=1)
+    d_conv: int = Field(4, ge=2)
+    expand: int = Field(2, ge=1)
+    scan: Literal["auto", "reference", "torch", "cpp", "mamba_ssm"] = "auto"
+
+
+class AlignConfig(Section):
+    """Alignment of each modality's latents to the ID stream (specs: IICM)."""
+
+    kind: Literal["stein", "mmd", "none"] = "stein"
+    score: Literal["gaussian", "kde"] = "gaussian"
+    weight: float = Field(0.1, ge=0)
+    kl_weight: float = Field(0.01, ge=0)
+    free_bits: float = Field(0.05, ge=0)
+    rows: int = Field(512, ge=8)  # latents of one microbatch the discrepancy is estimated from
+
+
+class RoutingConfig(Section):
+    """Cross-modal expert routing."""
+
+    heads: int = Field(4, ge=1)
+    experts: int = Field(4, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_k: int | None = None  # None: dense
+    balance_weight: float = Field(1e-2, ge=0)
+    z_weight: float = Field(1e-3, ge=0)
+
+
+class ModelConfig(Section):
+    """Which system, and its sizes. Sections that a system does not use are ignored by it."""
+
+    name: Literal["findrec", "sasrec"] = "findrec"
+    dim: int = Field(64, ge=4)
+    dropout: float = Field(0.2, ge=0, lt=1)
+    modalities: list[str] | Literal["all"] = "all"
+    gaps: bool = False  # log-bucketed time gaps as an input
+    repeat: bool | Literal["auto"] = "auto"  # repeat head; auto: where the data's repeat rate is over 5 %
+    layers: int = Field(2, ge=1)  # SASRec blocks
+    heads: int = Field(2, ge=1)  # SASRec attention heads
+    stream: StreamConfig = StreamConfig()
+    align: AlignConfig = AlignConfig()
+    routing: RoutingConfig = RoutingConfig()
+
+
+class LossConfig(Section):
+    """The catalogue loss."""
+
+    kind: Literal["exact", "sampled"] = "exact"
+    negatives: int = Field(2048, ge=1)  # sampled: shared by a microbatch
+    tile_mib: int = Field(64, ge=1)  # largest logit tile held at once
+
+
+class OptimConfig(Section):
+    """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both."""
+
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = Field(0.05, ge=0, le=1)  # part of all steps
+    schedule: Literal["cosine", "constant"] = "cosine"
+    floor: float = Field(0.05, ge=0, le=1)  # last learning rate over the first
+    clip_tower: float = Field(2.0, ge=0)  # 0: no clipping
+    clip_table: float = Field(0.0, ge=0)
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    epochs: int = Field(20, ge=1)
+    microbatches: int = Field(12, ge=1)  # K of the epoch plan; the number of workers divides it
+    tokens: int = Field(3200, ge=1)  # padded positions of one microbatch, at most
+    eval_every: int = Field(1, ge=1)  # epochs between validations
+    patience: int = Field(0, ge=0)  # validations without a better NDCG@10 before stopping; 0: never stop
+    save_every: int = Field(1, ge=1)  # epochs between checkpoints
+    keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    seed: int = 0
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+
+
+class ClusterConfig(Section):
+    """Where it runs."""
+
+    address: str | None = None  # a Ray cluster to join; default: RAY_ADDRESS, else one is started here
+    workers: int = Field(2, ge=1)
+    threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
+    cpus_per_worker: float = Field(1, gt=0)
+    zero_stage: Literal[1, 2] = 2
+    gpu: bool | Literal["auto"] = "auto"
+    max_failures: int = Field(3, ge=0)  # restarts after lost workers
+    timeout_s: float = Field(300, gt=0)  # a collective that takes longer is a hang
+
+
+class EvaluationConfig(Section):
+    """Full-catalogue ranking."""
+
+    ks: list[int] = [5, 10, 20, 50]
+    users_per_block: int = Field(256, ge=1)
+    mask_seen: bool | Literal["auto"] = "auto"  # auto: off (leave-one-out convention; needed for repeats)
+    baselines: list[str] = ["popularity", "cooccurrence", "own_frequent", "sasrec"]
+    samples: int = Field(6, ge=0)  # users whose recommendations the report shows
+
+
+class TrackingConfig(Section):
+    """MLflow, a mirror of `metrics.jsonl`."""
+
+    uri: str | None = None  # default: sqlite file below FINDREC_HOME
+    experiment: str = "findrec"
+    enabled: bool = True
+
+
+class RunConfig(Section):
+    """The whole tree."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    runs: str = "runs"  # the folder that holds run folders
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        k, w = self.training.microbatches, self.cluster.workers
+        if k % w:
+            raise ValueError(
+                f"cluster.workers={w} must divide training.microbatches={k}: each worker runs the same "
+                "number of a step's microbatches"
+            )
+        return self
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel] | None]:
+    keys: dict[str, type[BaseModel] | None] = {}
+    for name, info in model.model_fields.items():
+        annotation: Any = info.annotation
+        nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+        section = next((a for a in nested if issubclass(a, Section)), None)
+        keys[prefix + name] = section
+        if section is not None:
+            keys |= _known_keys(section, f"{prefix}{name}.")
+    return keys
+
+
+def _explain(error: ValidationError, source: str) -> FindRecError:
+    known = _known_keys(RunConfig)
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}{suggest(key, known)}")
+        else:
+            where = f"{key}: " if key else ""
+            lines.append(f"{where}{problem['msg']} (given: {problem['input']!r})" if key else problem["msg"])
+    return FindRecError(f"{source}: " + "; ".join(lines))
+
+
+def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
+    """Validate a tree of plain values after applying `dotted.key=value` overrides (values are YAML)."""
+    known = _known_keys(RunConfig)
+    tree = yaml.safe_load(yaml.safe_dump(tree))  # a deep copy of plain values
+    for override in overrides:
+        key, sep, value = override.partition("=")
+        if not sep:
+            raise FindRecError(f"{override!r} is no override: write dotted.key=value, e.g. training.epochs=3")
+        if key not in known:
+            raise FindRecError(f"unknown key {key!r} in {override!r}{suggest(key, known)}")
+        node = tree
+        *parents, leaf = key.split(".")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = yaml.safe_load(value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, source) from None
+
+
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run configuration by path or name (`demo` finds `configs/demo.yaml`)."""
+    path = find_asset(str(name), "configs")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise FindRecError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise FindRecError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
+    return parse_config(tree, overrides, source=str(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved tree as YAML; `load_config` of it gives the same tree back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,65 @@
+"""The microbatch every model sees: right-padded histories and the places whose next item is asked for.
+
+Shape letters: B users, L padded length, T asked-for positions, U distinct items, M one modality's width,
+N distinct items of one user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One planned microbatch (training) or a block of users (evaluation).
+
+    Right padding cannot reach a valid position because every model is causal, so there is no mask.
+    """
+
+    item: Tensor  # [B, L] int64, 1-based item ids, 0 is padding
+    length: Tensor  # [B] int64, valid positions of each row, at least 1
+    user: Tensor  # [B] int64, row of the user in the data folder
+    gap: Tensor | None  # [B, L] int64, log2 bucket of the seconds since the previous event, 0 first/pad
+    position: Tensor  # [T] int64, flat index b * L + l of each asked-for position, ascending
+    target: Tensor  # [T] int64, the item that follows each position; empty at evaluation
+    ids: Tensor  # [U] int64, distinct ids in `item`, ascending; ids[0] == 0 (padding) always
+    index: Tensor  # [B, L] int64, place of each item in `ids`
+
+    @staticmethod
+    def build(
+        item: Tensor,
+        length: Tensor,
+        user: Tensor,
+        position: Tensor,
+        target: Tensor,
+        gap: Tensor | None = None,
+    ) -> Batch:
+        """Fill in `ids` and `index` from `item`."""
+        flat = torch.cat([item.new_zeros(1), item.reshape(-1)])
+        ids, index = torch.unique(flat, return_inverse=True)
+        return Batch(
+            item=item,
+            length=length,
+            user=user,
+            gap=gap,
+            position=position,
+            target=target,
+            ids=ids,
+            index=index[1:].view_as(item),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)
+
+
+@dataclass(frozen=True)
+class ModalRows:
+    """Features of one modality for the distinct items of a batch (row k belongs to `batch.ids[k]`)."""
+
+    values: Tensor  # [U, M] float32; zeros where missing
+    present: Tensor  # [U] bool; False for padding and for items without this modality

@@ -1,0 +1,19 @@
+"""The one error type a user is meant to see: what happened, where, why, and how to mend it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FindRecError(ValueError):
+    """A mistake in what the user gave us (configuration, data, machine), told in plain words.
+
+    The command line prints the message alone and exits with code 2; a traceback would only hide it.
+    """
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

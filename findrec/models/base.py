@@ -1,0 +1,45 @@
+"""What every sequence model looks like from the outside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from findrec.datasets.batch import Batch, ModalRows
+
+
+@dataclass(frozen=True)
+class Term:
+    """An auxiliary loss of one microbatch: already weighted, averaged over a step's microbatches."""
+
+    value: Tensor  # [] float32, what is added to the loss
+    reported: Tensor  # [] float32, the unweighted value for the log, detached
+
+
+@dataclass(frozen=True)
+class Out:
+    """What a model returns for a batch. T asked-for positions, d width of the item table."""
+
+    h: Tensor  # [T, d] user vectors; a score is h . e_item (+ the repeat bonus)
+    repeat: Tensor | None = None  # [T, R] weights of the repeat features (findrec/models/repeat.py)
+    aux: dict[str, Term] = field(default_factory=dict)  # only in training mode
+    diagnostics: dict[str, float] = field(default_factory=dict)  # only in training mode, cheap
+
+
+class SequenceModel(nn.Module):
+    """Base of all sequence models ("towers"). The item table lives outside: a tower is given rows of it.
+
+    Contract, tested for every registered model: causal; right padding and the other users of a batch
+    change nothing in evaluation mode (1e-5); all randomness comes from torch's global generator, which
+    the caller seeds for each microbatch.
+    """
+
+    def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
+        """User vectors at `batch.position`.
+
+        `x_items` is `[U, d]`: the item-table rows of `batch.ids` (row 0, the padding item, is zero).
+        `features` holds one `ModalRows` for each modality the model was built with.
+        """
+        raise NotImplementedError
