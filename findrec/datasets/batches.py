@@ -1,0 +1,205 @@
+"""From planned windows and evaluated users to right-padded batches, and the loader that runs ahead."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from findrec.datasets.batch import Batch
+from findrec.datasets.folder import DataFolder, Histories
+from findrec.datasets.plan import EpochPlan, Windows, share
+from findrec.datasets.splits import Int64Array
+
+LARGEST_GAP = 31
+PREFETCHED_STEPS = 2
+
+Part = Literal["valid", "test"]
+Step = tuple[int, list[tuple[int, Batch]]]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Evaluated targets: case c asks for `target[c]` after row `row[c]` of its batch. All `[C]` int64."""
+
+    row: Tensor
+    user: Tensor  # row of the user in the data folder
+    target: Tensor
+
+
+def gap_buckets(timestamp: Int64Array, offset: Int64Array) -> Int64Array:
+    """`[N]` time since the event before, in buckets that double: `1 + floor(log2(1 + seconds))`, at most 31.
+
+    0 marks the first event shown of a history (what came before it is not known to the model) and padding.
+    """
+    seconds = np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0)
+    bucket = np.minimum(1 + np.floor(np.log2(1.0 + seconds)).astype(np.int64), LARGEST_GAP)
+    bucket[offset[:-1][np.diff(offset) > 0]] = 0
+    return bucket
+
+
+def _padded(histories: Histories) -> tuple[Tensor, Tensor, Tensor, Int64Array]:
+    """`item [B, L]`, `gap [B, L]`, `length [B]` and `place [N]`, each event's flat index `b * L + l`."""
+    offset = histories.offset
+    length = np.diff(offset)
+    width = int(length.max())
+    row = np.repeat(np.arange(len(length)), length)
+    place = row * width + np.arange(offset[-1]) - offset[row]
+    padded: list[Tensor] = []
+    for values in (histories.item, gap_buckets(histories.timestamp, offset)):
+        flat: NDArray[np.int64] = np.zeros(len(length) * width, dtype=np.int64)
+        flat[place] = values
+        padded.append(torch.from_numpy(flat.reshape(len(length), width)))
+    return padded[0], padded[1], torch.from_numpy(length), place
+
+
+def train_batch(folder: DataFolder, windows: Windows, chosen: Int64Array) -> Batch:
+    """The batch of the windows `chosen`: every event of `[first_target, stop)` is asked for once, at the
+    position of the event before it.
+    """
+    user, start, stop = windows.user[chosen], windows.start[chosen], windows.stop[chosen]
+    whole = folder.histories(user, start, stop)  # inputs and, one later, their targets
+    ends = whole.offset[1:]
+    shown = np.ones(len(whole.item), dtype=bool)
+    shown[ends - 1] = False
+    inputs = Histories(
+        item=whole.item[shown],
+        timestamp=whole.timestamp[shown],
+        offset=whole.offset - np.arange(len(whole.offset)),
+    )
+    item, gap, length, place = _padded(inputs)
+    row = np.repeat(np.arange(len(chosen)), np.diff(inputs.offset))
+    event = np.arange(len(row)) - inputs.offset[row] + start[row]  # place of each input in its history
+    asked = event + 1 >= windows.first_target[chosen][row]
+    following = np.delete(whole.item, whole.offset[:-1])  # item after each input
+    return Batch.build(
+        item=item,
+        length=length,
+        user=torch.from_numpy(user),
+        position=torch.from_numpy(place[asked]),
+        target=torch.from_numpy(following[asked]),
+        gap=gap,
+    )
+
+
+def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:
+    """First and one past the last target event of every user."""
+    if split == "valid":
+        return folder.valid_start, folder.test_start
+    if split == "test":
+        return folder.test_start, folder.length
+    raise ValueError(f"split must be 'valid' or 'test', not {split!r}")
+
+
+def evaluation_blocks(folder: DataFolder, split: Part, users_per_block: int) -> list[Int64Array]:
+    """User rows with at least one target and one earlier event, by length of history, in blocks.
+
+    The blocks are the same for any number of workers; rank r of W takes blocks r, r + W, ...
+    """
+    first, last = _cuts(folder, split)
+    users = np.flatnonzero((last > first) & (first > 0))
+    users = users[np.argsort(first[users], kind="stable")]
+    return [users[begin : begin + users_per_block] for begin in range(0, len(users), users_per_block)]
+
+
+def evaluation_batch(
+    folder: DataFolder, split: Part, users: Int64Array, max_length: int
+) -> tuple[Batch, Cases]:
+    """The last `max_length` events of each user before the split's targets, and those targets.
+
+    `position` is the last valid place of each row and `target` is empty: a row's one vector ranks all of its
+    targets (several where the split's unit is a basket).
+    """
+    first, last = _cuts(folder, split)
+    start = np.maximum(first[users] - max_length, 0)
+    item, gap, length, _ = _padded(folder.histories(users, start, first[users]))
+    batch = Batch.build(
+        item=item,
+        length=length,
+        user=torch.from_numpy(users.astype(np.int64)),
+        position=torch.arange(len(users)) * item.shape[1] + length - 1,
+        target=torch.zeros(0, dtype=torch.int64),
+        gap=gap,
+    )
+    targets = folder.histories(users, first[users], last[users])
+    row = np.repeat(np.arange(len(users)), np.diff(targets.offset))
+    return batch, Cases(
+        row=torch.from_numpy(row),
+        user=torch.from_numpy(users[row].astype(np.int64)),
+        target=torch.from_numpy(targets.item),
+    )
+
+
+class TrainLoader:
+    """Iterates `(step, [(microbatch, Batch), ...])` of one rank, built by a thread that runs ahead.
+
+    `first_step` resumes inside an epoch. Use it as a context manager, or call `close`, where the iteration
+    may end early. An exception of the thread is raised in the caller.
+    """
+
+    def __init__(
+        self,
+        folder: DataFolder,
+        windows: Windows,
+        plan: EpochPlan,
+        *,
+        rank: int,
+        world: int,
+        first_step: int = 0,
+    ) -> None:
+        self._folder, self._windows, self._plan = folder, windows, plan
+        self._rank, self._world, self._first_step = rank, world, first_step
+        self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(PREFETCHED_STEPS)
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def _put(self, value: Step | BaseException | None) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(value, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _work(self) -> None:
+        try:
+            for index in range(self._first_step, len(self._plan.steps)):
+                mine = share(self._plan.steps[index], self._rank, self._world)
+                batches = [(m, train_batch(self._folder, self._windows, chosen)) for m, chosen in mine]
+                if self._stopped.is_set():
+                    return
+                self._put((index, batches))
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
+
+    def __iter__(self) -> Iterator[Step]:
+        if self._thread is not None:
+            raise RuntimeError("a TrainLoader is iterated once; make a new one for each epoch")
+        self._thread = threading.Thread(target=self._work, name="findrec-loader", daemon=True)
+        self._thread.start()
+        try:
+            while (value := self._queue.get()) is not None:
+                if isinstance(value, BaseException):
+                    raise value
+                yield value
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the thread and wait for it."""
+        self._stopped.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> TrainLoader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()

@@ -1,0 +1,92 @@
+"""A data folder from arrays in memory: for small logs at hand, for notebooks and for tests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from findrec.datasets.features import FeatureInput
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.splits import Split
+from findrec.datasets.writer import SHARD_BYTES, USERS_PER_MEMBER, Block, FolderInput, write_folder
+from findrec.errors import FindRecError
+
+
+def _blocks(
+    histories: Sequence[Sequence[int]], timestamps: Sequence[Sequence[int]] | None, users_per_member: int
+) -> Iterator[Block]:
+    for begin in range(0, len(histories), users_per_member):
+        some = [np.asarray(h, dtype=np.int64) for h in histories[begin : begin + users_per_member]]
+        length = np.array([len(h) for h in some], dtype=np.int64)
+        if timestamps is None:
+            times = [60 * np.arange(n, dtype=np.int64) for n in length]
+        else:
+            times = [np.asarray(t, dtype=np.int64) for t in timestamps[begin : begin + users_per_member]]
+        yield Block({"item": np.concatenate(some), "timestamp": np.concatenate(times)}, length)
+
+
+def _feature(modality: str, values: NDArray[Any], num_items: int) -> FeatureInput:
+    values = np.asarray(values)
+    if values.ndim == 2 and len(values) == num_items:
+        values = np.concatenate([np.zeros_like(values[:1]), values])
+    if values.ndim != 2 or len(values) != num_items + 1:
+        raise FindRecError(
+            f"features of {modality!r} have shape {values.shape}: give [{num_items}, D] (items 1..V) or "
+            f"[{num_items + 1}, D] (row 0 is padding)"
+        )
+    present = ~np.isnan(values).any(axis=1)
+    return FeatureInput(modality, values, present, encoder="given")
+
+
+def write_data_folder(
+    path: Path,
+    histories: Sequence[Sequence[int]],
+    timestamps: Sequence[Sequence[int]] | None = None,
+    texts: Sequence[str] | None = None,
+    features: Mapping[str, NDArray[Any]] | None = None,
+    *,
+    num_items: int | None = None,
+    unit: Literal["event", "timestamp"] = "event",
+    users_per_member: int = USERS_PER_MEMBER,
+    shard_bytes: int = SHARD_BYTES,
+) -> DataFolder:
+    """Write histories of 1-based item ids as a data folder (leave-one-out split) and open it.
+
+    `histories[u]` is user row u, oldest event first; `timestamps` (seconds, never decreasing; default one
+    event a minute) has the same shape. `texts[v - 1]` describes item v and is stored, not encoded.
+    `features[m]` is `[V, D]` or `[V+1, D]` with a padding row; rows with NaN count as missing. `num_items`
+    is V (default: the largest id). Raises `FindRecError` for empty or inconsistent input.
+    """
+    if not len(histories) or any(len(h) == 0 for h in histories):
+        raise FindRecError("every user needs at least one event")
+    if timestamps is not None and [len(t) for t in timestamps] != [len(h) for h in histories]:
+        raise FindRecError("timestamps must have the lengths of the histories")
+    num_items = num_items or max(int(np.max(h)) for h in histories)
+    if texts is not None and len(texts) != num_items:
+        raise FindRecError(f"{len(texts)} texts for {num_items} items: give one for each of the ids 1..V")
+    names = [str(v) for v in range(1, num_items + 1)]
+    items = pa.table(
+        {
+            "raw": pa.array(names),
+            "title": pa.array(list(texts) if texts is not None else [f"item {name}" for name in names]),
+            "text": pa.array(list(texts) if texts is not None else [None] * num_items, pa.string()),
+            "category": pa.array([None] * num_items, pa.string()),
+        }
+    )
+    given = FolderInput(
+        recipe=Path(path).name,
+        recipe_sha256=hashlib.sha256(b"arrays in memory").hexdigest(),
+        split=Split(unit=unit),
+        users=pa.array([str(u) for u in range(len(histories))]),
+        items=items,
+        blocks=_blocks(histories, timestamps, users_per_member),
+        features=[_feature(name, values, num_items) for name, values in (features or {}).items()],
+    )
+    write_folder(Path(path), given, shard_bytes=shard_bytes)
+    return DataFolder.open(Path(path))

@@ -1,0 +1,186 @@
+"""The epoch plan: which windows of which histories make up each microbatch of each step.
+
+The plan follows from the data folder and (seed, epoch) alone. It does not know how many workers there are:
+every step has the same number K of microbatches, and rank r of W runs microbatches r, r + W, ... So any
+number of workers that divides K trains on the same sums, and none of them can run out of work early.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.splits import Int64Array
+from findrec.errors import FindRecError
+
+CHUNK_MICROBATCHES = 64  # for each of the K: windows are sorted by length within chunks of this size
+_BUDGET_TRIES = 12
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Pieces of training histories, all `[N]`: inputs are events `[start, stop - 1)`, targets are events
+    `[first_target, stop)`, each predicted from the event before it.
+    """
+
+    user: Int64Array
+    start: Int64Array
+    first_target: Int64Array
+    stop: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @property
+    def inputs(self) -> Int64Array:
+        """`[N]` input positions of each window."""
+        return self.stop - 1 - self.start
+
+    @property
+    def targets(self) -> Int64Array:
+        """`[N]` targets of each window."""
+        return self.stop - self.first_target
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One epoch. `steps[s][m]` holds the window indices of microbatch m of step s."""
+
+    steps: list[list[Int64Array]]
+    targets: Int64Array  # [S] targets of each step over all its microbatches: the loss is divided by it
+    padding: float  # share of padded positions
+    digest: str  # sha256 of the windows and of their order
+
+
+def cut_windows(folder: DataFolder, max_length: int, overlap: float) -> Windows:
+    """Cut every training history into windows of at most `max_length` inputs.
+
+    Each training event but a user's first is a target in exactly one window. Windows after the first begin
+    with `floor(max_length * overlap)` events that are context only, so no target has less than that before
+    it unless its history has less.
+    """
+    if max_length < 1 or not 0 <= overlap < 1:
+        raise FindRecError(f"need max_length >= 1 and 0 <= overlap < 1, got {max_length} and {overlap}")
+    context = int(max_length * overlap)
+    fresh = max_length - context  # new targets of every window after the first
+    events = folder.valid_start
+    more = -(-np.maximum(events - 1 - max_length, 0) // fresh)  # windows after the first
+    count = np.where(events >= 2, 1 + more, 0)
+    user = np.repeat(np.arange(len(events)), count)
+    nth = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
+    first_target = np.where(nth == 0, 1, 1 + max_length + (nth - 1) * fresh)
+    stop = np.minimum(1 + max_length + nth * fresh, events[user])
+    start = np.where(nth == 0, 0, first_target - 1 - context)
+    return Windows(user=user, start=start, first_target=first_target, stop=stop)
+
+
+def _cut_chunks(order: Int64Array, inputs: Int64Array, chunk_tokens: int) -> list[Int64Array]:
+    """Split the shuffled windows into chunks of about `chunk_tokens` and sort each, longest first."""
+    ends = np.cumsum(inputs[order])
+    num_chunks = max(1, int(ends[-1] // chunk_tokens)) if len(order) else 1
+    cuts = np.searchsorted(ends, ends[-1] / num_chunks * np.arange(1, num_chunks))
+    return [chunk[np.argsort(-inputs[chunk], kind="stable")] for chunk in np.split(order, cuts)]
+
+
+def _fill(chunks: list[Int64Array], inputs: Int64Array, tokens: int) -> list[Int64Array]:
+    """Greedy microbatches: the first window is the longest, so `tokens // its length` windows fit."""
+    filled = []
+    for chunk in chunks:
+        lengths = inputs[chunk].tolist()
+        at = 0
+        while at < len(lengths):
+            size = max(1, tokens // lengths[at])
+            filled.append(chunk[at : at + size])
+            at += size
+    return filled
+
+
+def _fill_evenly(
+    chunks: list[Int64Array], inputs: Int64Array, tokens: int, multiple: int
+) -> list[Int64Array]:
+    """Microbatches of at most `tokens`, their number a multiple of `multiple`, of near-equal size.
+
+    First the token budget is lowered as far as the rounded-up number allows, so that the rounding is shared
+    by all microbatches; what is still missing comes from halving the largest ones.
+    """
+    filled = _fill(chunks, inputs, tokens)
+    wanted = -(-len(filled) // multiple) * multiple
+    low, high = 1, tokens
+    for _ in range(_BUDGET_TRIES):
+        if len(filled) == wanted or high - low <= 1:
+            break
+        middle = (low + high) // 2
+        tried = _fill(chunks, inputs, middle)
+        if len(tried) <= wanted:
+            filled, high = tried, middle
+        else:
+            low = middle
+    while len(filled) < wanted:
+        sizes = np.array([len(part) for part in filled])
+        cost = np.where(sizes > 1, sizes * np.array([inputs[part[0]] for part in filled]), 0)
+        largest = np.argsort(-cost, kind="stable")[: wanted - len(filled)]
+        largest = largest[cost[largest] > 0]
+        if not len(largest):
+            raise FindRecError(
+                f"{len(filled)} windows that fill a microbatch each cannot be shared out over steps of "
+                f"{multiple} microbatches: lower training.microbatches or raise training.tokens"
+            )
+        for place in largest.tolist():
+            part = filled[place]
+            filled[place] = part[: -(-len(part) // 2)]
+            filled.append(part[-(-len(part) // 2) :])
+    return filled
+
+
+def _digest(windows: Windows, steps: list[list[Int64Array]]) -> str:
+    flat = [part for step in steps for part in step]
+    sizes = np.array([len(part) for part in flat], dtype=np.int64)
+    digest = hashlib.sha256()
+    for values in (windows.user, windows.start, windows.first_target, windows.stop, sizes, *flat):
+        digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+    return digest.hexdigest()
+
+
+def plan_epoch(windows: Windows, *, seed: int, epoch: int, microbatches: int, tokens: int) -> EpochPlan:
+    """Plan one epoch of steps with exactly `microbatches` microbatches each.
+
+    Windows are shuffled by a generator keyed by (seed, epoch), grouped with others of similar length so that
+    little is padding, and the groups are shuffled. A microbatch of more than one window has at most
+    `tokens` padded positions. Raises `FindRecError` where there are too few windows.
+    """
+    if len(windows) < microbatches:
+        raise FindRecError(
+            f"only {len(windows)} training windows for training.microbatches={microbatches}: lower "
+            f"training.microbatches to {max(len(windows), 1)} or less"
+        )
+    rng = np.random.default_rng([seed, epoch])
+    inputs, targets = windows.inputs, windows.targets
+    chunks = _cut_chunks(rng.permutation(len(windows)), inputs, CHUNK_MICROBATCHES * microbatches * tokens)
+    filled = _fill_evenly(chunks, inputs, tokens, microbatches)
+    order = rng.permutation(len(filled)).tolist()
+    steps = [
+        [filled[place] for place in order[begin : begin + microbatches]]
+        for begin in range(0, len(order), microbatches)
+    ]
+    step_targets = [int(sum(targets[part].sum() for part in step)) for step in steps]
+    padded = sum(len(part) * int(inputs[part].max()) for part in filled)
+    return EpochPlan(
+        steps=steps,
+        targets=np.array(step_targets, dtype=np.int64),
+        padding=1.0 - float(inputs.sum()) / padded,
+        digest=_digest(windows, steps),
+    )
+
+
+def share(step: list[NDArray[np.int64]], rank: int, world: int) -> list[tuple[int, Int64Array]]:
+    """`(microbatch index, window indices)` of the microbatches that `rank` of `world` runs."""
+    if len(step) % world:
+        raise FindRecError(
+            f"{world} workers cannot share {len(step)} microbatches: cluster.workers must divide "
+            "training.microbatches"
+        )
+    return [(place, step[place]) for place in range(rank, len(step), world)]

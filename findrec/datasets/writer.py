@@ -1,0 +1,245 @@
+"""Writes a data folder whole or not at all.
+
+Everything goes into a sibling folder that is renamed at the very end, after its manifest. Whatever stops
+the work (a crash, a full disk, no permission) leaves the old folder, or none, but never half of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from findrec.datasets.features import FeatureInput, write_feature
+from findrec.datasets.manifest import (
+    FeatureEntry,
+    Manifest,
+    ShardEntry,
+    SourceEntry,
+    sha256_file,
+    write_manifest,
+)
+from findrec.datasets.shards import append_sample, open_for_writing
+from findrec.datasets.splits import Split, cut, unit_starts
+from findrec.errors import FindRecError
+
+USERS_PER_MEMBER = 512
+SHARD_BYTES = 64 << 20  # a shard is closed once it is larger
+DTYPES = {"item": "<i4", "timestamp": "<i8", "event": "<i2", "value": "<f4"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive users' events, oldest first: `columns` are `[N]`, `length` is `[R]`."""
+
+    columns: dict[str, NDArray[Any]]  # item (1-based), timestamp (s), optionally event (code) and value
+    length: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FolderInput:
+    """What a data folder is made of, in its final order."""
+
+    recipe: str
+    recipe_sha256: str
+    split: Split
+    users: pa.Array  # [U] raw ids
+    items: pa.Table  # V rows: raw, title, text, category (strings)
+    blocks: Iterable[Block]  # at most `USERS_PER_MEMBER` users each
+    features: Sequence[FeatureInput] = ()
+    sources: Sequence[SourceEntry] = ()
+    event_types: Sequence[str] = ()
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place when the block ends without an error."""
+    staging = path.parent / f".{path.name}.partial-{os.getpid()}"
+    old = path.parent / f".{path.name}.old-{os.getpid()}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        staging.rename(path)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        where = error.filename or path
+        raise FindRecError(
+            f"cannot write the data folder {path}: {error.strerror or error} ({where}). Give a folder that "
+            "you may write to, with enough space (data.folder, --folder or FINDREC_HOME)."
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass
+class _Tally:
+    """Counts and hashes gathered while the blocks stream past."""
+
+    num_items: int
+    train_count: NDArray[np.int64]
+    hashers: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
+    train_events: int = 0
+    repeats: int = 0
+    tied: int = 0
+    tied_last: int = 0
+
+    def add(self, block: Block, offset: NDArray[np.int64], split: Split) -> None:
+        """Take in a block whose users start at `offset`; keeps their cuts in `columns`."""
+        item = block.columns["item"].astype(np.int64)
+        timestamp = block.columns["timestamp"].astype(np.int64)
+        if len(item) and (item.min() < 1 or item.max() > self.num_items):
+            raise FindRecError(f"item ids must lie in 1..{self.num_items}, found {item.min()}..{item.max()}")
+        row = np.repeat(np.arange(len(block.length)), block.length)
+        if np.any((np.diff(timestamp) < 0) & (np.diff(row) == 0)):
+            raise FindRecError("timestamps of a history must not go backwards")
+        valid_start, test_start = cut(split, timestamp, offset)
+        training = np.arange(len(item)) - offset[row] < valid_start[row]
+        self.train_count += np.bincount(item[training], minlength=self.num_items + 1)
+        pairs = row[training] * (self.num_items + 1) + item[training]
+        self.train_events += len(pairs)
+        self.repeats += len(pairs) - len(np.unique(pairs))
+        group = np.cumsum(unit_starts(timestamp, offset, "timestamp")) - 1
+        sizes = np.bincount(group)
+        self.tied += int(sizes[sizes > 1].sum())
+        self.tied_last += int((sizes[group[offset[1:] - 1]] > 1).sum())
+        for name, values in {"length": block.length, **block.columns}.items():
+            dtype = DTYPES.get(name, "<i8")
+            self.hashers.setdefault(name, hashlib.sha256()).update(values.astype(dtype).tobytes())
+        cuts = {"length": block.length, "valid_start": valid_start, "test_start": test_start}
+        for name, values in cuts.items():
+            self.columns.setdefault(name, []).append(values)
+
+    def digest(self, users: pa.Array, items: pa.Table) -> str:
+        """Hash of the canonical event table, the same however it was cut into blocks."""
+        for name, values in (("users", users), ("items", items["raw"].combine_chunks())):
+            text = "\n".join(str(value) for value in values.to_pylist())
+            self.hashers[name] = hashlib.sha256(text.encode())
+        lines = [f"{name} {hasher.hexdigest()}" for name, hasher in sorted(self.hashers.items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _write_shards(
+    staging: Path, given: FolderInput, tally: _Tally, shard_bytes: int
+) -> tuple[list[ShardEntry], dict[str, str]]:
+    """Stream the blocks into tars; returns their entries and the dtype of each column."""
+    (staging / "shards").mkdir()
+    shards: list[ShardEntry] = []
+    tar: tarfile.TarFile | None = None
+    dtypes: dict[str, str] = {}
+    name, first, users, events, member, key = "", 0, 0, 0, 0, 0
+
+    def close(tar: tarfile.TarFile) -> None:
+        tar.close()
+        path = staging / name
+        shards.append(
+            ShardEntry(
+                name=name,
+                sha256=sha256_file(path),
+                bytes=path.stat().st_size,
+                first_user=first,
+                users=users,
+                events=events,
+            )
+        )
+
+    for block in given.blocks:
+        if tar is None:
+            first, users, events, member = first + users, 0, 0, 0
+            name = f"shards/events-{len(shards):05d}.tar"
+            tar = open_for_writing(staging / name)
+        offset = np.concatenate([[0], np.cumsum(block.length)]).astype(np.int64)
+        columns = {k: v.astype(DTYPES[k]) for k, v in block.columns.items()} | {"offset": offset}
+        tally.add(block, offset, given.split)
+        append_sample(tar, key, columns)  # keys run on: readers may join equal ones
+        dtypes = {k: v.dtype.name for k, v in columns.items()}
+        rows = len(block.length)
+        places = {
+            "shard": np.full(rows, len(shards)),
+            "member": np.full(rows, member),
+            "row": np.arange(rows),
+        }
+        for column, values in places.items():
+            tally.columns.setdefault(column, []).append(values)
+        users, events, member, key = users + rows, events + int(offset[-1]), member + 1, key + 1
+        if tar.offset >= shard_bytes:
+            close(tar)
+            tar = None
+    if tar is not None:
+        close(tar)
+    return shards, dtypes
+
+
+def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYTES) -> Manifest:
+    """Write the data folder at `path`, replacing what is there only once the new one is complete."""
+    with staged(path) as staging:
+        num_items = given.items.num_rows
+        tally = _Tally(num_items, np.zeros(num_items + 1, dtype=np.int64))
+        shards, dtypes = _write_shards(staging, given, tally, shard_bytes)
+        num_events = sum(shard.events for shard in shards)
+        if not num_events:
+            raise FindRecError(f"{given.recipe}: no events are left to write")
+        users = {k: pa.array(np.concatenate(v).astype(np.int64)) for k, v in tally.columns.items()}
+        length = users["length"].to_numpy()
+        user = pa.array(np.arange(len(length), dtype=np.int64))
+        pq.write_table(pa.table({"user": user, "raw": given.users, **users}), staging / "users.parquet")
+        items = given.items.add_column(0, "item", pa.array(np.arange(1, num_items + 1)))
+        items = items.append_column("train_count", pa.array(tally.train_count[1:]))
+        pq.write_table(items, staging / "items.parquet")
+        files = ["users.parquet", "items.parquet"]
+        entries = []
+        for feature in given.features:
+            (staging / "features").mkdir(exist_ok=True)
+            file = f"features/{feature.modality}.safetensors"
+            normalised = write_feature(staging / file, feature)
+            files.append(file)
+            entries.append(
+                FeatureEntry(
+                    modality=feature.modality,
+                    file=file,
+                    dim=feature.values.shape[1],
+                    encoder=feature.encoder,
+                    weights_sha256=feature.weights_sha256,
+                    normalised=normalised,
+                    missing=int(num_items - feature.present[1:].sum()),
+                )
+            )
+        manifest = Manifest(
+            recipe=given.recipe,
+            recipe_sha256=given.recipe_sha256,
+            events_sha256=tally.digest(given.users, given.items),
+            sources=list(given.sources),
+            num_users=len(length),
+            num_items=num_items,
+            num_events=num_events,
+            longest=int(length.max()),
+            repeat_rate=tally.repeats / max(tally.train_events, 1),
+            tie_rate=tally.tied / num_events,
+            tied_last_rate=tally.tied_last / len(length),
+            split=given.split.model_dump(),
+            dtypes=dtypes,
+            event_types=list(given.event_types),
+            shards=shards,
+            features=entries,
+            files={file: sha256_file(staging / file) for file in files},
+        )
+        write_manifest(staging, manifest)
+    return manifest
