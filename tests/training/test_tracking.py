@@ -1,0 +1,179 @@
+"""`metrics.jsonl` survives kills and resumes; the MLflow mirror is real sqlite and never stops a run."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from findrec.config import RunConfig, parse_config
+from findrec.errors import FindRecError
+from findrec.paths import home
+from findrec.training import tracking
+from findrec.training.tracking import MetricsLog, Tracker, flatten, metric_name, tracking_uri
+
+
+def read(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class TestMetricsLog:
+    def test_lines_are_on_disk_at_once(self, tmp_path: Path) -> None:
+        log = MetricsLog(tmp_path / "run")
+        before = time.time()
+        log.write(3, 1, {"loss": torch.tensor(0.5), "ndcg@10": 0.25, "bad": float("nan"), "best": True})
+        (line,) = read(tmp_path / "run")
+        assert line.pop("time") == pytest.approx(before, abs=5)
+        assert line == {"step": 3, "epoch": 1, "loss": 0.5, "ndcg@10": 0.25, "bad": None, "best": True}
+
+    def test_resume_drops_later_steps_and_continues(self, tmp_path: Path) -> None:
+        log = MetricsLog(tmp_path)
+        for step in range(6):
+            log.write(step, 0, {"loss": step / 2})
+        log.truncate_after(3)
+        log.write(4, 0, {"loss": 9.0})
+        log.close()
+        assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [
+            (0, 0.0),
+            (1, 0.5),
+            (2, 1.0),
+            (3, 1.5),
+            (4, 9.0),
+        ]
+        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+    @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}'])
+    def test_a_line_without_its_end_is_dropped_or_completed(self, tmp_path: Path, torn: str) -> None:
+        log = MetricsLog(tmp_path)
+        log.write(1, 0, {"loss": 1.0})
+        log.close()
+        with log.path.open("a") as file:
+            file.write(torn)
+        log = MetricsLog(tmp_path)
+        log.write(3, 0, {"loss": 3.0})
+        steps = [line["step"] for line in read(tmp_path)]
+        assert steps == ([1, 2, 3] if torn.endswith("}") else [1, 3])
+
+
+def make_config(uri: str | None, **training: int) -> RunConfig:
+    return parse_config({"name": "t", "tracking": {"uri": uri, "experiment": "e@x"}, "training": training})
+
+
+class TestUri:
+    def test_everything_becomes_absolute(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        monkeypatch.setenv("FINDREC_HOME", str(tmp_path))
+        assert tracking_uri(None) == f"sqlite:///{home()}/mlflow.db"
+        assert tracking_uri("sqlite:///a/b.db") == f"sqlite:///{home()}/a/b.db"
+        assert tracking_uri("c.db") == f"sqlite:///{home()}/c.db"
+        assert tracking_uri("sqlite:////x/b.db") == "sqlite:////x/b.db"
+        assert tracking_uri("http://host:5000") == "http://host:5000"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other:1")
+        assert tracking_uri(None) == "http://other:1"
+
+    def test_folder_store_is_refused(self) -> None:
+        with pytest.raises(FindRecError, match=r"folder store.*sqlite"):
+            tracking_uri("file:///tmp/mlruns")
+
+    def test_sqlite_is_refused_on_two_nodes_without_a_trace(self, tmp_path: Path) -> None:
+        config = make_config(f"sqlite:///{tmp_path}/m.db")
+        with pytest.raises(FindRecError, match=r"2 machines.*tracking.uri=http"):
+            Tracker.start(config, tmp_path, nodes=2)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_flatten_and_names() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": None}) == {
+        "a.b": "1",
+        "a.c.d": "[1, 2]",
+        "e": "None",
+    }
+    assert metric_name("valid/ndcg@10 (full)") == "valid/ndcg_at_10 _full_"
+
+
+def test_disabled_tracker_writes_nothing(tmp_path: Path) -> None:
+    config = parse_config({"tracking": {"enabled": False}})
+    tracker = Tracker.start(config, tmp_path, nodes=7)
+    tracker.log(1, {"loss": 1.0})
+    tracker.finish("FINISHED")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sqlite_mirror_and_resume(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/store/m.db"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("name: t\n")
+
+    tracker = Tracker.start(make_config(uri, epochs=3), run)
+    for step in range(1500):  # more than one MLflow batch
+        tracker.log(step, {"loss": torch.tensor(1.0 / (step + 1)), "note": "words are not metrics"})
+    tracker.finish("KILLED")
+    note = json.loads((run / "mlflow.json").read_text())
+    client = MlflowClient(tracking_uri=uri)
+    first = client.get_run(note["run_id"])
+    assert first.info.status == "KILLED"
+    assert first.data.params["training.epochs"] == "3"
+    assert first.data.params["model.routing.heads"] == "4"
+    assert first.data.tags["checkpoint"] == str(run / "checkpoints")
+    assert set(first.data.metrics) == {"loss"}
+    history = client.get_metric_history(note["run_id"], "loss")
+    assert {m.step: m.value for m in history} == pytest.approx({s: 1 / (s + 1) for s in range(1500)})
+
+    (run / "metrics.json").write_text("{}")
+    tracker = Tracker.start(make_config(uri, epochs=5), run)
+    tracker.log(1500, {"ndcg@10": 0.5})
+    tracker.tag("checkpoint", "elsewhere")
+    tracker.finish()
+    assert json.loads((run / "mlflow.json").read_text()) == note
+    again = client.get_run(note["run_id"])
+    assert again.info.status == "FINISHED"
+    assert again.data.metrics["ndcg_at_10"] == 0.5
+    assert again.data.tags["checkpoint"] == "elsewhere"
+    assert again.data.tags["changed.training.epochs"] == "5"
+    assert {a.path for a in client.list_artifacts(note["run_id"])} == {"config.yaml", "metrics.json"}
+    assert len(client.search_runs([note["experiment_id"]])) == 1
+    assert (tmp_path / "store" / "mlruns").is_dir()  # never below the working directory
+
+    (run / "mlflow.json").write_text(json.dumps(note | {"run_id": "0" * 32}))
+    tracker = Tracker.start(make_config(uri), run)  # the store was cleaned: a new run, no error
+    tracker.finish()
+    renewed = json.loads((run / "mlflow.json").read_text())["run_id"]
+    assert client.get_run(renewed).info.status == "FINISHED"
+
+
+def test_dead_server_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    start = time.monotonic()
+    tracker = Tracker.start(make_config(f"http://127.0.0.1:{port}"), tmp_path)
+    for step in range(200):
+        tracker.log(step, {"loss": 1.0})
+    assert time.monotonic() - start < 1
+    tracker.finish()
+    assert time.monotonic() - start < tracking.FINISH_S
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MLflow" in line]
+    assert len(lines) == 1
+    assert "The run goes on" in lines[0]
+
+
+def test_hanging_server_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "FINISH_S", 1.0)
+    with socket.socket() as silent:  # accepts connections, never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        start = time.monotonic()
+        tracker = Tracker.start(make_config(f"http://127.0.0.1:{silent.getsockname()[1]}"), tmp_path)
+        tracker.log(1, {"loss": 1.0})
+        tracker.finish()
+        assert time.monotonic() - start < 3
+    assert "no answer within" in capsys.readouterr().out
