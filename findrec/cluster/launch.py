@@ -1,0 +1,148 @@
+"""Ray: join a cluster or start one here, place the workers, restart what is lost.
+
+Everything a worker needs travels as plain values: the resolved configuration and absolute paths. Ray
+carries metrics only; checkpoints are files of the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from findrec.config import RunConfig
+from findrec.errors import FindRecError
+from findrec.paths import home
+from findrec.progress import say
+
+
+def usable_cpus() -> int:
+    """CPU cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+
+
+def worker_threads(config: RunConfig) -> int:
+    """CPU threads of each worker: as configured, else the cores shared out evenly."""
+    return config.cluster.threads or max(1, usable_cpus() // config.cluster.workers)
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """A Ray cluster for the time of a run: the one at `cluster.address` or `RAY_ADDRESS`, else a local one."""
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    environment = {
+        "FINDREC_HOME": str(home()),
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "OMP_NUM_THREADS": str(worker_threads(config)),
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
+    }
+    common: dict[str, Any] = {
+        "runtime_env": {"env_vars": environment},
+        "logging_level": logging.WARNING,
+        "ignore_reinit_error": False,
+    }
+    if address:
+        say(f"joining the Ray cluster at {address}")
+        try:
+            ray.init(address=address, **common)
+        except ConnectionError as error:
+            raise FindRecError(
+                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or unset "
+                "cluster.address and RAY_ADDRESS to run on this machine alone."
+            ) from None
+    else:
+        cores = usable_cpus()
+        say(f"starting Ray on this machine ({cores} CPU cores)")
+        # The token stays with the run: one in ~/.ray would switch authentication on for later clusters.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=cores, include_dashboard=False, **common)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: RunConfig) -> None:
+    """Refuse a placement the cluster can never fulfil: Ray would wait for it without end."""
+    import ray
+
+    have = ray.cluster_resources()
+    need = config.cluster.workers * config.cluster.cpus_per_worker
+    if have.get("CPU", 0) < need:
+        raise FindRecError(
+            f"{config.cluster.workers} workers with {config.cluster.cpus_per_worker:g} CPU each need {need:g} "
+            f"CPUs, the cluster has {have.get('CPU', 0):g}. Lower cluster.workers or cluster.cpus_per_worker."
+        )
+    if config.cluster.gpu is True and have.get("GPU", 0) < config.cluster.workers:
+        raise FindRecError(
+            f"cluster.gpu=true asks for {config.cluster.workers} GPUs, the cluster has "
+            f"{have.get('GPU', 0):g}. Lower cluster.workers or set cluster.gpu=auto."
+        )
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether workers get a GPU each: as configured; `auto` when the cluster has enough of them."""
+    import ray
+
+    if config.cluster.gpu == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) >= config.cluster.workers)
+    return config.cluster.gpu
+
+
+def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None:
+    """Run `train_worker` on all workers to the end; lost workers are restarted `max_failures` times."""
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from findrec.cluster.worker import train_worker
+
+    gpu = uses_gpu(config)
+    resources: dict[str, float] = {"CPU": config.cluster.cpus_per_worker}
+    if gpu:
+        resources["GPU"] = 1
+    backend = "nccl" if gpu else "gloo"
+    say(
+        f"placing {config.cluster.workers} workers ({'1 GPU' if gpu else f'{worker_threads(config)} threads'} "
+        f"each, {backend}), ZeRO stage {config.cluster.zero_stage}, python {sys.executable}"
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "data_folder": str(data_folder),
+            "run_folder": str(run_folder),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers, use_gpu=gpu, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend=backend, timeout_s=int(config.cluster.timeout_s)),
+        run_config=RayRunConfig(
+            name="ray",
+            storage_path=str(run_folder),
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        raise _plain_error(error) from error
+
+
+def _plain_error(error: BaseException) -> BaseException:
+    """The `FindRecError` a worker stopped with, if that is what happened; else the error as it is."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in [*failures.values(), error.__cause__, error]:
+        text = str(failure)
+        marker = "FindRecError: "
+        if marker in text:
+            return FindRecError(text.rsplit(marker, 1)[1].strip())
+    return error

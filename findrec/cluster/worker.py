@@ -1,0 +1,86 @@
+"""What each Ray worker runs: open the data, build model, table and engine, train; the same for any number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from findrec.cluster.engine import DeepSpeedTower
+from findrec.cluster.launch import worker_threads
+from findrec.config import RunConfig, parse_config
+from findrec.datasets.folder import DataFolder
+from findrec.ops.selective_scan import scan_backend
+from findrec.progress import say
+from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.loop import Worker, run_training
+from findrec.training.runs import checkpoint_folder, training_jobs
+from findrec.training.tracking import MetricsLog, Tracker
+
+
+def train_worker(payload: dict[str, Any]) -> None:
+    """Entry point given to Ray Train; `payload` holds plain values only."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    config = parse_config(payload["config"])
+    torch.set_num_threads(worker_threads(config))
+    folder = DataFolder.open(Path(payload["data_folder"]), verify=False)  # the driver verified it
+    for job in training_jobs(config, Path(payload["run_folder"])):
+        _train_one(job.config, job.folder, folder, worker, ray.train.report)
+
+
+def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: Worker, report: Any) -> None:
+    torch.manual_seed(config.training.seed)
+    modalities = used_modalities(config, folder)
+    model = build_tower_model(config, folder)
+    if worker.leads:
+        num_weights = sum(p.numel() for p in model.parameters())
+        say(
+            f"{config.model.name}: {num_weights:,} weights in the tower, item table {folder.num_items:,} x "
+            f"{config.model.dim} (replicated), modalities {', '.join(modalities) or 'none'}, "
+            f"scan {scan_backend(worker.device)} on {worker.device}"
+        )
+    table = build_table(config, folder, worker.device)
+    tower = DeepSpeedTower(
+        model,
+        config.training.optim,
+        stage=config.cluster.zero_stage,
+        accumulation=config.training.microbatches // worker.world,
+        device=worker.device,
+    )
+    log = tracker = None
+    if worker.leads:
+        log = MetricsLog(run_folder / "metrics.jsonl")
+        tracker = Tracker.start(config, run_folder)
+    run_training(
+        config,
+        folder,
+        checkpoint_folder(run_folder),
+        tower,
+        table,
+        modalities=modalities,
+        worker=worker,
+        log=None if log is None else _Both(log, tracker),
+        on_resume=None if log is None else log.truncate_after,
+        after_epoch=report,
+    )
+    if tracker is not None:
+        tracker.finish("RUNNING")  # the driver adds the final table and closes the run
+
+
+class _Both:
+    """`metrics.jsonl`, mirrored to MLflow."""
+
+    def __init__(self, log: MetricsLog, tracker: Tracker | None) -> None:
+        self._log = log
+        self._tracker = tracker
+
+    def log(self, step: int, epoch: int, values: Any) -> None:
+        self._log.log(step, epoch, values)
+        if self._tracker is not None:
+            self._tracker.log(step, values)

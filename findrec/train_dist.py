@@ -1,0 +1,80 @@
+"""Train and evaluate one run, on this machine or on a Ray cluster.
+
+    python -m findrec.train_dist --config configs/demo.yaml [dotted.key=value ...]
+    ray job submit --working-dir . -- python -m findrec.train_dist --config configs/demo.yaml
+
+Prepares the data set on first use, starts Ray here if no cluster address is given (cluster.address or
+RAY_ADDRESS), trains with DeepSpeed, ranks the full catalogue, writes the run folder. Started again with the
+same name it continues from the newest checkpoint; `--fresh` deletes the run and starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+
+from findrec.errors import FindRecError
+from findrec.paths import drop_checkout_from_sys_path
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m findrec.train_dist",
+        description=(__doc__ or "").split("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="path or name of a run configuration (YAML)")
+    parser.add_argument("--fresh", action="store_true", help="delete a run of the same name first")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. training.epochs=3")
+    return parser.parse_intermixed_args(argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from findrec.config import dump_config, load_config
+    from findrec.progress import say
+    from findrec.training.runs import open_run_folder, run_folder
+
+    config = load_config(arguments.config, arguments.overrides)
+    say(f"resolved configuration:\n{dump_config(config)}")
+    if arguments.fresh:
+        shutil.rmtree(run_folder(config), ignore_errors=True)
+    folder = open_run_folder(config)
+
+    from findrec.cluster.launch import check_resources, ray_session, train_on_ray
+    from findrec.datasets.prepare import open_or_prepare
+    from findrec.evaluation.run import evaluate_run
+
+    data = open_or_prepare(config.data)
+    with ray_session(config):
+        check_resources(config)
+        train_on_ray(config, data.path, folder)
+    evaluate_run(folder)
+    say(f"done: {folder / 'report.html'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run and return the exit code: 0 done, 2 a mistake in what was given, 130 interrupted."""
+    drop_checkout_from_sys_path()
+    arguments = _parse(argv)
+    try:
+        _run(arguments)
+    except FindRecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {sys.executable} has no module {error.name!r}. Use the Python FindRec is installed in: "
+            "`source .venv/bin/activate` before `ray start` and `ray job submit`.",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

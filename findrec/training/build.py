@@ -1,0 +1,60 @@
+"""From a configuration and a data folder to the parts that are trained or evaluated."""
+
+from __future__ import annotations
+
+import torch
+
+from findrec.config import RunConfig
+from findrec.datasets.folder import DataFolder
+from findrec.errors import FindRecError, suggest
+from findrec.models.base import SequenceModel
+from findrec.models.registry import build_model
+from findrec.tables.item_table import ItemTable
+
+REPEAT_RATE = 0.05  # from here on repeat="auto" gives a model its repeat head
+
+
+def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
+    """The modalities the model is given: those asked for, checked against those the data has."""
+    if config.model.name == "sasrec":
+        return []
+    if config.model.modalities == "all":
+        return list(folder.modalities)
+    for name in config.model.modalities:
+        if name not in folder.modalities:
+            raise FindRecError(
+                f"model.modalities names {name!r}, but {folder.path} has {', '.join(folder.modalities) or 'none'}"
+                f"{suggest(name, folder.modalities)}"
+            )
+    return list(config.model.modalities)
+
+
+def uses_repeat(config: RunConfig, folder: DataFolder) -> bool:
+    """Whether the model gets its repeat head (see findrec/models/repeat.py)."""
+    if config.model.repeat == "auto":
+        return folder.manifest.repeat_rate > REPEAT_RATE
+    return config.model.repeat
+
+
+def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
+    """The network, initialised from torch's global generator (seed it first)."""
+    dims = {name: folder.feature(name).dim for name in used_modalities(config, folder)}
+    return build_model(
+        config.model,
+        feature_dims=dims,
+        repeat=uses_repeat(config, folder),
+        max_length=config.data.max_length,
+    )
+
+
+def build_table(config: RunConfig, folder: DataFolder, device: torch.device | str = "cpu") -> ItemTable:
+    """The replicated item table, initialised from the run's seed."""
+    return ItemTable(
+        folder.num_items,
+        config.model.dim,
+        seed=config.training.seed,
+        loss=config.training.loss,
+        optim=config.training.optim,
+        train_count=torch.from_numpy(folder.train_count),
+        device=device,
+    )

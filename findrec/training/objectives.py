@@ -1,0 +1,71 @@
+"""What one microbatch contributes to a training step."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from findrec.datasets.batch import Batch, ModalRows
+from findrec.models.repeat import own_items
+from findrec.ops.linear_cross_entropy import OwnBonus
+from findrec.tables.item_table import ItemTable
+from findrec.training.tower import Tower
+
+
+@dataclass
+class MicrobatchLoss:
+    """Values of one microbatch for the log, detached."""
+
+    cross_entropy: Tensor  # [] share of the step's mean token loss
+    aux: dict[str, Tensor] = field(default_factory=dict)  # unweighted
+    diagnostics: dict[str, float] = field(default_factory=dict)
+
+
+def microbatch_seed(seed: int, step: int, microbatch: int) -> int:
+    """The key of all randomness of a microbatch, whichever worker runs it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{microbatch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def all_positions_loss(
+    tower: Tower,
+    table: ItemTable,
+    batch: Batch,
+    features: Mapping[str, ModalRows],
+    *,
+    num_targets: int,
+    num_microbatches: int,
+    seed: int,
+) -> MicrobatchLoss:
+    """Forward and backward of one microbatch: every position asks for the item that follows it.
+
+    Token losses are divided by `num_targets`, the count over the whole step on all workers; auxiliary
+    terms, which see one microbatch, by `num_microbatches`. Gradients stay in the tower and the table.
+    """
+    torch.manual_seed(seed)
+    rows_Ud = table.lookup(batch.ids)
+    out = tower.forward(batch, rows_Ud, features)
+    own = None
+    if out.repeat is not None:
+        items = own_items(batch)
+        bonus_TN = torch.einsum("tnr,tr->tn", items.phi_TNR, out.repeat)
+        own = OwnBonus(items.ids_BN, items.row_T, items.seen_TN, bonus_TN)
+    negatives = torch.Generator().manual_seed(seed)
+    loss = table.catalogue_loss(out.h, batch.target, num_targets, own=own, generator=negatives)
+    surrogate = (out.h * loss.dh).sum()
+    if own is not None and loss.dbonus is not None:
+        surrogate = surrogate + (own.bonus_TN * loss.dbonus).sum()
+    for term in out.aux.values():
+        surrogate = surrogate + term.value / num_microbatches
+    tower.backward(surrogate)
+    assert rows_Ud.grad is not None
+    table.push(batch.ids, rows_Ud.grad / tower.backward_factor)
+    return MicrobatchLoss(
+        cross_entropy=loss.loss,
+        aux={name: term.reported / num_microbatches for name, term in out.aux.items()},
+        diagnostics=out.diagnostics,
+    )
