@@ -1,0 +1,120 @@
+"""Counting, for each case, how many values of its user's row lie above the target's.
+
+The ranker of inner products (`target_rank`) and the one of all other scorers (`rank_dense`) share the two
+tricks here: cases are walked in slots (the k-th case of every user at once, a leading slice of the tile),
+and comparisons are summed as float32.
+
+Shape letters: B users, T items of a tile, C cases, n users of a slot, S excluded pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXCLUDED = torch.iinfo(torch.int64).min  # key of an item that does not count
+
+
+def rank_dense(
+    keys: Callable[[int, int], Tensor],
+    num_items: int,
+    row_C: Tensor,
+    target_C: Tensor,
+    *,
+    num_users: int,
+    exclude_ids_BN: Tensor | None = None,
+    tile_mib: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Items above and level with each target for any scorer, as `target_rank` counts them.
+
+    `keys(lo, hi)` gives int64 order keys `[B, hi - lo]` of the items lo..hi-1, in memory of its own.
+
+    Keys are compared as integers, so an order by (score, popularity) packed into one key is exact; a key
+    must be above `EXCLUDED`. The catalogue is walked twice in tiles (once for the targets' keys), or once
+    where one tile holds it.
+    """
+    tile = max(1, (tile_mib << 20) // (24 * max(1, num_users)))
+    spans = [(lo, min(lo + tile, num_items + 1)) for lo in range(1, num_items + 1, tile)]
+    order = CaseOrder.of(row_C, num_users)
+    key_C = torch.zeros_like(row_C)
+    for lo, hi in spans:
+        key_BT = keys(lo, hi)
+        inside_C = (target_C >= lo) & (target_C < hi)
+        key_C[inside_C] = key_BT[row_C[inside_C], target_C[inside_C] - lo]
+    stride = num_items + 1
+    out_S = (
+        torch.unique(pair_keys(exclude_ids_BN, stride)) if exclude_ids_BN is not None else row_C.new_zeros(0)
+    )
+    counts = Counts(torch.zeros_like(row_C), torch.zeros_like(row_C))
+    for lo, hi in spans:
+        if len(spans) > 1:
+            key_BT = keys(lo, hi)
+        item_S = out_S % stride
+        inside_S = (item_S >= lo) & (item_S < hi)
+        key_BT[(out_S // stride)[inside_S], item_S[inside_S] - lo] = EXCLUDED
+        key_BT = key_BT[order.rows]
+        for case_n in order.slots(0, len(order.rows)):
+            above_n = sum_true(torch.gt, key_BT[: len(case_n)], key_C[case_n])
+            counts.greater[case_n] += above_n
+            counts.equal[case_n] += sum_true(torch.ge, key_BT[: len(case_n)], key_C[case_n]) - above_n
+    _, excluded_C = find_keys(out_S, row_C * stride + target_C)
+    return counts.greater, counts.equal - (~excluded_C).long()  # an excluded target did not meet itself
+
+
+@dataclass
+class Counts:
+    """What is counted for each case."""
+
+    greater: Tensor  # [C] int64
+    equal: Tensor  # [C] int64
+
+
+@dataclass(frozen=True)
+class CaseOrder:
+    """Rows by falling number of cases, so that the k-th cases of all rows are a leading slice of them."""
+
+    rows: Tensor  # [R] rows that have a case
+    start: Tensor  # [R] first place of a row's cases in `case`
+    size: Tensor  # [R] how many
+    case: Tensor  # [C] cases grouped by row
+
+    @staticmethod
+    def of(row_C: Tensor, num_users: int) -> CaseOrder:
+        """Group cases by the row `row_C` they belong to."""
+        size_B = torch.bincount(row_C, minlength=num_users)
+        start_B = size_B.cumsum(0) - size_B
+        rows = torch.argsort(size_B, descending=True, stable=True)[: int((size_B > 0).sum())]
+        return CaseOrder(rows, start_B[rows], size_B[rows], torch.argsort(row_C, stable=True))
+
+    def slots(self, lo: int, hi: int) -> Iterator[Tensor]:
+        """For rows lo..hi-1: the first case of each, then the second of those that have two, ..."""
+        size = self.size[lo:hi]
+        deepest = int(size[0]) if len(size) else 0
+        # How many rows still have a k-th case: sizes fall, so count from the other end.
+        active = torch.searchsorted(-size, torch.arange(deepest, device=size.device) * -1 - 1, right=True)
+        for k, n in enumerate(active.tolist()):
+            yield self.case[self.start[lo : lo + n] + k]
+
+
+def pair_keys(ids_BN: Tensor, stride: int) -> Tensor:
+    """`row * stride + id` of all ids that are not 0 (padding), row by row."""
+    row = torch.arange(len(ids_BN), device=ids_BN.device)[:, None]
+    return (row * stride + ids_BN)[ids_BN > 0]
+
+
+def find_keys(sorted_keys: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of `wanted` in `sorted_keys`, and whether they are there at all."""
+    if not len(sorted_keys):
+        return torch.zeros_like(wanted), torch.zeros_like(wanted, dtype=torch.bool)
+    place = torch.searchsorted(sorted_keys, wanted).clamp(max=len(sorted_keys) - 1)
+    return place, sorted_keys[place] == wanted
+
+
+def sum_true(compare: Callable[..., Tensor], values_nT: Tensor, limit_n: Tensor) -> Tensor:
+    """Row sums of a comparison. A float32 mask adds up five times faster than a bool one, and exactly."""
+    mask = torch.empty(values_nT.shape, dtype=torch.float32, device=values_nT.device)
+    compare(values_nT, limit_n[:, None], out=mask)
+    return mask.sum(1).long()

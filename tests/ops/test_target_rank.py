@@ -1,0 +1,281 @@
+"""Exact counts against a plain float64 oracle: ties, near-ties, duplicates, bonuses, filters, odd numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from findrec.ops.counting import rank_dense
+from findrec.ops.target_rank import dot64, target_rank
+
+
+def oracle(
+    users: Tensor,
+    items: Tensor,
+    row: Tensor,
+    target: Tensor,
+    own_ids: Tensor | None = None,
+    own_bonus: Tensor | None = None,
+    exclude_ids: Tensor | None = None,
+) -> tuple[list[int], list[int]]:
+    """One case after the other, every item scored by a Python-ordered float64 sum."""
+    x, y = users.numpy().astype(np.float64), items.numpy().astype(np.float64)
+    greater, equal = [], []
+    with np.errstate(all="ignore"):
+        for b, t in zip(row.tolist(), target.tolist(), strict=True):
+            score = np.zeros(len(y))
+            for k in range(x.shape[1]):
+                score = score + x[b, k] * y[:, k]
+            if own_ids is not None and own_bonus is not None:
+                given: set[int] = {0}
+                for i, bonus in zip(own_ids[b].tolist(), own_bonus[b].tolist(), strict=True):
+                    if i not in given:
+                        score[i] += bonus
+                        given.add(i)
+            rivals = set(range(1, len(y))) - {t}
+            if exclude_ids is not None:
+                rivals -= set(exclude_ids[b].tolist())
+            rival = np.array(sorted(rivals), dtype=np.int64)
+            if np.isnan(score[t]):
+                greater.append(len(rival))
+                equal.append(0)
+            else:
+                greater.append(int((score[rival] > score[t]).sum()))
+                equal.append(int((score[rival] == score[t]).sum()))
+    return greater, equal
+
+
+def agree(users: Tensor, items: Tensor, row: Tensor, target: Tensor, **extra: Any) -> None:
+    renamed = {"own_ids_BN": "own_ids", "own_bonus_BN": "own_bonus", "exclude_ids_BN": "exclude_ids"}
+    expected = oracle(users, items, row, target, **{renamed[k]: v for k, v in extra.items()})
+    for impl in ("screened", "exact"):
+        greater, equal = target_rank(users, items, row, target, impl=impl, **extra)  # type: ignore[arg-type]
+        assert greater.tolist() == expected[0], impl
+        assert equal.tolist() == expected[1], impl
+
+
+def cases(num_users: int, num_items: int, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randint(0, num_users, (count,), generator=generator)
+    return row, torch.randint(1, num_items + 1, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("width", [1, 7, 64])
+@pytest.mark.parametrize(("num_users", "num_items"), [(1, 1), (5, 40), (33, 301)])
+def test_random_vectors(num_users: int, num_items: int, width: int) -> None:
+    torch.manual_seed(width)
+    users, items = torch.randn(num_users, width), torch.randn(num_items + 1, width)
+    agree(users, items, *cases(num_users, num_items, 90))
+
+
+def test_by_hand() -> None:
+    items = torch.tensor([[9.0], [3.0], [1.0], [3.0], [2.0]])  # row 0, the padding, would win
+    greater, equal = target_rank(
+        torch.ones(1, 1), items, torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2, 3, 4])
+    )
+    assert greater.tolist() == [0, 3, 0, 2]
+    assert equal.tolist() == [1, 0, 1, 0]
+
+
+def test_near_ties_below_float32_resolution() -> None:
+    """Items one float32 step apart: a float32 product mixes them up, the counts do not."""
+    torch.manual_seed(3)
+    base = torch.randn(16)
+    rows = [torch.zeros(16), base]
+    for k in range(120):
+        near = base.clone()
+        near[k % 16] = torch.nextafter(near[k % 16], torch.tensor(float("inf") if k % 3 else -float("inf")))
+        rows.append(near)
+    items = torch.stack(rows)
+    users = base + 0.1 * torch.randn(6, 16)
+    row, target = cases(6, len(items) - 1, 60)
+    single = users @ items[1:].T
+    assert any(
+        int((single[b] > single[b, t - 1]).sum()) != g
+        for b, t, g in zip(row, target, oracle(users, items, row, target)[0], strict=True)
+    ), "the example is too easy: float32 gets it right"
+    agree(users, items, row, target)
+
+
+def test_cancellation() -> None:
+    """Large terms cancel, so the float32 score is nearly all error."""
+    torch.manual_seed(4)
+    half = 1e4 * torch.randn(200, 8)
+    items = torch.cat([half, -half + 1e-3 * torch.randn(200, 8)], dim=1)
+    users = torch.randn(4, 8).repeat(1, 2)
+    agree(users, items, *cases(4, 199, 50))
+
+
+def test_duplicate_rows_are_equal() -> None:
+    torch.manual_seed(5)
+    items = torch.randn(31, 12)[torch.arange(93) % 31]  # every vector three times; 0, 31 and 62 are one
+    users = torch.randn(4, 12)
+    row, target = cases(4, 92, 50)
+    _, equal = target_rank(users, items, row, target)
+    assert equal.tolist() == [1 if t % 31 == 0 else 2 for t in target.tolist()]
+    agree(users, items, row, target)
+
+
+def test_constant_scores_tie_with_everything() -> None:
+    row, target = cases(3, 50, 20)
+    greater, equal = target_rank(torch.zeros(3, 8), torch.randn(51, 8), row, target)
+    assert greater.tolist() == [0] * 20
+    assert equal.tolist() == [49] * 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_own_bonus_and_filter(seed: int) -> None:
+    torch.manual_seed(seed)
+    num_users, num_items = 9, 60
+    users, items = torch.randn(num_users, 6), torch.randn(num_items + 1, 6)
+    items[20:30] = items[30:40]
+    own = torch.randint(0, num_items + 1, (num_users, 12))
+    own[:, 5] = own[:, 2]  # a repeated id: the first bonus counts
+    bonus = torch.randn(num_users, 12).round()
+    bonus[0] = 0
+    exclude = torch.randint(0, num_items + 1, (num_users, 15))
+    exclude[:, 3] = exclude[:, 1]
+    row, target = cases(num_users, num_items, 70, seed)
+    target[:20] = own[row[:20], 2].clamp(min=1)  # targets among the own items
+    target[20:30] = exclude[row[20:30], 1].clamp(min=1)  # and among the excluded ones
+    agree(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus)
+    agree(users, items, row, target, exclude_ids_BN=exclude)
+    agree(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus, exclude_ids_BN=exclude)
+
+
+def test_odd_numbers() -> None:
+    torch.manual_seed(6)
+    users, items = torch.randn(6, 5), torch.randn(41, 5)
+    items[7, 2] = torch.nan
+    items[8, 0] = torch.inf
+    items[9] = 3e38
+    items[10] = 1e-42
+    items[11] = 0
+    users[1] = 2e38
+    users[2, 1] = -torch.inf
+    users[3] = torch.nan
+    users[4] = 1e-40
+    row = torch.arange(6).repeat_interleave(40)
+    target = torch.arange(1, 41).repeat(6)
+    agree(users, items, row, target)
+    greater, _ = target_rank(users, items, torch.tensor([0]), torch.tensor([7]))
+    assert greater.tolist() == [39]  # NaN is last of 40
+    exclude = torch.tensor([[1, 2, 7]]).repeat(6, 1)
+    agree(users, items, row, target, exclude_ids_BN=exclude)
+    bonus = torch.tensor([[torch.nan, 0.5, -1.0]]).repeat(6, 1)
+    agree(users, items, row, target, own_ids_BN=exclude, own_bonus_BN=bonus)
+
+
+def test_blocks_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    users, items = torch.randn(300, 16), torch.randn(701, 16)
+    items[100:200] = items[1:101].clone()
+    row, target = cases(300, 700, 800)
+    own, bonus = torch.randint(0, 701, (300, 5)), torch.randn(300, 5)
+    whole = target_rank(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus)
+    for pairs in (1 << 20, 7):
+        monkeypatch.setattr("findrec.ops.target_rank._PAIRS", pairs)
+        tiny = target_rank(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus, tile_mib=1)
+        assert all(torch.equal(a, b) for a, b in zip(whole, tiny, strict=True))
+    for lo in range(0, 300, 77):  # users ranked in blocks, as the workers do
+        inside = (row >= lo) & (row < lo + 77)
+        rows = slice(lo, lo + 77)
+        part = target_rank(
+            users[rows],
+            items,
+            row[inside] - lo,
+            target[inside],
+            own_ids_BN=own[rows],
+            own_bonus_BN=bonus[rows],
+        )
+        assert all(torch.equal(a[inside], b) for a, b in zip(whole, part, strict=True))
+
+
+def test_low_precision_settings_do_not_reach_the_screen() -> None:
+    torch.manual_seed(8)
+    users, items = torch.randn(20, 32), torch.randn(400, 32)
+    row, target = cases(20, 399, 60)
+    expected = target_rank(users, items, row, target)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = target_rank(users, items, row, target)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_dot64_does_not_depend_on_its_neighbours() -> None:
+    torch.manual_seed(9)
+    users, items = torch.randn(50, 33), torch.randn(60, 33)
+    row, item = torch.randint(0, 50, (500,)), torch.randint(0, 60, (500,))
+    together = dot64(users, items, row, item)
+    alone = torch.cat([dot64(users, items, row[k : k + 1], item[k : k + 1]) for k in range(500)])
+    assert torch.equal(together, alone)
+
+
+def test_wrong_input_is_refused() -> None:
+    users, items, zero = torch.randn(2, 3), torch.randn(5, 3), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="padding"):
+        target_rank(users, items, zero, zero)
+    with pytest.raises(ValueError, match="rows must lie"):
+        target_rank(users, items, zero + 2, zero + 1)
+    with pytest.raises(ValueError, match="float32"):
+        target_rank(users.double(), items, zero, zero + 1)
+    with pytest.raises(ValueError, match="together"):
+        target_rank(users, items, zero, zero + 1, own_ids_BN=torch.ones(2, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dense_keys(masked: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    num_users, num_items = 6, 500
+    keys = torch.randint(0, 9, (num_users, num_items + 1), generator=generator)
+    row, target = cases(num_users, num_items, 40)
+    exclude = torch.randint(0, num_items + 1, (num_users, 60), generator=generator) if masked else None
+    if exclude is not None:
+        target[:10] = exclude[row[:10], 4].clamp(min=1)
+    expected_greater, expected_equal = [], []
+    for b, t in zip(row.tolist(), target.tolist(), strict=True):
+        rivals = (
+            set(range(1, num_items + 1)) - {t} - (set(exclude[b].tolist()) if exclude is not None else set())
+        )
+        expected_greater.append(sum(int(keys[b, i] > keys[b, t]) for i in rivals))
+        expected_equal.append(sum(int(keys[b, i] == keys[b, t]) for i in rivals))
+    for tile_mib in (64, 0):  # one tile, and one item a tile
+        greater, equal = rank_dense(
+            lambda lo, hi: keys[:, lo:hi].clone(),
+            num_items,
+            row,
+            target,
+            num_users=num_users,
+            exclude_ids_BN=exclude,
+            tile_mib=tile_mib,
+        )
+        assert greater.tolist() == expected_greater
+        assert equal.tolist() == expected_equal
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_counts() -> None:
+    torch.manual_seed(10)
+    users, items = torch.randn(100, 64), torch.randn(5000, 64)
+    items[1000:1500] = items[:500]
+    row, target = cases(100, 4999, 400)
+    own, bonus = torch.randint(0, 5000, (100, 20)), torch.randn(100, 20)
+    expected = target_rank(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus)
+    found = target_rank(
+        users.cuda(),
+        items.cuda(),
+        row.cuda(),
+        target.cuda(),
+        own_ids_BN=own.cuda(),
+        own_bonus_BN=bonus.cuda(),
+    )
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
