@@ -1,0 +1,191 @@
+"""The canonical event log of a recipe, made by DuckDB in a throw-away database file.
+
+DuckDB reads, joins and sorts, on disk where memory is short. The order it fixes is final: users and items by
+their raw ids, each user's events by time, ties by the recipe's rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from findrec.datasets.fetch import Fetched
+from findrec.datasets.recipe import PLACEHOLDER, Recipe
+from findrec.datasets.writer import USERS_PER_MEMBER, Block
+from findrec.errors import FindRecError
+from findrec.progress import progress
+
+_NEEDED = ("user", "item", "timestamp")
+_EXTRAS = ("event", "value")
+_ABOUT = ("raw", "title", "text", "category")
+
+
+def _literal(paths: list[Path]) -> str:
+    quoted = ["'" + str(path).replace("'", "''") + "'" for path in paths]
+    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"
+
+
+class EventLog:
+    """The tables `users`, `items` and `events` of a recipe's fetched files; `scratch` is a folder to work in.
+
+    `length` `[U]` holds each user's events. Raises `FindRecError` where the recipe's SQL fails or gives the
+    wrong columns.
+    """
+
+    def __init__(self, recipe: Recipe, fetched: list[Fetched], scratch: Path, limit: int | None) -> None:
+        self._recipe = recipe
+        self._files = {name: paths for one in fetched for name, paths in one.files.items()}
+        self._sql = {"events": recipe.events, "items": recipe.items}
+        for one in fetched:
+            self._sql = {k: getattr(one.place, k) or v for k, v in self._sql.items()}
+        self._db = duckdb.connect(str(scratch / "log.duckdb"))
+        self._db.execute("SET preserve_insertion_order = true")  # the row number is the order of the source
+        self._db.execute(f"SET temp_directory = {_literal([scratch])}")
+        self._read(limit)
+
+    def close(self) -> None:
+        """Let go of the database file."""
+        self._db.close()
+
+    def _fill(self, which: str) -> str:
+        sql = self._sql[which]
+        filled = PLACEHOLDER.sub(lambda found: _literal(self._files[found[1]]), sql)
+        return filled.strip().rstrip(";")
+
+    def _columns(self, which: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
+        """Name and SQL type of the columns that a query gives, checked."""
+        try:
+            described = self._db.execute(f"DESCRIBE {self._fill(which)}").fetchall()
+        except duckdb.Error as error:
+            raise FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {error}") from None
+        kinds = {row[0]: row[1] for row in described}
+        names = list(kinds)
+        missing = [name for name in needed if name not in names]
+        unknown = [name for name in names if name not in needed + optional]
+        if missing or unknown:
+            raise FindRecError(
+                f"recipe {self._recipe.name}: the {which} SQL gives columns {names}; it must give "
+                f"{list(needed)} and may give {list(optional)}"
+            )
+        return kinds
+
+    def _value(self, sql: str) -> Any:
+        row = self._db.execute(sql).fetchone()
+        return row[0] if row else None
+
+    def _run(self, which: str, sql: str) -> None:
+        try:
+            self._db.execute(sql)
+        except duckdb.Error as error:
+            raise FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {error}") from None
+
+    def _read(self, limit: int | None) -> None:
+        recipe, db = self._recipe, self._db
+        kinds = self._columns("events", _NEEDED, _EXTRAS)
+        self.extras = [name for name in _EXTRAS if name in kinds]
+        is_date = kinds["timestamp"].upper().startswith(("TIMESTAMP", "DATE"))
+        seconds = "epoch(raw.timestamp)" if is_date else "raw.timestamp"
+        extras = "".join(f", raw.{name} AS {name}" for name in self.extras)
+        self._run(
+            "events",
+            'CREATE TABLE log AS SELECT row_number() OVER () AS row, raw."user" AS raw_user, '
+            f"raw.item AS raw_item, CAST({seconds} AS BIGINT) AS timestamp {extras} "
+            f"FROM ({self._fill('events')}) AS raw",
+        )
+        empty = self._value(
+            "SELECT count(*) FROM log WHERE raw_user IS NULL OR raw_item IS NULL OR timestamp IS NULL"
+        )
+        if empty:
+            raise FindRecError(
+                f"recipe {recipe.name}: {empty:,} events have no user, item or timestamp; "
+                "leave them out in the events SQL"
+            )
+        db.execute(
+            "CREATE TABLE users AS SELECT row_number() OVER (ORDER BY raw_user) - 1 AS u, raw_user "
+            f"FROM (SELECT raw_user FROM log GROUP BY raw_user HAVING count(*) >= {recipe.min_events})"
+        )
+        if limit is not None:
+            db.execute(f"DELETE FROM users WHERE u >= {int(limit)}")
+        db.execute(
+            "CREATE TABLE items AS SELECT row_number() OVER (ORDER BY raw_item) AS item, raw_item "
+            "FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))"
+        )
+        columns, join = "", ""
+        if "event" in self.extras:
+            db.execute(
+                "CREATE TABLE event_types AS SELECT row_number() OVER (ORDER BY event) - 1 AS code, event "
+                "FROM (SELECT DISTINCT CAST(event AS VARCHAR) AS event FROM log WHERE event IS NOT NULL)"
+            )
+            columns += ", coalesce(e.code, -1) AS event"
+            join = "LEFT JOIN event_types e ON e.event = CAST(log.event AS VARCHAR)"
+        if "value" in self.extras:
+            columns += ", coalesce(CAST(value AS FLOAT), CAST('nan' AS FLOAT)) AS value"
+        # md5 and not DuckDB's own hash: the order must not change with DuckDB's version.
+        tie = "row" if recipe.ties == "row" else f"md5(concat('{recipe.seed}:', row))"
+        db.execute(
+            f"CREATE TABLE events AS SELECT u, item, timestamp, {tie} AS tie, row {columns} "
+            f"FROM log JOIN users USING (raw_user) JOIN items USING (raw_item) {join} ORDER BY u"
+        )
+        db.execute("DROP TABLE log")
+        counted = db.execute("SELECT count(*) AS n FROM events GROUP BY u ORDER BY u").fetchnumpy()["n"]
+        self.length = counted.astype(np.int64)
+        if not len(self.length):
+            raise FindRecError(
+                f"recipe {recipe.name}: no user has min_events={recipe.min_events} events or more"
+            )
+
+    def users(self) -> pa.Array:
+        """Raw ids in user order."""
+        rows = self._db.execute("SELECT CAST(raw_user AS VARCHAR) FROM users ORDER BY u").fetchall()
+        return pa.array([row[0] for row in rows], pa.string())
+
+    def event_types(self) -> list[str]:
+        """Names of the codes in the `event` column; empty without one."""
+        if "event" not in self.extras:
+            return []
+        return [row[0] for row in self._db.execute("SELECT event FROM event_types ORDER BY code").fetchall()]
+
+    def items(self) -> pa.Table:
+        """raw, title, text, category in id order; items that the items SQL does not know have no text."""
+        if not self._sql["items"].strip():
+            query = "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL, NULL, NULL FROM items ORDER BY item"
+        else:
+            names = self._columns("items", ("item", "title", "text"), ("category",))
+            category = "CAST(category AS VARCHAR)" if "category" in names else "NULL"
+            self._run(
+                "items",
+                "CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, CAST(title AS VARCHAR) AS title, "
+                f"CAST(text AS VARCHAR) AS text, {category} AS category FROM ({self._fill('items')})",
+            )
+            twice = self._db.execute(
+                "SELECT raw FROM about GROUP BY raw HAVING count(*) > 1 LIMIT 3"
+            ).fetchall()
+            if twice:
+                raise FindRecError(
+                    f"recipe {self._recipe.name}: the items SQL gives some items more than once "
+                    f"(e.g. {', '.join(row[0] for row in twice)})"
+                )
+            query = (
+                "SELECT CAST(i.raw_item AS VARCHAR), title, text, category FROM items i "
+                "LEFT JOIN about a ON a.raw = CAST(i.raw_item AS VARCHAR) ORDER BY i.item"
+            )
+        columns = list(zip(*self._db.execute(query).fetchall(), strict=True))
+        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(_ABOUT, columns, strict=True)})
+
+    def blocks(self) -> Iterator[Block]:
+        """The events in final order, `USERS_PER_MEMBER` users at a time."""
+        names = ["item", "timestamp", *self.extras]
+        with progress("write shards", total=len(self.length), unit="users") as bar:
+            for begin in range(0, len(self.length), USERS_PER_MEMBER):
+                length = self.length[begin : begin + USERS_PER_MEMBER]
+                columns = self._db.execute(
+                    f"SELECT {', '.join(names)} FROM events WHERE u >= {begin} AND "
+                    f"u < {begin + len(length)} ORDER BY u, timestamp, tie, row"
+                ).fetchnumpy()
+                yield Block({name: np.asarray(columns[name]) for name in names}, length)
+                bar.advance(len(length))

