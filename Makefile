@@ -1,0 +1,56 @@
+# Everything a user or a contributor types. `make` alone explains.
+# Other places or versions: make demo VENV=/fast/disk/venv PYTHON=python3.12
+
+VENV   ?= .venv
+PYTHON ?= python3
+PY      = $(VENV)/bin/python
+STAMP   = $(VENV)/.ready
+PLACE   = $(if $(FINDREC_HOME),$(FINDREC_HOME),$(CURDIR))
+CODE    = findrec tests evaluation .ci setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types bench clean
+
+help:
+	@echo "make demo    set up, then train and evaluate on MovieLens-100K (about ten minutes on two cores)"
+	@echo "make test    set up, then run all tests (those for GPUs skip themselves)"
+	@echo "make setup   the virtual environment $(VENV); done once, then instant"
+	@echo "make lint    ruff: rules and format"
+	@echo "make types   mypy, strict"
+	@echo "make bench   time and memory of the hot kernels"
+	@echo "make clean   remove build products and caches; data/, runs/ and $(VENV) stay"
+	@echo "Other Python or place: make setup PYTHON=python3.12 VENV=/path/to/venv"
+
+setup: $(STAMP)
+
+# The stamp is written last: an interrupted set-up is taken up again.
+$(STAMP): pyproject.toml constraints.txt setup.py .ci/setup_env.py
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "setup: no $(PYTHON) here. Debian/Ubuntu: sudo apt install python3 python3-venv;" \
+	       "Fedora: sudo dnf install python3; macOS: brew install python@3.12" >&2; exit 1; }
+	@$(PYTHON) .ci/setup_env.py $(VENV)
+	@touch $(STAMP)
+
+demo: setup
+	$(PY) -m findrec.train_dist --config configs/demo.yaml
+	@echo
+	@echo "Metrics  $(PLACE)/runs/demo/metrics.json"
+	@echo "Report   $(PLACE)/runs/demo/report.html (open it in a browser)"
+	@echo "MLflow   $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(PLACE)/mlflow.db"
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+
+types: setup
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) evaluation/benchmarks/ops.py
+
+clean:
+	rm -rf build dist *.egg-info findrec/assets .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find findrec tests evaluation .ci -name __pycache__ -type d -prune -exec rm -rf {} +
