@@ -1,0 +1,63 @@
+"""Small parts that several models share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from findrec.datasets.batch import Batch
+from findrec.errors import FindRecError
+
+NUM_GAP_BUCKETS = 40  # log2 of seconds: 2^39 s is 17,000 years
+
+
+class Inputs(nn.Module):
+    """Item-table rows (times sqrt(d)) at every event, plus an embedding of the time gap when asked for.
+
+    The table starts small, so that scores start near zero; the factor gives the network inputs of a usual
+    size (Vaswani et al. 2017, section 3.4).
+    """
+
+    def __init__(self, dim: int, dropout: float, *, gaps: bool) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.dropout = nn.Dropout(dropout)
+        self.gap = nn.Embedding(NUM_GAP_BUCKETS, dim) if gaps else None
+        if self.gap is not None:
+            nn.init.normal_(self.gap.weight, std=0.1)
+
+    def forward(self, batch: Batch, x_items_Ud: Tensor) -> Tensor:
+        """`[B, L, d]` inputs, without dropout: see `drop`."""
+        x_BLd: Tensor = F.embedding(batch.index, x_items_Ud) * self.scale
+        if self.gap is None:
+            return x_BLd
+        if batch.gap is None:
+            raise FindRecError(
+                "model.gaps is true, but the data has no timestamps to take time gaps from; "
+                "set model.gaps=false"
+            )
+        x_BLd = x_BLd + self.gap(batch.gap.clamp(0, NUM_GAP_BUCKETS - 1))
+        return x_BLd
+
+    def drop(self, x_BLd: Tensor) -> Tensor:
+        """Input dropout, after whatever else the model adds."""
+        dropped: Tensor = self.dropout(x_BLd)
+        return dropped
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a residual branch, starting small (Touvron et al. 2021)."""
+
+    def __init__(self, dim: int, initial: float = 0.1) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x * gain`."""
+        return x * self.gain
+
+
+def asked_rows(x_BLd: Tensor, batch: Batch) -> Tensor:
+    """`[T, d]`: the rows at the positions the batch asks for."""
+    return x_BLd.flatten(0, 1).index_select(0, batch.position)

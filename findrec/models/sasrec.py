@@ -1,0 +1,97 @@
+"""SASRec, the reference every other model is compared with (Kang & McAuley 2018, arXiv 1808.09781).
+
+A causal Transformer over item ids, in its present form: pre-normalised blocks, GELU, and the loss, width and
+budget of the other models. Attention weights get no dropout: that keeps the fused kernel and its O(L) memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from findrec.config import ModelConfig
+from findrec.datasets.batch import Batch, ModalRows
+from findrec.errors import FindRecError
+from findrec.models.base import Out, SequenceModel
+from findrec.models.layers import Inputs, asked_rows
+from findrec.models.repeat import RepeatHead
+
+INIT_STD = 0.02
+
+
+class Block(nn.Module):
+    """Causal self-attention, then a position-wise network; both residual, both normalised first."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm_feed = nn.LayerNorm(dim)
+        self.feed_in = nn.Linear(dim, 4 * dim)
+        self.feed_out = nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BLd: Tensor) -> Tensor:
+        """`[B, L, d]` to `[B, L, d]`."""
+        b, length, dim = x_BLd.shape
+        qkv = self.qkv(self.norm_attention(x_BLd)).view(b, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BLd = x_BLd + self.dropout(self.out(mixed.transpose(1, 2).reshape(b, length, dim)))
+        fed = self.feed_out(F.gelu(self.feed_in(self.norm_feed(x_BLd))))
+        mixed_BLd: Tensor = x_BLd + self.dropout(fed)
+        return mixed_BLd
+
+
+class SASRec(SequenceModel):
+    """Item ids only; modalities are ignored."""
+
+    def __init__(
+        self, config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
+    ) -> None:
+        """Raises `FindRecError` when the heads do not divide the width. `feature_dims` is not used."""
+        super().__init__()
+        if config.dim % config.heads:
+            raise FindRecError(
+                f"model.dim={config.dim} is no multiple of model.heads={config.heads}: each attention head "
+                "takes an equal part of the width; change one of them"
+            )
+        self.max_length = max_length
+        self.inputs = Inputs(config.dim, config.dropout, gaps=config.gaps)
+        self.position = nn.Embedding(max_length, config.dim)
+        self.blocks = nn.ModuleList(
+            [Block(config.dim, config.heads, config.dropout) for _ in range(config.layers)]
+        )
+        self.norm = nn.LayerNorm(config.dim)
+        self.apply(_initialise)
+        self.repeat_head = RepeatHead(config.dim) if repeat else None
+
+    def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
+        """See `SequenceModel`. Raises `FindRecError` for a history longer than `max_length`."""
+        length = batch.item.shape[1]
+        if length > self.max_length:
+            raise FindRecError(
+                f"a history of {length} events was given to a SASRec with {self.max_length} learned "
+                "positions; cut histories to the last data.max_length events, the value it was trained with"
+            )
+        place_Ld = self.position.weight[:length]
+        x_BLd = self.inputs.drop(self.inputs(batch, x_items) + place_Ld)
+        for block in self.blocks:
+            x_BLd = block(x_BLd)
+        h_Td = self.norm(asked_rows(x_BLd, batch))
+        return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td))
+
+
+@torch.no_grad()
+def _initialise(module: nn.Module) -> None:
+    """Small normal weights; learned positions on the scale of the inputs."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)
