@@ -44,6 +44,7 @@ def write_feature(path: Path, feature: FeatureInput) -> bool:
             f"features of modality {feature.modality!r} do not fit fp16: scale them down first"
         )
     save_file({"present": present, "values": values}, str(path))
+    path.chmod(0o644)  # safetensors makes files that only their owner reads
     norms = np.linalg.norm(values[present].astype(np.float32), axis=1)
     return bool(len(norms) and np.all(np.abs(norms - 1) < 2e-3))
 

@@ -6,9 +6,10 @@ already is used again.
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from pathlib import Path
 
+import duckdb
 import numpy as np
 
 from findrec.datasets.encode import encode_text
@@ -16,13 +17,28 @@ from findrec.datasets.eventlog import EventLog
 from findrec.datasets.features import FeatureInput
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.manifest import MANIFEST_NAME, how_to_mend, read_manifest, sha256_file
+from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe
-from findrec.datasets.writer import FolderInput, write_folder
+from findrec.datasets.writer import FolderInput, beside, cannot_write, write_folder
 from findrec.errors import FindRecError
 from findrec.progress import say
 
 _OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
+
+
+def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
+    """A local source file that is not what the folder was made from. One that is gone changes nothing."""
+    told = {entry.sha256 for entry in manifest.sources}
+    used = {entry.place for entry in manifest.sources}
+    for place in (place for places in recipe.sources.values() for place in places):
+        if place.path is None or str(place) not in used:
+            continue
+        root = recipe.folder / Path(place.path).expanduser()
+        for file in place.files.values():
+            for path in sorted(root.glob(file.member)) if file.member else [root]:
+                if path.is_file() and sha256_file(path) not in told:
+                    return path
+    return None
 
 
 def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | None:
@@ -39,17 +55,8 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
             f"{folder} was made from another recipe, or another version of {manifest.recipe!r} (or other "
             f"options). {how_to_mend(recipe.name)}, or give another folder"
         )
-    told = {entry.sha256 for entry in manifest.sources}
-    for places in recipe.sources.values():
-        for place in (place for place in places if place.path is not None):
-            root = recipe.folder / Path(str(place.path)).expanduser()
-            for file in place.files.values():
-                for path in sorted(root.glob(file.member)) if file.member else [root]:
-                    used = any(entry.place == str(place) for entry in manifest.sources)
-                    if used and path.is_file() and sha256_file(path) not in told:
-                        raise FindRecError(
-                            f"{path} has changed since {folder} was made. {how_to_mend(recipe.name)}"
-                        )
+    if (changed := _changed_source(recipe, manifest)) is not None:
+        raise FindRecError(f"{changed} has changed since {folder} was made. {how_to_mend(recipe.name)}")
     return DataFolder.open(folder)
 
 
@@ -72,13 +79,16 @@ def prepare(
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.scratch-", dir=folder.parent) as scratch:
-            _make(recipe, folder, Path(scratch), recipe_sha256, limit_users)
+        scratch = beside(folder, "scratch")
+        scratch.mkdir()
     except OSError as error:
-        raise FindRecError(
-            f"cannot write below {folder.parent}: {error.strerror or error}. Give a folder that you "
-            "may write to, with enough space (data.folder, --folder or FINDREC_HOME)."
-        ) from error
+        raise cannot_write(folder, error) from error
+    try:
+        _make(recipe, folder, scratch, recipe_sha256, limit_users)
+    except duckdb.IOException as error:
+        raise FindRecError(f"cannot work on {recipe.name} in {scratch.parent}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return DataFolder.open(folder)
 
 

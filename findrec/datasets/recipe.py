@@ -118,7 +118,7 @@ class Recipe(Part):
     def sha256(self, limit_users: int | None = None) -> str:
         """Hash of everything that decides what `prepare` writes."""
         tree = {
-            "recipe": self.model_dump(mode="json"),
+            "recipe": self.model_dump(mode="json", exclude={"title", "licence", "source"}),
             "version": FOLDER_VERSION,
             "limit_users": limit_users,
         }

@@ -6,9 +6,11 @@ the work (a crash, a full disk, no permission) leaves the old folder, or none, b
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
+import socket
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,31 +64,58 @@ class FolderInput:
     event_types: Sequence[str] = ()
 
 
+def beside(path: Path, kind: str) -> Path:
+    """A hidden sibling of `path` for this process's work. What processes of this machine that ended without
+    tidying up have left there is removed.
+    """
+    stem = f".{path.name}.{kind}-{socket.gethostname()}-"
+    for left in path.parent.glob(f"{glob.escape(stem)}*"):
+        pid = left.name.removeprefix(stem)
+        if pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(left, ignore_errors=True)
+    return path.parent / f"{stem}{os.getpid()}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """A new folder beside `path` that takes its place when the block ends without an error."""
-    staging = path.parent / f".{path.name}.partial-{os.getpid()}"
-    old = path.parent / f".{path.name}.old-{os.getpid()}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        staging, old = beside(path, "partial"), beside(path, "old")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
         staging.mkdir()
         yield staging
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         staging.rename(path)
     except OSError as error:
         if old.exists() and not path.exists():
             old.rename(path)
-        where = error.filename or path
-        raise FindRecError(
-            f"cannot write the data folder {path}: {error.strerror or error} ({where}). Give a folder that "
-            "you may write to, with enough space (data.folder, --folder or FINDREC_HOME)."
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def cannot_write(path: Path, error: OSError) -> FindRecError:
+    """What the user is told where a data folder cannot be written."""
+    where = f" ({error.filename})" if error.filename else ""
+    return FindRecError(
+        f"cannot write the data folder {path}: {error.strerror or error}{where}. Give a folder that you may "
+        "write to, with enough space (data.folder, --folder or FINDREC_HOME)."
+    )
 
 
 @dataclass
