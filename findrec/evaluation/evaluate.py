@@ -1,0 +1,169 @@
+"""Exact ranks of a split for one scorer, all scorers of a run, and the files that hold the results.
+
+Blocks of users are cut from the data alone and shared out over the workers, so neither the number of workers
+nor the tiles inside a block can change a digit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from findrec.datasets.batches import Part, evaluation_blocks
+from findrec.datasets.folder import DataFolder
+from findrec.evaluation.metrics import Ranks, describe_protocol, strata, summarise
+from findrec.evaluation.scorers import Scorer, UserBlock, VectorScorer
+from findrec.evaluation.topk import TopItems
+from findrec.ops.counting import rank_dense
+from findrec.ops.target_rank import target_rank
+
+__all__ = [
+    "Ranks",
+    "describe_protocol",
+    "evaluate_scorers",
+    "rank_split",
+    "strata",
+    "summarise",
+    "write_results",
+]
+
+
+def rank_split(
+    scorer: Scorer,
+    folder: DataFolder,
+    split: Part,
+    *,
+    users_per_block: int,
+    max_length: int,
+    mask_seen: bool,
+    rank: int = 0,
+    world: int = 1,
+    list_k: int = 0,
+) -> Ranks:
+    """Rank every target of `split` among the whole catalogue (padding excluded).
+
+    `max_length` cuts what a model is shown; plain scorers and the seen filter know whole histories.
+    `mask_seen` takes the items of a user's history out of the running (never the target). Worker `rank` of
+    `world` does every world-th block; join the parts with `Ranks.concat`. With `list_k` each user's first
+    `list_k` items are kept too (for coverage).
+    """
+    top = TopItems(scorer)
+    parts = []
+    for users in evaluation_blocks(folder, split, users_per_block)[rank::world]:
+        block = UserBlock.read(folder, split, users, max_length)
+        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top))
+    return Ranks.concat(parts)
+
+
+def _rank_block(
+    scorer: Scorer, folder: DataFolder, block: UserBlock, mask_seen: bool, list_k: int, top: TopItems
+) -> Ranks:
+    seen_BN = block.padded_items() if mask_seen else None
+    row_C, target_C = block.cases.row, block.cases.target
+    queries = None
+    if isinstance(scorer, VectorScorer):
+        device = scorer.items_Vd.device
+        queries = scorer.queries(block)
+        counts = target_rank(
+            queries.users_Bd,
+            scorer.items_Vd,
+            row_C.to(device),
+            target_C.to(device),
+            own_ids_BN=queries.own_ids_BN,
+            own_bonus_BN=queries.own_bonus_BN,
+            exclude_ids_BN=seen_BN.to(device) if seen_BN is not None else None,
+        )
+    else:
+        plain = scorer
+        counts = rank_dense(
+            lambda lo, hi: plain.keys(block, lo, hi),
+            folder.num_items,
+            row_C,
+            target_C,
+            num_users=len(block.user),
+            exclude_ids_BN=seen_BN,
+        )
+    lists = np.zeros((0, 0), dtype=np.int64)
+    if list_k:
+        ids, _ = top.of(block, list_k, mask_seen=mask_seen, queries=queries)
+        lists = np.concatenate([block.user[:, None], ids.numpy()], axis=1)
+    greater, equal = (count.cpu().numpy() for count in counts)
+    return Ranks(block.cases.user.numpy(), target_C.numpy(), greater, equal, lists)
+
+
+def evaluate_scorers(
+    scorers: Iterable[Scorer],
+    folder: DataFolder,
+    *,
+    splits: Sequence[Part] = ("valid", "test"),
+    ks: Sequence[int] = (5, 10, 20, 50),
+    users_per_block: int = 256,
+    max_length: int = 200,
+    mask_seen: bool = False,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[tuple[str, str], Ranks]]:
+    """Evaluate trained models and baselines alike, in the order given (a generator fits one at a time).
+
+    Returns the metrics rows by split (a split without targets is left out), the parts of the test split
+    under `strata`, and the ranks by (model, split): what `write_results` takes.
+    """
+    rows: dict[str, list[dict[str, Any]]] = {}
+    ranks: dict[tuple[str, str], Ranks] = {}
+    there = [split for split in splits if evaluation_blocks(folder, split, users_per_block)]
+    for scorer in scorers:
+        for split in there:
+            found = rank_split(
+                scorer,
+                folder,
+                split,
+                users_per_block=users_per_block,
+                max_length=max_length,
+                mask_seen=mask_seen,
+                list_k=max(ks),
+            )
+            row = summarise(found, folder, split, ks=ks, model=scorer.name, mask_seen=mask_seen)
+            rows.setdefault(split, []).append(row)
+            ranks[scorer.name, split] = found
+            if split == "test":
+                rows.setdefault("strata", []).extend(strata(found, folder, split, model=scorer.name))
+    return rows, ranks
+
+
+def write_results(
+    run_folder: Path,
+    rows: Mapping[str, Sequence[Mapping[str, Any]]],
+    ranks: Mapping[tuple[str, str], Ranks],
+    folder: DataFolder,
+) -> None:
+    """Write `metrics.json` (rows by split) and `ranks.parquet` (one line a case), each in one rename.
+
+    Columns of the latter: model, split, user, target, greater, equal, rank; its metadata name the data. Both
+    files hold nothing but results, so that the same results give the same bytes.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in ("model", "split")}
+    for model, split in ranks:
+        count = len(ranks[model, split].user)
+        columns["model"] += [model] * count
+        columns["split"] += [split] * count
+    joined = {
+        name: np.concatenate([getattr(part, name) for part in ranks.values()] or [np.zeros(0)])
+        for name in ("user", "target", "greater", "equal", "rank")
+    }
+    table = pa.table(
+        {**{k: pa.array(v, pa.string()).dictionary_encode() for k, v in columns.items()}, **joined}
+    )
+    table = table.replace_schema_metadata(
+        {"findrec.data": folder.manifest.recipe, "findrec.events_sha256": folder.manifest.events_sha256}
+    )
+    temporary = run_folder / f".ranks.parquet.{os.getpid()}"
+    pq.write_table(table, temporary)
+    temporary.replace(run_folder / "ranks.parquet")
+    temporary = run_folder / f".metrics.json.{os.getpid()}"
+    temporary.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(run_folder / "metrics.json")

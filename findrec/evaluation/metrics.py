@@ -1,0 +1,171 @@
+"""From exact ranks to a metrics row that states its protocol.
+
+A case (a user and one target) has the expected rank r = 1 + greater + equal / 2 and
+    recall@k = [r <= k],   ndcg@k = [r <= k] / log2(1 + r),   mrr@k = [r <= k] / r,   mrr = 1 / r,
+    auc = 1 - (r - 1) / (V - 1).
+With one target recall is the hit rate, and mrr@k <= ndcg@k <= recall@k. A user with several targets (a
+basket) counts once, with the mean over the cases; every average is over users. `<metric>_se` is the standard
+error over users. coverage@k is the share of the catalogue in at least one user's first k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from findrec.datasets.batches import Part
+from findrec.datasets.folder import DataFolder
+
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
+TIE_RULE = "expected rank"
+
+
+def _no_lists() -> IntArray:
+    return np.zeros((0, 0), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Counts of all cases, ordered by user, a user's targets in their order in the data."""
+
+    user: IntArray  # [C] rows of the data folder
+    target: IntArray  # [C] item ids
+    greater: IntArray  # [C] items that score above the target
+    equal: IntArray  # [C] other items that score the same
+    lists: IntArray = field(default_factory=_no_lists)  # [U, 1 + k] user, its first k items (0: no more)
+
+    @property
+    def rank(self) -> FloatArray:
+        """`[C]` expected rank: ties are placed at random."""
+        expected: FloatArray = 1.0 + self.greater + self.equal / 2.0
+        return expected
+
+    def to_array(self) -> IntArray:
+        """`[C, 4]` the counts without the lists, to be sent between workers."""
+        return np.stack([self.user, self.target, self.greater, self.equal], axis=1)
+
+    @staticmethod
+    def from_array(cases: IntArray, lists: IntArray | None = None) -> Ranks:
+        """Back from `to_array` (and `lists`)."""
+        user, target, greater, equal = np.ascontiguousarray(cases.T)
+        return Ranks(user, target, greater, equal, _no_lists() if lists is None else lists)
+
+    @staticmethod
+    def concat(parts: Sequence[Ranks]) -> Ranks:
+        """Join the parts of workers or blocks; each user's cases must all lie in one part."""
+        cases = np.concatenate([part.to_array() for part in parts] or [np.zeros((0, 4), dtype=np.int64)])
+        listed = [part.lists for part in parts if len(part.lists)]
+        lists = np.concatenate(listed) if listed else _no_lists()
+        if len(lists):
+            lists = lists[np.argsort(lists[:, 0], kind="stable")]
+        return Ranks.from_array(cases[np.argsort(cases[:, 0], kind="stable")], lists)
+
+
+def split_title(folder: DataFolder) -> str:
+    """The name of the folder's split as protocols call it (evaluation/protocols/<name>.md)."""
+    by_basket = folder.manifest.split.get("unit") == "timestamp"
+    return "leave-one-basket-out" if by_basket else "leave-one-out"
+
+
+def describe_protocol(folder: DataFolder, mask_seen: bool) -> str:
+    """One line that says how a row was measured."""
+    seen = "removed" if mask_seen else "kept"
+    return (
+        f"{split_title(folder)}, full catalogue ({folder.num_items:,} items), seen items {seen}, "
+        f"ties at {TIE_RULE}"
+    )
+
+
+def case_metrics(rank: FloatArray, ks: Sequence[int], num_items: int) -> dict[str, FloatArray]:
+    """Every metric of every case, `[C]` each, from expected ranks."""
+    values: dict[str, FloatArray] = {}
+    for k in ks:
+        hit = rank <= k
+        values[f"ndcg@{k}"] = np.where(hit, 1.0 / np.log2(1.0 + rank), 0.0)
+        values[f"recall@{k}"] = hit.astype(np.float64)
+        values[f"mrr@{k}"] = np.where(hit, 1.0 / rank, 0.0)
+    values["mrr"] = 1.0 / rank
+    values["mean_rank"] = rank
+    values["auc"] = 1.0 - (rank - 1.0) / max(1, num_items - 1)
+    return values
+
+
+def user_means(user: IntArray, values: FloatArray) -> FloatArray:
+    """`[U]` mean over each user's cases, users ascending."""
+    _, inverse, count = np.unique(user, return_inverse=True, return_counts=True)
+    means: FloatArray = np.bincount(inverse.reshape(-1), weights=values, minlength=len(count)) / count
+    return means
+
+
+def summarise(
+    ranks: Ranks,
+    folder: DataFolder,
+    split: Part,
+    *,
+    ks: Sequence[int],
+    model: str,
+    mask_seen: bool = False,
+) -> dict[str, Any]:
+    """The metrics row of a model: its protocol, then every metric with the standard error over users.
+
+    A standard error needs two users (else None). Coverage is there for each k the ranks hold lists for.
+    Raises `ValueError` without cases.
+    """
+    if not len(ranks.user):
+        raise ValueError(f"no user of {folder.path} has a target in the {split} split")
+    row: dict[str, Any] = {
+        "model": model,
+        "protocol": describe_protocol(folder, mask_seen),
+        "split": split,
+        "seen_filter": mask_seen,
+        "tie_rule": TIE_RULE,
+        "users": len(np.unique(ranks.user)),
+        "cases": len(ranks.user),
+        "items": folder.num_items,
+    }
+    for name, values in case_metrics(ranks.rank, ks, folder.num_items).items():
+        means = user_means(ranks.user, values)
+        row[name] = float(means.mean())
+        row[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+    for k in ks:
+        if 0 < k < ranks.lists.shape[1] or 0 < folder.num_items < ranks.lists.shape[1]:
+            shown = np.unique(ranks.lists[:, 1 : k + 1])
+            row[f"coverage@{k}"] = float((shown > 0).sum() / folder.num_items)
+    return row
+
+
+def strata(ranks: Ranks, folder: DataFolder, split: Part, *, model: str, k: int = 10) -> list[dict[str, Any]]:
+    """NDCG@k and recall@k of parts of the cases, averaged over cases.
+
+    By target: `head` items (the most popular ones that together hold half of the training events), `tail`
+    (the rest) and `cold` (no training event). By history: users with up to the median number of events
+    before the target (`short`) and the others (`long`). Empty parts are left out.
+    """
+    count = folder.train_count
+    order = np.argsort(-count, kind="stable")
+    before = np.cumsum(count[order]) - count[order]
+    head: NDArray[np.bool_] = np.zeros(len(count), dtype=bool)
+    head[order] = (before < count.sum() / 2) & (count[order] > 0)
+    start = folder.valid_start if split == "valid" else folder.test_start
+    past = start[ranks.user]
+    is_short = past <= np.median(start[np.unique(ranks.user)])
+    cold = count[ranks.target] == 0
+    parts = {
+        "target head": head[ranks.target],
+        "target tail": ~head[ranks.target] & ~cold,
+        "target cold": cold,
+        "history short": is_short,
+        "history long": ~is_short,
+    }
+    values = case_metrics(ranks.rank, [k], folder.num_items)
+    return [
+        {"model": model, "split": split, "part": part, "cases": int(inside.sum())}
+        | {name: float(values[name][inside].mean()) for name in (f"ndcg@{k}", f"recall@{k}")}
+        for part, inside in parts.items()
+        if inside.any()
+    ]

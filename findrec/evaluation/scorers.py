@@ -1,0 +1,178 @@
+"""Who is evaluated: two kinds of scorers behind the same exact ranker.
+
+A `VectorScorer` scores by inner product (plus a bonus for a user's own items): counted by
+`findrec.ops.target_rank`, listed by FAISS. A `BlockScorer` gives any score for a range of items; its scores
+are compared after rounding to float32, ties broken by training popularity. Models and popularity are fitted
+on training events only; the history before the test targets includes the validation events.
+
+Shape letters: B users, V items, d width, N own items, R repeat features, C cases.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from findrec.datasets.batch import Batch
+from findrec.datasets.batches import Cases, Part, evaluation_batch
+from findrec.datasets.folder import DataFolder
+from findrec.models.base import SequenceModel
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class UserBlock:
+    """Some users at the moment their targets are asked for."""
+
+    user: IntArray  # [B] rows of the data folder
+    batch: Batch  # their last `max_length` events
+    cases: Cases
+    item: IntArray  # [N] their whole histories, one after the other, oldest event first
+    offset: IntArray  # [B + 1] user b owns item[offset[b]:offset[b + 1]]
+
+    @staticmethod
+    def read(folder: DataFolder, split: Part, users: IntArray, max_length: int) -> UserBlock:
+        """Everything before the split's targets of `users` (`split` is `valid` or `test`)."""
+        batch, cases = evaluation_batch(folder, split, users, max_length)
+        stop = folder.valid_start if split == "valid" else folder.test_start
+        past = folder.histories(users, np.zeros(len(users), dtype=np.int64), stop[users])
+        return UserBlock(users, batch, cases, past.item, past.offset)
+
+    def row(self) -> IntArray:
+        """`[N]` the place in `user` each event of `item` belongs to."""
+        return np.repeat(np.arange(len(self.user)), np.diff(self.offset))
+
+    def padded_items(self) -> Tensor:
+        """`[B, N]` distinct items of each whole history, ascending, 0-padded: what a seen filter removes."""
+        stride = int(self.item.max(initial=0)) + 1
+        key = np.unique(self.row() * stride + self.item)
+        row, item = key // stride, key % stride
+        size = np.bincount(row, minlength=len(self.user))
+        start = np.cumsum(size) - size
+        padded: IntArray = np.zeros((len(self.user), int(size.max(initial=0))), dtype=np.int64)
+        padded[row, np.arange(len(row)) - start[row]] = item
+        return torch.from_numpy(padded)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """User vectors and, where the model has a repeat head, the bonuses of their own items."""
+
+    users_Bd: Tensor  # float32
+    own_ids_BN: Tensor | None = None  # int64, 0-padded
+    own_bonus_BN: Tensor | None = None  # float32
+
+
+class VectorScorer(ABC):
+    """Score = inner product of a user vector and an item vector (+ the bonus of own items)."""
+
+    name: str
+    items_Vd: Tensor  # float32 [V + 1, d], row 0 is padding
+
+    @abstractmethod
+    def queries(self, block: UserBlock) -> Queries:
+        """The vectors of a block's users, on the device of `items_Vd`."""
+
+
+class BlockScorer(ABC):
+    """Any other score. `popularity` breaks ties: a dense rank of the training counts, `[V + 1]` int64."""
+
+    name: str
+    popularity: IntArray
+
+    @abstractmethod
+    def score_block(self, block: UserBlock, lo: int, hi: int) -> NDArray[np.float64]:
+        """Scores `[B, hi - lo]` of the items lo..hi-1 (ids start at 1)."""
+
+    def keys(self, block: UserBlock, lo: int, hi: int) -> Tensor:
+        """`[B, hi - lo]` int64 keys in the order of (float32 score, popularity)."""
+        return order_keys(self.score_block(block, lo, hi), self.popularity[lo:hi])
+
+
+Scorer = VectorScorer | BlockScorer
+
+
+def order_keys(scores: NDArray[np.float64], popularity: IntArray) -> Tensor:
+    """One integer that sorts as the pair (score as float32, popularity below 2^31) does; NaN comes last."""
+    lowest = np.where(np.isnan(scores), -np.inf, scores).astype(np.float32) + np.float32(0)  # -0.0 is 0.0
+    bits = lowest.view(np.int32)
+    # IEEE floats of one sign sort like their bits; negative ones the other way round.
+    sortable = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
+    return torch.from_numpy((sortable << 32) | popularity)
+
+
+def popularity_rank(folder: DataFolder) -> IntArray:
+    """`[V + 1]` dense rank of the training counts: 0 for the rarest, equal counts share a rank."""
+    return np.unique(folder.train_count, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+class ModelScorer(VectorScorer):
+    """A trained sequence model with its item table.
+
+    Args:
+        model: called as `model(batch, x_items, features)`; put into evaluation mode here.
+        table_weight: float32 `[V + 1, d]` rows of the item table.
+        folder: where the features of `modalities` are read.
+        max_length: the events a history is cut to (kept for the record: blocks come cut already).
+        device: where the model lives; the table is moved there.
+        name: the model's name in result rows.
+    """
+
+    def __init__(
+        self,
+        model: SequenceModel,
+        table_weight: Tensor,
+        folder: DataFolder,
+        modalities: Sequence[str],
+        max_length: int,
+        device: torch.device | str,
+        name: str = "findrec",
+    ) -> None:
+        self.name = name
+        self.max_length = max_length
+        self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
+        self._model, self._folder, self._modalities = model, folder, list(modalities)
+
+    @torch.no_grad()
+    def queries(self, block: UserBlock) -> Queries:
+        """Run the model over the block; `Out.repeat` becomes a bonus for the items each user has met."""
+        self._model.eval()
+        batch = block.batch.to(self.items_Vd.device)
+        features = {name: self._folder.feature(name).rows(batch.ids) for name in self._modalities}
+        out = self._model(batch, self.items_Vd[batch.ids], features)
+        if out.repeat is None:
+            return Queries(out.h.float())
+        from findrec.models.repeat import own_items
+
+        own = own_items(batch)
+        bonus_TN = torch.einsum("tnr,tr->tn", own.phi_TNR.float(), out.repeat.float())
+        ids_TN = torch.where(own.seen_TN, own.ids_BN[own.row_T], 0)
+        return Queries(out.h.float(), ids_TN, bonus_TN)
+
+
+class TextKNN(VectorScorer):
+    """Cosine between an item's features and the mean of the last `last` items' (missing ones left out)."""
+
+    def __init__(self, folder: DataFolder, modality: str = "text", last: int = 5) -> None:
+        self.name = f"{modality}_knn"
+        rows = folder.feature(modality).rows(torch.arange(folder.num_items + 1))
+        unit = torch.nn.functional.normalize(rows.values.float(), dim=1)
+        self.items_Vd = torch.where(rows.present[:, None], unit, 0.0)
+        self._last = last
+
+    def queries(self, block: UserBlock) -> Queries:
+        """The unnormalised sum of unit vectors: its length is the same for all items of a user."""
+        total = torch.zeros(len(block.user), self.items_Vd.shape[1])
+        for age in range(self._last):  # one event of every user at a time: no order of summation to depend on
+            place = block.offset[1:] - 1 - age
+            there = place >= block.offset[:-1]
+            item = np.where(there, block.item[np.maximum(place, 0)], 0)
+            total += self.items_Vd[torch.from_numpy(item)]
+        return Queries(total)
