@@ -1,21 +1,24 @@
 """Where things are: every path becomes absolute here, never from a job's throw-away directory.
 
 `FINDREC_HOME` is the folder below which relative `data/`, `runs/` and the MLflow store lie. Without it,
-a checkout's root is the home, and an installed package uses `~/findrec`. A Ray job runs in a copy of
-the checkout below Ray's session folder; the submitter's home must therefore be handed over
-(`RAY_JOB_HOME_HINT`: see `findrec/cluster/launch.py`), and a home below a Ray session folder is refused.
+a checkout's root is the home, and an installed package uses `~/findrec`. A Ray job runs in a throw-away copy
+of the checkout, which is never a home: there the checkout that FindRec was installed from in editable mode
+(`make setup` does that) is used, so that a job finds the data and runs of the one who submitted it.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import os
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 from findrec.errors import FindRecError, suggest
 
 PACKAGE = Path(__file__).resolve().parent
-ASSET_KINDS = ("datasets", "configs", "cluster", "evaluation")
+RAY_COPY = "runtime_resources"  # Ray unpacks a job's working directory below a folder of this name
 
 
 def checkout() -> Path | None:
@@ -30,10 +33,21 @@ def home() -> Path:
     if given:
         return Path(given).expanduser().resolve()
     root = checkout()
-    if root is None or "runtime_resources" in root.parts:
-        # Inside a Ray job the checkout is a throw-away copy: what is written there is lost.
-        return Path.home() / "findrec"
-    return root
+    if root is not None and RAY_COPY not in root.parts:
+        return root
+    return _editable_checkout() or Path.home() / "findrec"
+
+
+def _editable_checkout() -> Path | None:
+    """The folder an editable install points to, from the record pip leaves (PEP 610)."""
+    try:
+        record = json.loads(importlib.metadata.distribution("findrec").read_text("direct_url.json") or "{}")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    if not record.get("dir_info", {}).get("editable"):
+        return None
+    root = Path(unquote(urlparse(record["url"]).path))
+    return root if (root / "configs").is_dir() else None
 
 
 def resolve(path: str | Path) -> Path:

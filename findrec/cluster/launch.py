@@ -32,7 +32,7 @@ def worker_threads(config: RunConfig) -> int:
 
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
-    """A Ray cluster for the time of a run: the one at `cluster.address` or `RAY_ADDRESS`, else a local one."""
+    """A Ray cluster for a run: the one at `cluster.address` or `RAY_ADDRESS`, else a local one."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
@@ -55,8 +55,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
             ray.init(address=address, **common)
         except ConnectionError as error:
             raise FindRecError(
-                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or unset "
-                "cluster.address and RAY_ADDRESS to run on this machine alone."
+                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or "
+                "unset cluster.address and RAY_ADDRESS to run on this machine alone."
             ) from None
     else:
         cores = usable_cpus()
@@ -78,8 +78,9 @@ def check_resources(config: RunConfig) -> None:
     need = config.cluster.workers * config.cluster.cpus_per_worker
     if have.get("CPU", 0) < need:
         raise FindRecError(
-            f"{config.cluster.workers} workers with {config.cluster.cpus_per_worker:g} CPU each need {need:g} "
-            f"CPUs, the cluster has {have.get('CPU', 0):g}. Lower cluster.workers or cluster.cpus_per_worker."
+            f"{config.cluster.workers} workers with {config.cluster.cpus_per_worker:g} CPU each need "
+            f"{need:g} CPUs, the cluster has {have.get('CPU', 0):g}. Lower cluster.workers or "
+            "cluster.cpus_per_worker."
         )
     if config.cluster.gpu is True and have.get("GPU", 0) < config.cluster.workers:
         raise FindRecError(
@@ -110,9 +111,10 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
     if gpu:
         resources["GPU"] = 1
     backend = "nccl" if gpu else "gloo"
+    share = "1 GPU" if gpu else f"{worker_threads(config)} CPU threads"
     say(
-        f"placing {config.cluster.workers} workers ({'1 GPU' if gpu else f'{worker_threads(config)} threads'} "
-        f"each, {backend}), ZeRO stage {config.cluster.zero_stage}, python {sys.executable}"
+        f"placing {config.cluster.workers} workers ({share} each, {backend}), "
+        f"ZeRO stage {config.cluster.zero_stage}, python {sys.executable}"
     )
     trainer = TorchTrainer(
         train_worker,

@@ -14,9 +14,10 @@ from findrec.datasets.folder import DataFolder
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import say
 from findrec.training.build import build_table, build_tower_model, used_modalities
-from findrec.training.loop import Worker, run_training
+from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, training_jobs
 from findrec.training.tracking import MetricsLog, Tracker
+from findrec.training.worker import Worker
 
 
 def train_worker(payload: dict[str, Any]) -> None:
@@ -55,7 +56,7 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
     )
     log = tracker = None
     if worker.leads:
-        log = MetricsLog(run_folder / "metrics.jsonl")
+        log = MetricsLog(run_folder)
         tracker = Tracker.start(config, run_folder)
     run_training(
         config,
@@ -81,6 +82,6 @@ class _Both:
         self._tracker = tracker
 
     def log(self, step: int, epoch: int, values: Any) -> None:
-        self._log.log(step, epoch, values)
+        self._log.write(step, epoch, values)
         if self._tracker is not None:
             self._tracker.log(step, values)

@@ -22,10 +22,9 @@ def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
         return list(folder.modalities)
     for name in config.model.modalities:
         if name not in folder.modalities:
-            raise FindRecError(
-                f"model.modalities names {name!r}, but {folder.path} has {', '.join(folder.modalities) or 'none'}"
-                f"{suggest(name, folder.modalities)}"
-            )
+            have = ", ".join(folder.modalities) or "none"
+            hint = suggest(name, folder.modalities)
+            raise FindRecError(f"model.modalities names {name!r}, but {folder.path} has {have}{hint}")
     return list(config.model.modalities)
 
 

@@ -7,38 +7,30 @@ it (the epoch plan and `microbatch_seed`), so the same run comes out whatever th
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from findrec.config import RunConfig
-from findrec.datasets.batch import Batch, ModalRows
 from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, cut_windows, plan_epoch
 from findrec.errors import FindRecError
-from findrec.evaluation.evaluate import Ranks, rank_split, summarise
-from findrec.evaluation.scorers import ModelScorer
-from findrec.progress import progress, say
+from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
-from findrec.training.checkpoint import (
-    TrainState,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
-from findrec.training.objectives import MicrobatchLoss, all_positions_loss, microbatch_seed
+from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
+from findrec.training.objectives import MicrobatchLoss, all_positions_loss, batch_features, microbatch_seed
+from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
 from findrec.training.tower import Tower
+from findrec.training.validation import validate
+from findrec.training.worker import Worker
 
 
 class StepLog(Protocol):
@@ -46,20 +38,6 @@ class StepLog(Protocol):
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Record `values` at `step`."""
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Who this process is among the workers."""
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def leads(self) -> bool:
-        """Rank 0 prints, logs and saves."""
-        return self.rank == 0
 
 
 def run_training(
@@ -81,35 +59,42 @@ def run_training(
     """
     training = config.training
     windows = cut_windows(folder, config.data.max_length, config.data.overlap)
-    plan_digest = _plan_digest(config, folder, windows)
-    state = _restore(checkpoints, tower, table, plan_digest)
+    state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_resume is not None:
         on_resume(state.step)
-    while state.epoch < training.epochs and not _out_of_patience(config, state):
-        state, values = _run_epoch(config, folder, windows, tower, table, state, modalities, worker, log)
-        last = state.epoch == training.epochs
-        if state.epoch % training.eval_every == 0 or last:
-            metrics = _validate(config, folder, tower, table, modalities, worker)
-            values |= {f"valid/{name}": metrics[name] for name in ("ndcg@10", "recall@10", "mrr")}
-            better = metrics["ndcg@10"] > state.best
-            state = replace(
-                state,
-                best=metrics["ndcg@10"] if better else state.best,
-                best_step=state.step if better else state.best_step,
-                stale=0 if better else state.stale + 1,
+    targets = int(windows.targets.sum())
+    with progress(config.model.name, targets * training.epochs, "targets", show=worker.leads) as bar:
+        bar.advance(targets * state.epoch)
+        while state.epoch < training.epochs and not _out_of_patience(config, state):
+            state, values = _run_epoch(
+                config, folder, windows, tower, table, state, modalities, worker, log, bar
             )
-            if worker.leads and log is not None:
-                log.log(state.step, state.epoch, {k: v for k, v in values.items() if k.startswith("valid/")})
-        done = last or _out_of_patience(config, state)
-        if state.epoch % training.save_every == 0 or state.best_step == state.step or done:
-            moments = tower.moments()  # a collective: every rank takes part
-            if worker.leads:
-                weights = tower.model.state_dict()
-                save_checkpoint(checkpoints, state, tower=weights, moments=moments, table=table.state())
-                prune_checkpoints(checkpoints, keep=training.keep, best_step=state.best_step)
-        if after_epoch is not None:
-            after_epoch(values)
+            ends = state.epoch == training.epochs
+            if state.epoch % training.eval_every == 0 or ends:
+                metrics = validate(config, folder, tower, table, modalities, worker)
+                state = _judge(state, metrics["ndcg@10"])
+                found = {f"valid/{name}": metrics[name] for name in ("ndcg@10", "recall@10", "mrr")}
+                values |= found
+                bar.note(valid_ndcg=f"{metrics['ndcg@10']:.4f}")
+                if worker.leads and log is not None:
+                    log.log(state.step, state.epoch, found)
+            ends = ends or _out_of_patience(config, state)
+            if state.epoch % training.save_every == 0 or state.best_step == state.step or ends:
+                moments = tower.moments()  # a collective: every rank takes part
+                if worker.leads:
+                    weights = tower.model.state_dict()
+                    save_checkpoint(checkpoints, state, tower=weights, moments=moments, table=table.state())
+                    prune_checkpoints(checkpoints, keep=training.keep, best_step=state.best_step)
+            if after_epoch is not None:
+                after_epoch(values)
     return state
+
+
+def _judge(state: TrainState, ndcg: float) -> TrainState:
+    """The state after a validation: a new best, or one more without."""
+    if ndcg > state.best:
+        return replace(state, best=ndcg, best_step=state.step, stale=0)
+    return replace(state, stale=state.stale + 1)
 
 
 def _run_epoch(
@@ -122,6 +107,7 @@ def _run_epoch(
     modalities: list[str],
     worker: Worker,
     log: StepLog | None,
+    bar: Bar,
 ) -> tuple[TrainState, dict[str, float]]:
     training = config.training
     plan = plan_epoch(
@@ -131,14 +117,13 @@ def _run_epoch(
         microbatches=training.microbatches,
         tokens=training.tokens,
     )
-    num_steps = training.epochs * len(plan.steps)  # epochs differ by a few steps at most; only the rate uses it
+    num_steps = training.epochs * len(plan.steps)  # epochs may differ by a step; only the rate uses it
     loader = TrainLoader(folder, windows, plan, rank=worker.rank, world=worker.world)
     tower.model.train()
-    what = f"{config.model.name} epoch {state.epoch + 1}/{training.epochs}"
     sums = dict.fromkeys(("loss", "targets", "seconds", "waited"), 0.0)
     mark = time.perf_counter()
     step = state.step
-    with progress(what, total=int(plan.targets.sum()), unit="targets", enabled=worker.leads) as bar:
+    with loader:
         for index, microbatches in loader:
             waited = time.perf_counter() - mark
             num_targets = int(plan.targets[index])
@@ -172,7 +157,11 @@ def _run_epoch(
             sums["seconds"] += seconds
             sums["waited"] += waited
             bar.advance(num_targets)
-            bar.note(loss=f"{values['train/loss']:.4f}", data_wait=f"{sums['waited'] / sums['seconds']:.1%}")
+            bar.note(
+                epoch=f"{state.epoch + 1}/{training.epochs}",
+                loss=f"{values['train/loss']:.4f}",
+                data_wait=f"{sums['waited'] / sums['seconds']:.1%}",
+            )
             if worker.leads and log is not None:
                 log.log(step, state.epoch, values)
     epoch_values = {
@@ -211,94 +200,5 @@ def _refuse_nan(values: dict[str, float], step: int, epoch: int) -> None:
         )
 
 
-def _validate(
-    config: RunConfig,
-    folder: DataFolder,
-    tower: Tower,
-    table: ItemTable,
-    modalities: list[str],
-    worker: Worker,
-) -> dict[str, float]:
-    """Exact full-catalogue metrics on the validation targets; the same on every rank."""
-    tower.model.eval()
-    scorer = ModelScorer(
-        tower.model,
-        table.weight,
-        folder,
-        modalities=modalities,
-        max_length=config.data.max_length,
-        device=worker.device,
-    )
-    ranks = rank_split(
-        scorer,
-        folder,
-        "valid",
-        users_per_block=config.evaluation.users_per_block,
-        max_length=config.data.max_length,
-        mask_seen=config.evaluation.mask_seen is True,
-        rank=worker.rank,
-        world=worker.world,
-    )
-    ranks = _gather_ranks(ranks, worker)
-    row = summarise(ranks, folder, "valid", ks=[10], model=config.model.name, mask_seen=False)
-    if worker.leads:
-        say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")
-    return row
-
-
-def _gather_ranks(ranks: Ranks, worker: Worker) -> Ranks:
-    if worker.world == 1:
-        return ranks
-    own = torch.from_numpy(ranks.to_array()).to(worker.device)
-    sizes: list[Tensor] = [own.new_zeros(1) for _ in range(worker.world)]
-    dist.all_gather(sizes, own.new_tensor([own.shape[0]]))
-    longest = max(int(s) for s in sizes)
-    padded = own.new_zeros(longest, own.shape[1])
-    padded[: own.shape[0]] = own
-    parts = [torch.empty_like(padded) for _ in range(worker.world)]
-    dist.all_gather(parts, padded)
-    kept = [part[: int(size)].cpu().numpy() for part, size in zip(parts, sizes, strict=True)]
-    return Ranks.concat([Ranks.from_array(part) for part in kept])
-
-
 def _out_of_patience(config: RunConfig, state: TrainState) -> bool:
     return 0 < config.training.patience <= state.stale
-
-
-def _plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
-    """What the steps of all epochs follow from; a checkpoint of another plan cannot be resumed."""
-    training = config.training
-    parts = [
-        folder.manifest.events_hash,
-        training.seed,
-        training.microbatches,
-        training.tokens,
-        training.epochs,
-        config.data.max_length,
-        config.data.overlap,
-        len(windows.user),
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _restore(checkpoints: Path, tower: Tower, table: ItemTable, plan_digest: str) -> TrainState:
-    path = latest_checkpoint(checkpoints)
-    if path is None:
-        return TrainState(epoch=0, step=0, plan=plan_digest, best=-1.0, best_step=-1, stale=0)
-    saved = load_checkpoint(path)
-    if saved.state.plan != plan_digest:
-        raise FindRecError(
-            f"{path} was made with other data or another epoch plan (seed, microbatches, tokens, epochs, "
-            "max_length or overlap differ), so it cannot be continued. Give this run another name, or "
-            "start it anew with --fresh."
-        )
-    tower.load(saved.tower, saved.moments, saved.state.step)
-    table.load_state(saved.table, saved.state.step)
-    return saved.state
-
-
-def batch_features(folder: DataFolder, batch: Batch, modalities: list[str]) -> dict[str, ModalRows]:
-    """Features of the batch's distinct items, on the batch's device."""
-    rows = {m: folder.feature(m).rows(batch.ids.cpu()) for m in modalities}
-    device = batch.ids.device
-    return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}

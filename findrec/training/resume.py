@@ -1,0 +1,46 @@
+"""Continuing a training: from the newest checkpoint that was made by the same plan."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from findrec.config import RunConfig
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.plan import Windows
+from findrec.errors import FindRecError
+from findrec.tables.item_table import ItemTable
+from findrec.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
+from findrec.training.tower import Tower
+
+
+def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
+    """What the steps of all epochs follow from; a checkpoint of another plan cannot be resumed."""
+    training = config.training
+    parts = [
+        folder.manifest.events_hash,
+        training.seed,
+        training.microbatches,
+        training.tokens,
+        training.epochs,
+        config.data.max_length,
+        config.data.overlap,
+        len(windows.user),
+    ]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def restore(checkpoints: Path, tower: Tower, table: ItemTable, digest: str) -> TrainState:
+    path = latest_checkpoint(checkpoints)
+    if path is None:
+        return TrainState(epoch=0, step=0, plan=digest, best=-1.0, best_step=-1, stale=0)
+    saved = load_checkpoint(path)
+    if saved.state.plan != digest:
+        raise FindRecError(
+            f"{path} was made with other data or another epoch plan (seed, microbatches, tokens, epochs, "
+            "max_length or overlap differ), so it cannot be continued. Give this run another name, or "
+            "start it anew with --fresh."
+        )
+    tower.load(saved.tower, saved.moments, saved.state.step)
+    table.load_state(saved.table, saved.state.step)
+    return saved.state

@@ -1,0 +1,66 @@
+"""Validation inside training: exact full-catalogue ranks, shared out over the workers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from findrec.config import RunConfig
+from findrec.datasets.folder import DataFolder
+from findrec.evaluation.evaluate import Ranks, rank_split, summarise
+from findrec.evaluation.scorers import ModelScorer
+from findrec.progress import say
+from findrec.tables.item_table import ItemTable
+from findrec.training.tower import Tower
+from findrec.training.worker import Worker
+
+
+def validate(
+    config: RunConfig,
+    folder: DataFolder,
+    tower: Tower,
+    table: ItemTable,
+    modalities: list[str],
+    worker: Worker,
+) -> dict[str, float]:
+    """Exact full-catalogue metrics on the validation targets; the same on every rank."""
+    tower.model.eval()
+    scorer = ModelScorer(
+        tower.model,
+        table.weight,
+        folder,
+        modalities=modalities,
+        max_length=config.data.max_length,
+        device=worker.device,
+    )
+    ranks = rank_split(
+        scorer,
+        folder,
+        "valid",
+        users_per_block=config.evaluation.users_per_block,
+        max_length=config.data.max_length,
+        mask_seen=config.evaluation.mask_seen is True,
+        rank=worker.rank,
+        world=worker.world,
+    )
+    ranks = _gather_ranks(ranks, worker)
+    row = summarise(ranks, folder, "valid", ks=[10], model=config.model.name, mask_seen=False)
+    if worker.leads:
+        say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")
+    return row
+
+
+def _gather_ranks(ranks: Ranks, worker: Worker) -> Ranks:
+    if worker.world == 1:
+        return ranks
+    own = torch.from_numpy(ranks.to_array()).to(worker.device)
+    sizes: list[Tensor] = [own.new_zeros(1) for _ in range(worker.world)]
+    dist.all_gather(sizes, own.new_tensor([own.shape[0]]))
+    longest = max(int(s) for s in sizes)
+    padded = own.new_zeros(longest, own.shape[1])
+    padded[: own.shape[0]] = own
+    parts = [torch.empty_like(padded) for _ in range(worker.world)]
+    dist.all_gather(parts, padded)
+    kept = [part[: int(size)].cpu().numpy() for part, size in zip(parts, sizes, strict=True)]
+    return Ranks.concat([Ranks.from_array(part) for part in kept])

@@ -1,0 +1,89 @@
+"""The item table against plain PyTorch: loss, gradients of both paths into it, and its optimizer."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from findrec.config import LossConfig, OptimConfig
+from findrec.tables.item_table import ItemTable
+
+
+def make(**kwargs):
+    optim = OptimConfig(weight_decay=0.1, clip_table=kwargs.pop("clip", 0.0))
+    return ItemTable(20, 4, seed=3, loss=LossConfig(**kwargs), optim=optim, train_count=torch.arange(21))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_steps_equal_torch_adamw_on_one_dense_parameter(clip):
+    table = make(clip=clip)
+    weight = torch.nn.Parameter(table.weight.clone())
+    reference = torch.optim.AdamW([weight], lr=0.0, betas=(0.9, 0.98), weight_decay=0.1, eps=1e-8)
+    g = torch.Generator().manual_seed(0)
+    for step in range(5):
+        lr = 0.05 / (step + 1)
+        ids = torch.unique(
+            torch.cat([torch.zeros(1, dtype=torch.int64), torch.randint(0, 21, (6,), generator=g)])
+        )
+        target = torch.randint(1, 21, (5,), generator=g)
+        mix = torch.randn(5, len(ids), generator=g)
+        x = table.lookup(ids)
+        h = mix @ x
+        loss = table.catalogue_loss(h, target, 5)
+        (h * loss.dh).sum().backward()
+        table.push(ids, x.grad)
+        norm = table.step(lr)
+        rows = weight[ids]
+        want = F.cross_entropy((mix @ rows) @ weight[1:].t(), target - 1)
+        reference.zero_grad()
+        want.backward()
+        weight.grad[0] = 0
+        if clip:
+            torch.nn.utils.clip_grad_norm_([weight], clip)
+        else:
+            assert norm == pytest.approx(float(weight.grad.norm()), rel=1e-4)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+        assert float(loss.loss) == pytest.approx(want.item(), rel=1e-5)
+        torch.testing.assert_close(table.weight, weight.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.count_nonzero(table.weight[0]) == 0
+
+
+def test_microbatches_add_up_to_the_whole_step():
+    whole, parts = make(), make()
+    g = torch.Generator().manual_seed(1)
+    h, target = torch.randn(12, 4, generator=g), torch.randint(1, 21, (12,), generator=g)
+    whole.catalogue_loss(h, target, 12)
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        parts.catalogue_loss(h[rows], target[rows], 12)
+    whole.step(0.1)
+    parts.step(0.1)
+    torch.testing.assert_close(whole.weight, parts.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_sampled_loss_is_keyed_and_reaches_all_three_kinds_of_rows():
+    first, again, other = (
+        make(kind="sampled", negatives=8),
+        make(kind="sampled", negatives=8),
+        make(kind="sampled", negatives=8),
+    )
+    h, target = torch.randn(6, 4), torch.tensor([1, 2, 3, 3, 2, 1])
+    losses = [
+        t.catalogue_loss(h, target, 6, generator=torch.Generator().manual_seed(s)).loss
+        for t, s in ((first, 5), (again, 5), (other, 6))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+    assert first._grad[[1, 2, 3]].abs().sum(1).min() > 0
+
+
+def test_state_round_trip_and_shape_check():
+    table, other = make(), make()
+    table.catalogue_loss(torch.randn(3, 4), torch.tensor([1, 2, 3]), 3)
+    table.step(0.1)
+    other.load_state({k: v.clone() for k, v in table.state().items()}, table.steps)
+    for t in (table, other):
+        t.catalogue_loss(torch.ones(3, 4), torch.tensor([4, 5, 6]), 3)
+        t.step(0.1)
+    assert torch.equal(table.weight, other.weight)
+    with pytest.raises(ValueError, match="the checkpoint holds"):
+        other.load_state({k: v[:-1] for k, v in table.state().items()}, 1)
