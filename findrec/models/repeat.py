@@ -48,30 +48,32 @@ def own_items(batch: Batch) -> OwnItems:
     row_T = torch.div(batch.position, length, rounding_mode="floor")
     step_T = batch.position - row_T * length
 
-    count_TN = torch.empty(len(row_T), num_own, device=device)
-    before_TN, last_TN = torch.empty_like(count_TN), torch.empty_like(count_TN)
+    # Stored as [T, R, N]: that order makes the bonus of all pairs one batched matrix product.
+    phi_TRN = torch.empty(len(row_T), NUM_REPEAT_FEATURES, num_own, device=device)
+    seen_TN = torch.empty(len(row_T), num_own, dtype=torch.bool, device=device)
     block = max(1, _BLOCK_ELEMENTS // max(1, (length + 1) * (num_own + 1)))
     for lo in range(0, num_rows, block):
         hi = min(lo + block, num_rows)
         # Positions ascend, so those of a block of rows lie together.
         first, end = torch.searchsorted(row_T, torch.tensor([lo, hi], device=device)).tolist()
         row, step = row_T[first:end] - lo, step_T[first:end]
-        count = _running_sum(rank_BL[lo:hi], torch.ones_like(jump_BL[lo:hi]), num_own)
-        count_TN[first:end] = count[row, step + 1]
-        before_TN[first:end] = count[row, (step + 1 - RECENT).clamp(min=0)]
-        last_TN[first:end] = _running_sum(rank_BL[lo:hi], jump_BL[lo:hi], num_own)[row, step + 1]
+        met = _running_sum(rank_BL[lo:hi], torch.ones_like(jump_BL[lo:hi]), num_own)
+        count = met[row, step + 1]
+        recent = count - met[row, (step + 1 - RECENT).clamp(min=0)]
+        last = _running_sum(rank_BL[lo:hi], jump_BL[lo:hi], num_own)[row, step + 1]
+        seen = torch.gt(count, 0, out=seen_TN[first:end])
+        _fill_features(phi_TRN[first:end], count, step[:, None] - last, recent, seen)
+    return OwnItems(ids_BN, row_T, seen_TN, phi_TRN.transpose(1, 2))
 
-    seen_TN = count_TN > 0
-    lag_TN = step_T[:, None] - last_TN
-    features = (
-        torch.ones_like(count_TN),
-        count_TN.log1p(),
-        lag_TN.log1p().mul_(LAG_SCALE),
-        (count_TN - before_TN).log1p(),
-        lag_TN.mul(-1.0 / JUST_NOW).exp(),
-    )
-    phi_TNR = torch.stack(features, dim=-1).mul_(seen_TN[..., None])
-    return OwnItems(ids_BN, row_T, seen_TN, phi_TNR)
+
+def _fill_features(phi: Tensor, count: Tensor, lag: Tensor, recent: Tensor, seen: Tensor) -> None:
+    """Write the features `[T, R, N]`; `count`, `lag` and `recent` are used up."""
+    there = seen.to(torch.float32)
+    phi[:, 0] = there
+    phi[:, 1] = count.log1p_()  # zero where unseen, as is `recent`
+    phi[:, 3] = recent.log1p_()
+    torch.mul(lag.log1p(), there, out=phi[:, 2]).mul_(LAG_SCALE)
+    torch.mul(lag.mul_(-1.0 / JUST_NOW).exp_(), there, out=phi[:, 4])
 
 
 def _rank_items(item_BL: Tensor) -> tuple[Tensor, Tensor]:
