@@ -136,10 +136,12 @@ def main(folder):
 
         venv.create(folder, clear=True, with_pip=True)
     steps = Steps(os.path.join(folder, "setup.log"))
-    pip = [python, "-m", "pip", "install", "--progress-bar", "off", "-c", "constraints.txt"]
+    # Byte code is made at first import, for what is imported: compiling all of it here costs a minute.
+    install = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
+    pip = [*install, "-c", "constraints.txt"]
     steps.run("build tools", [*pip, "setuptools>=77", "wheel", "ninja"])
     # By exact pin and on its own: a range could fetch gigabytes of CUDA packages for a machine without a GPU.
-    steps.run("PyTorch", [python, "-m", "pip", "install", "--progress-bar", "off", pinned("torch")])
+    steps.run("PyTorch", [*install, pinned("torch")])
     # DeepSpeed's source package imports torch while it is built, so it must not be built in isolation.
     steps.run("DeepSpeed", [*pip, "--no-build-isolation", pinned("deepspeed")])
     editable = [*pip, "--no-build-isolation", "-e"]
