@@ -12,15 +12,17 @@ from pathlib import Path
 import duckdb
 import numpy as np
 
+from findrec.config import DataConfig
 from findrec.datasets.encode import encode_text
 from findrec.datasets.eventlog import EventLog
 from findrec.datasets.features import FeatureInput
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
-from findrec.datasets.recipe import Recipe
+from findrec.datasets.recipe import Recipe, load_recipe
 from findrec.datasets.writer import FolderInput, beside, cannot_write, write_folder
 from findrec.errors import FindRecError
+from findrec.paths import resolve
 from findrec.progress import say
 
 _OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
@@ -128,3 +130,15 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
         )
     finally:
         log.close()
+
+
+def data_folder_of(config: DataConfig) -> Path:
+    """Where a run's data set lies: `data.folder`, or `data/<recipe name>` below the home."""
+    return resolve(config.folder or f"data/{Path(config.recipe).stem}")
+
+
+def open_or_prepare(config: DataConfig) -> DataFolder:
+    """The data set of a run: prepared on first use, or, when `data.folder` is given, just opened."""
+    if config.folder is not None:
+        return DataFolder.open(data_folder_of(config))
+    return prepare(load_recipe(config.recipe), data_folder_of(config))

@@ -131,6 +131,20 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
+def best_checkpoint(root: Path) -> Checkpoint | None:
+    """The checkpoint of the best validation; the newest one if the best is damaged or there is none."""
+    newest = latest_checkpoint(root)
+    if newest is None:
+        return None
+    saved = load_checkpoint(newest)
+    best = root / f"step-{saved.state.best_step:08d}"
+    if best != newest and saved.state.best_step >= 0:
+        if (problem := verify_checkpoint(best)) is None:
+            return load_checkpoint(best)
+        say(f"WARNING: the best checkpoint {best} is not used, the newest is: {problem}")
+    return saved
+
+
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint; raises `FindRecError` when it does not verify."""
     problem = verify_checkpoint(path)

@@ -18,7 +18,7 @@ def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
     """What the steps of all epochs follow from; a checkpoint of another plan cannot be resumed."""
     training = config.training
     parts = [
-        folder.manifest.events_hash,
+        folder.manifest.events_sha256,
         training.seed,
         training.microbatches,
         training.tokens,
