@@ -23,6 +23,7 @@ from findrec.datasets.batch import Batch
 from findrec.datasets.batches import Cases, Part, evaluation_batch
 from findrec.datasets.folder import DataFolder
 from findrec.models.base import SequenceModel
+from findrec.models.repeat import own_items
 
 IntArray = NDArray[np.int64]
 
@@ -149,8 +150,6 @@ class ModelScorer(VectorScorer):
         out = self._model(batch, self.items_Vd[batch.ids], features)
         if out.repeat is None:
             return Queries(out.h.float())
-        from findrec.models.repeat import own_items
-
         own = own_items(batch)
         bonus_TN = torch.einsum("tnr,tr->tn", own.phi_TNR.float(), out.repeat.float())
         ids_TN = torch.where(own.seen_TN, own.ids_BN[own.row_T], 0)
