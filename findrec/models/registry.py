@@ -8,6 +8,7 @@ from typing import Protocol
 from findrec.config import ModelConfig
 from findrec.errors import FindRecError, suggest
 from findrec.models.base import SequenceModel
+from findrec.models.findrec import FindRec
 from findrec.models.sasrec import SASRec
 
 
@@ -19,7 +20,7 @@ class ModelClass(Protocol):
     ) -> SequenceModel: ...
 
 
-MODELS: dict[str, ModelClass] = {"sasrec": SASRec}
+MODELS: dict[str, ModelClass] = {"findrec": FindRec, "sasrec": SASRec}
 
 
 def build_model(

@@ -1,0 +1,177 @@
+"""FindRec: multimodal sequential recommendation by information flow, control and output (arXiv 2507.04651).
+
+Flow: a Mamba stream over item ids, and Gaussian latents of every modality, pulled towards the ID vectors by a
+Stein discrepancy. Control: causal attention between the two, then experts that each head chooses for itself.
+Output: the routed vector corrects the ID stream's. All positions are trained at once: everything is causal.
+
+Where the published structure and its public code disagree, or the code is in error, this follows the claims:
+modalities are aligned to the ID stream (not to each other), latents are not normalised, attention runs over
+time (not over users), the balance term spreads the load, and evaluation draws no noise.
+
+Shape letters: B users, L steps, T asked-for positions, U distinct items, d width, M modalities, H heads,
+h = d / H, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from findrec.config import ModelConfig, RoutingConfig
+from findrec.datasets.batch import Batch, ModalRows
+from findrec.errors import FindRecError
+from findrec.models.base import Out, SequenceModel, Term
+from findrec.models.latents import Latents, ModalEncoder, align_term, prior_term
+from findrec.models.layers import Inputs, LayerScale, asked_rows
+from findrec.models.mamba import MambaStream
+from findrec.models.repeat import RepeatHead
+from findrec.ops.cross_modal_attention import cross_modal_attention
+from findrec.ops.expert_routing import Routed, expert_routing
+
+
+class FindRec(SequenceModel):
+    """The whole network. Without any modality it is the ID stream alone."""
+
+    def __init__(
+        self, config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
+    ) -> None:
+        """`max_length` sets no limit: the stream has no positions to run out of. Raises `FindRecError` when
+        the routing heads do not divide the width.
+        """
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.inputs = Inputs(dim, config.dropout, gaps=config.gaps)
+        self.stream = MambaStream(dim, config.dropout, config.stream)
+        self.encoders = nn.ModuleDict(
+            {name: ModalEncoder(width, dim, config.dropout) for name, width in feature_dims.items()}
+        )
+        self.control = Control(config, len(feature_dims)) if feature_dims else None
+        self.norm = nn.LayerNorm(dim)
+        self.repeat_head = RepeatHead(dim) if repeat else None
+
+    def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
+        """See `SequenceModel`. Auxiliary terms: `stein_<name>` or `mmd_<name>`, `kl_<name>`, `balance`, `z`."""
+        id_BLd = self.stream(self.inputs.drop(self.inputs(batch, x_items)))
+        h_Td = asked_rows(id_BLd, batch)
+        aux: dict[str, Term] = {}
+        diagnostics: dict[str, float] = {}
+        if self.control is not None:
+            latents = {name: encoder(features[name]) for name, encoder in self.encoders.items()}
+            correction_Td, routed = self.control(batch, id_BLd, h_Td, list(latents.values()))
+            h_Td = h_Td + correction_Td
+            if self.training:
+                aux = self._terms(latents, x_items, routed)
+                diagnostics = _diagnose(latents, routed)
+        h_Td = self.norm(h_Td)
+        return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
+
+    def _terms(self, latents: Mapping[str, Latents], x_items: Tensor, routed: Routed) -> dict[str, Term]:
+        align, routing = self.config.align, self.config.routing
+        terms = {}
+        for name, latent in latents.items():
+            if align.kind != "none":
+                terms[f"{align.kind}_{name}"] = align_term(latent, x_items, align)
+            terms[f"kl_{name}"] = prior_term(latent, align)
+        terms["balance"] = Term(routing.balance_weight * routed.balance, routed.balance.detach())
+        terms["z"] = Term(routing.z_weight * routed.z, routed.z.detach())
+        return terms
+
+
+class Control(nn.Module):
+    """Cross-modal attention, per-head routing, and fusion to a correction of the ID stream's vector."""
+
+    def __init__(self, config: ModelConfig, num_modal: int) -> None:
+        super().__init__()
+        dim, self.routing = config.dim, config.routing
+        self.heads = self.routing.heads
+        if dim % self.heads:
+            raise FindRecError(
+                f"model.dim={dim} is no multiple of model.routing.heads={self.heads}: each head takes an "
+                "equal part of the width; change one of them"
+            )
+        width = dim // self.heads
+        self.norm_id = nn.LayerNorm(dim)
+        self.norm_modal = nn.ModuleList([nn.LayerNorm(dim) for _ in range(num_modal)])
+        self.qkv_id = nn.Linear(dim, 3 * dim)
+        self.qkv_modal = nn.ModuleList([nn.Linear(dim, 3 * dim) for _ in range(num_modal)])
+        self.experts = HeadExperts(2 * num_modal * width, 2 * width, self.routing, config.dropout)
+        self.fuse = nn.Linear(3 * dim, dim)
+        self.scale = LayerScale(dim)  # small: training starts near the ID stream alone
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, batch: Batch, id_BLd: Tensor, id_Td: Tensor, latents: list[Latents]
+    ) -> tuple[Tensor, Routed]:
+        """The correction `[T, d]` and what the router did."""
+        b, length, dim = id_BLd.shape
+        split = (self.heads, dim // self.heads)
+        id_BLd = self.norm_id(id_BLd)
+        id_qkv = self.qkv_id(id_BLd).view(b, length, 3, *split)
+        # Latents know no time: normalise and project once per distinct item, then gather.
+        modal_Ud = [norm(latent.z_Ud) for norm, latent in zip(self.norm_modal, latents, strict=True)]
+        modal_UX = [project(modal) for project, modal in zip(self.qkv_modal, modal_Ud, strict=True)]
+        modal_qkv = torch.stack([F.embedding(batch.index, x) for x in modal_UX])
+        reads_id, reads_modal = cross_modal_attention(id_qkv, modal_qkv.view(-1, b, length, 3, *split))
+
+        item_T = batch.index.flatten().index_select(0, batch.position)
+        parts = []
+        own_THh = asked_rows(id_BLd, batch).view(-1, *split)
+        for modal, to_modal, to_id in zip(modal_Ud, reads_id, reads_modal, strict=True):
+            parts.append(F.embedding(item_T, modal).view(-1, *split) + asked_rows(to_modal, batch))
+            parts.append(own_THh + asked_rows(to_id, batch))
+        routed: Routed = self.experts(torch.cat(parts, dim=-1))
+        fused_Td = self.fuse(torch.cat([id_Td, routed.out_THo.flatten(1)], dim=1))
+        return self.scale(self.dropout(fused_Td)), routed
+
+
+class HeadExperts(nn.Module):
+    """Router and experts of all heads; the router is shared, each head has experts of its own."""
+
+    def __init__(self, width: int, out_width: int, config: RoutingConfig, dropout: float) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(width)
+        self.router = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, config.experts)
+        )
+        last = self.router[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.xavier_uniform_(last.weight, gain=0.1)  # gates start near even
+        nn.init.zeros_(last.bias)
+        bound = width**-0.5
+        self.weight = nn.Parameter(
+            torch.empty(config.heads, config.experts, width, out_width).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.zeros(config.heads, config.experts, out_width))
+
+    def forward(self, x_THi: Tensor) -> Routed:
+        """See `expert_routing`."""
+        x_THi = self.norm(x_THi)
+        return expert_routing(
+            x_THi,
+            self.router(x_THi),
+            self.weight,
+            self.bias,
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+        )
+
+
+@torch.no_grad()
+def _diagnose(latents: Mapping[str, Latents], routed: Routed) -> dict[str, float]:
+    """Mean gate entropy (ln E when even), the largest mean gate of an expert, the spread of the latents."""
+    gates_THE = routed.gates_THE
+    count = max(1, gates_THE.shape[0] * gates_THE.shape[1])
+    values = {
+        "gate_entropy": -(gates_THE * gates_THE.clamp(min=1e-9).log()).sum() / count,
+        "expert_load_max": (gates_THE.sum((0, 1)) / count).max(),
+    }
+    for name, latent in latents.items():
+        rows = latent.mean_nd
+        values[f"latent_std_{name}"] = rows.std(0).mean() if len(rows) > 1 else rows.new_zeros(())
+    numbers = torch.stack([value.float() for value in values.values()]).tolist()  # one transfer for all
+    return dict(zip(values, numbers, strict=True))

@@ -1,0 +1,146 @@
+"""Every implementation of the scan against the plain loop in float64, outputs and gradients."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from findrec.errors import FindRecError
+from findrec.ops.selective_scan import scan_backend, selective_scan
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 2, 3, 4),
+    (3, 17, 16, 16),
+    (2, 33, 40, 16),
+    (1, 65, 3, 1),
+    (2, 65, 16, 4),
+    (1, 100, 40, 16),
+    (3, 100, 1, 4),
+]
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}  # relative to the largest value of a tensor
+
+
+def make_inputs(
+    shape: tuple[int, int, int, int], skip: bool, gate: bool, start: bool, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    b, length, channels, states = shape
+    torch.manual_seed(0)
+    inputs = {
+        "u": torch.randn(b, length, channels),
+        "delta": torch.nn.functional.softplus(torch.randn(b, length, channels) - 2),
+        "A": -torch.rand(channels, states) * 8,
+        "B": torch.randn(b, length, states),
+        "C": torch.randn(b, length, states),
+    }
+    if skip:
+        inputs["D"] = torch.randn(channels)
+    if gate:
+        inputs["z"] = torch.randn(b, length, channels)
+    if start:
+        inputs["initial_state"] = torch.randn(b, channels, states)
+    return {name: x.to(dtype).requires_grad_() for name, x in inputs.items()}
+
+
+def run(impl: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs, and gradients of a fixed mix of them."""
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    y, last = selective_scan(**inputs, return_last_state=True, impl=impl)  # type: ignore[arg-type]
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y).roll(1, 0)
+    ((y * weights).sum() + last.square().sum()).backward()  # type: ignore[no-untyped-call]
+    result = {"y": y.detach(), "last": last.detach()}
+    for name, x in inputs.items():
+        assert x.grad is not None, name
+        result[f"d{name}"] = x.grad
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", list(itertools.product([False, True], repeat=3)))
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_agrees_with_the_loop(
+    impl: str, shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(shape, *options, dtype=dtype)
+    expected = run("reference", {name: x.double() for name, x in inputs.items()})
+    for name, found in run(impl, inputs).items():
+        scale = expected[name].abs().max().clamp(min=1.0)
+        error = (found.double() - expected[name]).abs().max() / scale
+        assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_slices_and_broadcasts_are_taken_as_they_are(impl: str) -> None:
+    torch.manual_seed(0)
+    both = torch.randn(2, 21, 48).double()
+    mixed = torch.randn(2, 21, 40).double()
+    u, z = both.chunk(2, dim=-1)
+    parts = mixed.split([24, 8, 8], dim=-1)
+    delta, A = parts[0].abs(), -torch.rand(1, 8).double().expand(24, 8)
+    expected = selective_scan(u, delta, A, *parts[1:], z=z, impl="reference")
+    assert torch.allclose(selective_scan(u, delta, A, *parts[1:], z=z, impl=impl), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_two_halves_with_carried_state_are_the_whole(impl: str) -> None:
+    inputs = make_inputs((2, 70, 5, 4), True, True, False, torch.float64)
+    whole = selective_scan(**inputs, impl=impl)  # type: ignore[arg-type]
+
+    def part(steps: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        cut = {name: x[:, steps] if x.ndim == 3 else x for name, x in inputs.items()}
+        return selective_scan(**cut, initial_state=state, return_last_state=True, impl=impl)  # type: ignore
+
+    first, state = part(slice(0, 37), None)
+    second, _ = part(slice(37, 70), state)
+    assert torch.allclose(torch.cat([first, second], dim=1), whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_long_strongly_decaying_histories_stay_finite(impl: str) -> None:
+    inputs = make_inputs((1, 3000, 8, 16), True, True, False, torch.float32)
+    with torch.no_grad():
+        inputs["delta"].mul_(60)  # exponents far below what float32 can express
+        inputs["z"].mul_(60)
+    assert all(bool(x.isfinite().all()) for x in run(impl, inputs).values())
+
+
+def test_cpp_gives_the_same_bits_for_any_number_of_threads(restore_threads: Callable[[int], None]) -> None:
+    inputs = make_inputs((3, 65, 70, 16), True, True, True, torch.float32)
+    restore_threads(1)
+    alone = run("cpp", inputs)
+    restore_threads(3)
+    for name, found in run("cpp", inputs).items():
+        assert torch.equal(found, alone[name]), name
+
+
+@pytest.fixture
+def restore_threads() -> object:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_mistakes_are_named() -> None:
+    inputs = make_inputs((1, 3, 2, 4), False, False, False, torch.float32)
+    with pytest.raises(ValueError, match="delta has shape"):
+        selective_scan(**{**inputs, "delta": inputs["delta"][:, :2]})  # type: ignore[arg-type]
+    with pytest.raises(FindRecError, match="choose one of"):
+        scan_backend("cpu", "cuda")
+    with pytest.raises(FindRecError, match="mamba-ssm"):
+        scan_backend("cpu", "mamba_ssm")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_loop() -> None:
+    inputs = make_inputs((2, 65, 16, 16), True, True, False, torch.float32)
+    expected = run("reference", {name: x.double() for name, x in inputs.items()})
+    found = run("auto", {name: x.cuda() for name, x in inputs.items()})
+    for name, value in expected.items():
+        scale = value.abs().max().clamp(min=1.0)
+        assert ((found[name].cpu().double() - value).abs().max() / scale) < 1e-4, name
