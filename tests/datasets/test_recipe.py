@@ -1,0 +1,77 @@
+"""Recipes: the shipped ones load, and mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from findrec.datasets.recipe import load_recipe, parse_recipe
+from findrec.errors import FindRecError
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    place = {"path": ".", "files": {"log": {"member": "log.csv"}}}
+    whole: dict[str, Any] = {
+        "name": "mine",
+        "title": "t",
+        "licence": "l",
+        "source": "s",
+        "sources": {"files": [place]},
+        "events": "SELECT * FROM read_csv({log})",
+        "items": "",
+    }
+    return whole | changes
+
+
+def test_shipped_recipes() -> None:
+    films = load_recipe("ml-100k")
+    assert [str(p) for p in films.sources["movielens"]] == [
+        "https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+        "package recbole 1.2.1",
+    ]
+    assert films.split.unit == "event"
+    journey = load_recipe("complete-journey")
+    assert (journey.split.unit, journey.ties) == ("timestamp", "shuffle")
+
+
+def test_missing_recipe_names_the_nearest() -> None:
+    with pytest.raises(FindRecError, match="did you mean 'ml-100k'"):
+        load_recipe("ml-10k")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eventz": "x"}, "unknown key 'eventz'; did you mean 'events'"),
+        ({"split": {"unitt": "event"}}, r"unknown key 'split\.unitt'; did you mean 'unit'"),
+        ({"folder": "x"}, "unknown key 'folder'"),
+        ({"events": "SELECT * FROM {logg}"}, "did you mean 'log'"),
+        ({"events": ""}, "SQL is missing"),
+        ({"name": "../up"}, "name"),
+        ({"min_events": 0}, "min_events"),
+        ({"ties": "random"}, "ties"),
+        ({"sources": {}}, "at least one"),
+        ({"sources": {"a": [{"path": ".", "url": "https://x", "files": {}}]}}, "exactly one of"),
+        ({"sources": {"a": [{"package": "p", "files": {}}]}}, "belong together"),
+        ({"sources": {"a": [{"path": ".", "files": {"log": {"member": "../x"}}}]}}, "must stay inside"),
+        ({"sources": {"a": [{"path": ".", "files": {"log": {"sha256": "12"}}}]}}, "sha256"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(FindRecError, match=told):
+        parse_recipe(tree(**changes), "mine.yaml", Path("."))
+
+
+def test_hash_changes_with_what_decides_the_folder() -> None:
+    base = parse_recipe(tree(), "mine.yaml", Path("."))
+    assert base.sha256() == parse_recipe(tree(title="other"), "x", Path("/")).sha256()
+    assert base.sha256() != parse_recipe(tree(seed=1), "x", Path(".")).sha256()
+    assert base.sha256() != base.sha256(limit_users=5)
+
+
+def test_broken_yaml(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1,")
+    with pytest.raises(FindRecError, match="not valid YAML"):
+        load_recipe(str(tmp_path / "bad.yaml"))
