@@ -54,7 +54,7 @@ class FindRec(SequenceModel):
         self.repeat_head = RepeatHead(dim) if repeat else None
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
-        """See `SequenceModel`. Auxiliary terms: `stein_<name>` or `mmd_<name>`, `kl_<name>`, `balance`, `z`."""
+        """See `SequenceModel`. Auxiliary terms: `stein_<name>` (or `mmd_`), `kl_<name>`, `balance`, `z`."""
         id_BLd = self.stream(self.inputs.drop(self.inputs(batch, x_items)))
         h_Td = asked_rows(id_BLd, batch)
         aux: dict[str, Term] = {}

@@ -1,4 +1,4 @@
-"""Selective scan of Mamba-1: a linear recurrence with input-dependent coefficients (arXiv 2312.00752, alg. 2).
+"""Selective scan of Mamba-1: a linear recurrence with coefficients from the input (arXiv 2312.00752, alg. 2).
 
     h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l          y_l = C_l h_l + D u_l,   then   y_l * silu(z_l)
 
@@ -49,7 +49,7 @@ def scan_backend(device: torch.device | str, impl: str = "auto") -> str:
     if impl == "mamba_ssm" and (kind != "cuda" or not _has_mamba_ssm()):
         raise FindRecError(
             f"scan implementation 'mamba_ssm' cannot be used on {kind}: it needs a CUDA device and the "
-            "package mamba-ssm built with its CUDA kernels (pip install findrec[gpu]); 'auto' picks what works"
+            "package mamba-ssm with its CUDA kernels (pip install findrec[gpu]); 'auto' picks what works"
         )
     return impl
 

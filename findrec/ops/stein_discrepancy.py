@@ -128,7 +128,8 @@ def kde_score(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
     c = min(1.0, (4 / ((width + 2) * m)) ** (2 / (width + 4)))
     centre_mD = mean_D + (1 - c) ** 0.5 * (A_mD - mean_D)
     weight_nm = torch.softmax(-_squared_distances(Z_nD, centre_mD) / (2 * c * variance), dim=1)
-    return (weight_nm @ centre_mD - Z_nD) / (c * variance)
+    score_nD: Tensor = (weight_nm @ centre_mD - Z_nD) / (c * variance)
+    return score_nD
 
 
 @torch.no_grad()
