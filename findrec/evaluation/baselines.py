@@ -19,7 +19,7 @@ from findrec.errors import FindRecError, suggest
 from findrec.evaluation.scorers import BlockScorer, IntArray, Scorer, TextKNN, UserBlock, popularity_rank
 
 _EVENTS_AT_ONCE = 1 << 20
-_PAIRS_AT_ONCE = 1 << 24
+_PAIRS_AT_ONCE = 1 << 22
 
 
 class Popularity(BlockScorer):
@@ -128,26 +128,25 @@ def _nearest(
     folder: DataFolder, window: int, neighbours: int, lo: int, hi: int
 ) -> tuple[IntArray, IntArray, NDArray[np.float64]]:
     """`(item, neighbour, similarity)` of the items lo..hi-1, by item, the most similar first."""
-    stride = folder.num_items + 1
-    keys: IntArray = np.zeros(0, dtype=np.int64)
-    links: IntArray = np.zeros(0, dtype=np.int64)
+    stride, base = folder.num_items + 1, window + 1
+    found: list[IntArray] = [np.zeros(0, dtype=np.int64)]
     for row, item in _training_events(folder):
-        near, weight = [keys], [links]
         for distance in range(1, window + 1):
             a, b = item[:-distance], item[distance:]
             same = row[:-distance] == row[distance:]
             for one, other in ((a, b), (b, a)):
                 chosen = same & (one >= lo) & (one < hi)
-                key, count = np.unique(one[chosen] * stride + other[chosen], return_counts=True)
-                near.append(key)
-                weight.append(count * (window + 1 - distance))
-        keys, inverse = np.unique(np.concatenate(near), return_inverse=True)
-        # Integer sums below 2^53, so that float64 adds them exactly, in any order.
-        total = np.bincount(inverse.reshape(-1), weights=np.concatenate(weight), minlength=len(keys))
-        links = total.astype(np.int64)
-    item, neighbour = keys // stride, keys % stride
+                found.append((one[chosen] * stride + other[chosen]) * base + (base - distance))
+    # Pair and weight in one integer: a plain sort brings equal pairs together, and their sums are exact.
+    pairs = np.concatenate(found)
+    del found
+    pairs.sort()
+    keys, weight = pairs // base, pairs % base
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    links = np.add.reduceat(weight, first) if len(first) else weight
+    item, neighbour = keys[first] // stride, keys[first] % stride
     similarity = links / np.sqrt(folder.train_count[item].astype(np.float64) * folder.train_count[neighbour])
-    order = np.lexsort((neighbour, -similarity, item))
+    order = np.lexsort((-similarity, item))  # stable: equal ones stay in the order of ids
     item, neighbour, similarity = item[order], neighbour[order], similarity[order]
     kept = np.arange(len(item)) - np.searchsorted(item, item) < neighbours
     return item[kept], neighbour[kept], similarity[kept]

@@ -19,10 +19,12 @@ import pyarrow.parquet as pq
 from findrec.datasets.batches import Part, evaluation_blocks
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.metrics import Ranks, describe_protocol, strata, summarise
-from findrec.evaluation.scorers import Scorer, UserBlock, VectorScorer
+from findrec.evaluation.scorers import BlockScorer, Scorer, UserBlock, VectorScorer
 from findrec.evaluation.topk import TopItems
 from findrec.ops.counting import rank_dense
 from findrec.ops.target_rank import target_rank
+
+_KEYS_AT_ONCE = (64 << 20) // 24 - 1  # what `rank_dense` holds in one tile
 
 __all__ = [
     "Ranks",
@@ -54,6 +56,8 @@ def rank_split(
     `world` does every world-th block; join the parts with `Ranks.concat`. With `list_k` each user's first
     `list_k` items are kept too (for coverage).
     """
+    if isinstance(scorer, BlockScorer):  # few enough users to hold their keys for the whole catalogue
+        users_per_block = max(1, min(users_per_block, _KEYS_AT_ONCE // folder.num_items))
     top = TopItems(scorer)
     parts = []
     for users in evaluation_blocks(folder, split, users_per_block)[rank::world]:

@@ -102,11 +102,17 @@ Scorer = VectorScorer | BlockScorer
 
 def order_keys(scores: NDArray[np.float64], popularity: IntArray) -> Tensor:
     """One integer that sorts as the pair (score as float32, popularity below 2^31) does; NaN comes last."""
-    lowest = np.where(np.isnan(scores), -np.inf, scores).astype(np.float32) + np.float32(0)  # -0.0 is 0.0
-    bits = lowest.view(np.int32)
-    # IEEE floats of one sign sort like their bits; negative ones the other way round.
-    sortable = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
-    return torch.from_numpy((sortable << 32) | popularity)
+    single = scores.astype(np.float32)
+    bits = single.view(np.int32)
+    if np.isnan(single).any() or bits.min(initial=0) < 0:
+        single[np.isnan(single)] = -np.inf
+        single += np.float32(0)  # -0.0 becomes 0.0
+        # IEEE floats of one sign sort like their bits; negative ones the other way round.
+        bits = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
+    keys: IntArray = bits.astype(np.int64)
+    keys <<= 32
+    keys |= popularity
+    return torch.from_numpy(keys)
 
 
 def popularity_rank(folder: DataFolder) -> IntArray:

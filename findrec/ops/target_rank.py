@@ -179,22 +179,18 @@ def _count_catalogue(
         cases = list(order.slots(lo, hi))
         if bool(safe_B[rows].all()):
             slow = rest
+            doubtful: list[tuple[Tensor, Tensor]] = []
             for a in range(0, len(screened), tile):
                 b = min(a + tile, len(screened))
                 scores_bT = users_Bd[rows] @ tame_Vd[a:b].T
                 bound_b = _error_bound(users_Bd.shape[1], user_norm_B[rows], norm_V[a:b].max())
                 for case_n in cases:
-                    _screen(
-                        scores_bT[: len(case_n)],
-                        bound_b[: len(case_n)],
-                        case_n,
-                        t_C,
-                        counts,
-                        users_Bd,
-                        rows,
-                        items_Vd,
-                        screened[a:b],
-                    )
+                    n = len(case_n)
+                    case_P, place_P = _screen(scores_bT[:n], bound_b[:n], case_n, t_C, counts.greater)
+                    doubtful.append((case_P, screened[a:b][place_P]))
+                if sum(len(case_P) for case_P, _ in doubtful) > _PAIRS:
+                    _rescore(users_Bd, items_Vd, row_C, t_C, doubtful, counts)
+            _rescore(users_Bd, items_Vd, row_C, t_C, doubtful, counts)
         else:
             slow = everything
         for a in range(0, len(slow), max(1, tile // 4)):
@@ -214,33 +210,39 @@ def _error_bound(width: int, user_norm_b: Tensor, item_norm: Tensor) -> Tensor:
 
 
 def _screen(
-    scores_nT: Tensor,
-    bound_n: Tensor,
-    case_n: Tensor,
-    t_C: Tensor,
-    counts: Counts,
-    users_Bd: Tensor,
-    rows: Tensor,
-    items_Vd: Tensor,
-    item_T: Tensor,
-) -> None:
-    """Count one tile for one case of each row: by the screen where it decides, else in float64."""
+    scores_nT: Tensor, bound_n: Tensor, case_n: Tensor, t_C: Tensor, greater_C: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Count what the screen decides of one tile, for one case of each row; returns the doubtful pairs.
+
+    They are given as cases `[P]` and places in the tile `[P]`.
+    """
     t_n = t_C[case_n]
     # Rounding to float32 may step inwards by half a unit; one unit outwards undoes it.
     high_n = torch.nextafter((t_n + bound_n).float(), t_n.new_tensor(torch.inf).float())
     low_n = torch.nextafter((t_n - bound_n).float(), t_n.new_tensor(-torch.inf).float())
     above_n = sum_true(torch.gt, scores_nT, high_n)
-    doubtful_n = sum_true(torch.ge, scores_nT, low_n) - above_n
-    counts.greater[case_n] += above_n
-    open_rows = doubtful_n.nonzero()[:, 0]
-    if not len(open_rows):
-        return
-    near = scores_nT[open_rows]
-    n, place = ((near >= low_n[open_rows, None]) & (near <= high_n[open_rows, None])).nonzero(as_tuple=True)
-    n = open_rows[n]
-    score_P = dot64(users_Bd, items_Vd, rows[n], item_T[place])
-    counts.greater.index_add_(0, case_n[n], (score_P > t_n[n]).long())
-    counts.equal.index_add_(0, case_n[n], (score_P == t_n[n]).long())
+    greater_C[case_n] += above_n
+    open_n = (sum_true(torch.ge, scores_nT, low_n) > above_n).nonzero()[:, 0]
+    near = scores_nT[open_n]
+    n, place_P = ((near >= low_n[open_n, None]) & (near <= high_n[open_n, None])).nonzero(as_tuple=True)
+    return case_n[open_n[n]], place_P
+
+
+def _rescore(
+    users_Bd: Tensor,
+    items_Vd: Tensor,
+    row_C: Tensor,
+    t_C: Tensor,
+    doubtful: list[tuple[Tensor, Tensor]],
+    counts: Counts,
+) -> None:
+    """Count the doubtful pairs by their float64 scores, and forget them."""
+    if doubtful:
+        case_P, item_P = (torch.cat(parts) for parts in zip(*doubtful, strict=True))
+        score_P = dot64(users_Bd, items_Vd, row_C[case_P], item_P)
+        counts.greater.index_add_(0, case_P, (score_P > t_C[case_P]).long())
+        counts.equal.index_add_(0, case_P, (score_P == t_C[case_P]).long())
+        doubtful.clear()
 
 
 def _grid64(x_bd: Tensor, y_td: Tensor) -> Tensor:
