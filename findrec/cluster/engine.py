@@ -46,7 +46,6 @@ class DeepSpeedTower:
         """`accumulation` is the number of microbatches this worker runs in a step (K / W)."""
         deepspeed = _import_deepspeed()
         self.model = model.to(device)
-        self._names = {id(p): name for name, p in model.named_parameters()}
         self.backward_factor = float(dist.get_world_size())
         config = {
             "train_micro_batch_size_per_gpu": 1,
@@ -69,7 +68,6 @@ class DeepSpeedTower:
             config=config,
             dist_init_required=False,
         )
-        self._accumulation = accumulation
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `Tower`."""
@@ -92,12 +90,19 @@ class DeepSpeedTower:
         """See `Tower`."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        # DeepSpeed links parameters to their moments after its first step, but while only the first
+        # parameter group has any; link anew so that every group is reachable.
+        self._link()
         found = {}
         for name, p in self.model.named_parameters():
             for moment in MOMENTS:
-                value = safe_get_full_optimizer_state(p, moment)
-                found[f"{name}.{moment}"] = torch.zeros_like(p) if value is None else value
+                found[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment)
         return found
+
+    def _link(self) -> None:
+        if self._optimizer.optimizer.state:
+            self._optimizer._hp_optimizer_states_linked = False
+            self._optimizer._lazy_init_hp_params_optimizer_state()
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
         """See `Tower`."""
@@ -109,7 +114,7 @@ class DeepSpeedTower:
                 "step": torch.tensor(float(steps)),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
-        zero._lazy_init_hp_params_optimizer_state()
+        self._link()
         with torch.no_grad():
             for name, p in self.model.named_parameters():
                 value = weights[name].to(p.device)

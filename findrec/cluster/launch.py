@@ -19,6 +19,14 @@ from findrec.errors import FindRecError
 from findrec.paths import home
 from findrec.progress import say
 
+_RAY_SWITCHES = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line of a worker twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's own wish, or it warns in every process
+    "RAY_COLOR_PREFIX": "0",
+}
+
 
 def usable_cpus() -> int:
     """CPU cores this process may run on."""
@@ -33,14 +41,13 @@ def worker_threads(config: RunConfig) -> int:
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
     """A Ray cluster for a run: the one at `cluster.address` or `RAY_ADDRESS`, else a local one."""
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.update(_RAY_SWITCHES)
     import ray
 
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     environment = {
         "FINDREC_HOME": str(home()),
-        "RAY_TRAIN_V2_ENABLED": "1",
+        **_RAY_SWITCHES,
         "OMP_NUM_THREADS": str(worker_threads(config)),
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning",
     }
@@ -63,7 +70,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         say(f"starting Ray on this machine ({cores} CPU cores)")
         # The token stays with the run: one in ~/.ray would switch authentication on for later clusters.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=cores, include_dashboard=False, **common)
+        # The dashboard also serves the state API by which Ray Train cleans up after itself.
+        ray.init(num_cpus=cores, include_dashboard=True, dashboard_host="127.0.0.1", **common)
     try:
         yield
     finally:
@@ -100,7 +108,7 @@ def uses_gpu(config: RunConfig) -> bool:
 
 def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None:
     """Run `train_worker` on all workers to the end; lost workers are restarted `max_failures` times."""
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -131,6 +139,7 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
             name="ray",
             storage_path=str(run_folder),
             failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:

@@ -1,0 +1,134 @@
+"""DeepSpeed ZeRO workers against the plain single-process reference: every factor, on 1 and 2 real workers."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+
+SCRIPT = """
+import json, os, sys, torch, torch.distributed as dist
+from datetime import timedelta
+from pathlib import Path
+torch.set_num_threads(1)
+stage, world, rank, folder_path, checkpoints, out, tree = sys.argv[1:]
+world, rank = int(world), int(rank)
+from findrec.config import parse_config
+from findrec.datasets.folder import DataFolder
+from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.loop import run_training
+from findrec.training.tower import PlainTower
+from findrec.training.worker import Worker
+config = parse_config(json.loads(tree))
+folder = DataFolder.open(Path(folder_path))
+torch.manual_seed(0)
+model, table = build_tower_model(config, folder), build_table(config, folder)
+if stage == "plain":
+    tower = PlainTower(model, config.training.optim)
+else:
+    from findrec.cluster.engine import DeepSpeedTower
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    tower = DeepSpeedTower(model, config.training.optim, stage=int(stage),
+                           accumulation=config.training.microbatches // world, device=torch.device("cpu"))
+losses = []
+class Log:
+    def log(self, step, epoch, values):
+        if "train/loss" in values:
+            losses.append([values["train/loss"], values["grad_norm/tower"], values["grad_norm/table"]])
+run_training(config, folder, Path(checkpoints), tower, table, modalities=used_modalities(config, folder),
+             worker=Worker(rank, world), log=Log())
+if rank == 0:
+    from safetensors.torch import save_file
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()} | {"table": table.weight}
+    save_file(state, out)
+    Path(out + ".json").write_text(json.dumps(losses))
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(stage, world, data, checkpoints, out, config):
+    port = str(free_port())
+    workers = []
+    for rank in range(world):
+        environment = os.environ | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "FINDREC_QUIET": "1",
+        }
+        arguments = [str(stage), str(world), str(rank), str(data), str(checkpoints), str(out)]
+        tree = json.dumps(config.model_dump(mode="json"))
+        workers.append(
+            subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments, tree], env=environment, cwd="/")
+        )
+    assert [w.wait(timeout=300) for w in workers] == [0] * world
+    from safetensors.torch import load_file
+
+    return load_file(out), json.loads(Path(str(out) + ".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    from test_loop import make_config, planted_folder
+
+    path = tmp_path_factory.mktemp("engine")
+    folder = planted_folder(path / "data", num_users=60)
+    config = make_config(epochs=2, microbatches=6, optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.5})
+    reference = run("plain", 1, folder.path, path / "plain", path / "plain.out", config)
+    return path, folder, config, reference
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "world"), [(1, 1), (2, 1), (1, 2), (2, 2), (2, 3)])
+def test_same_training_as_the_plain_reference(planted, stage, world):
+    path, folder, config, (want, want_losses) = planted
+    name = f"s{stage}w{world}"
+    got, losses = run(stage, world, folder.path, path / name, path / f"{name}.out", config)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-4, atol=1e-5)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.slow
+def test_checkpoint_moves_between_worker_counts_and_stages(planted):
+    """Two epochs in one go on one plain process = one epoch on two ZeRO-2 workers, then one on a ZeRO-1 worker."""
+    import shutil
+
+    path, folder, config, (want, want_losses) = planted
+    first = path / "moved"
+    run(2, 2, folder.path, first, path / "moved.out", config)
+    steps = sorted(p.name for p in first.glob("step-*"))
+    assert len(steps) == 2
+    shutil.rmtree(first / steps[-1])  # as if the run had been killed in its second epoch
+    got, losses = run(1, 1, folder.path, first, path / "moved2.out", config)
+    half = len(want_losses) - len(losses)
+    assert 0 < half < len(want_losses)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses[half:]), rtol=1e-4, atol=1e-5)
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.slow
+def test_two_microbatches_give_the_same_bits_on_one_and_two_workers(planted):
+    path, folder, config, _ = planted
+    training = config.training.model_copy(update={"microbatches": 2})
+    training = training.model_copy(
+        update={"optim": training.optim.model_copy(update={"clip_tower": 0.0, "clip_table": 0.0})}
+    )
+    pair = config.model_copy(update={"training": training})
+    one, _ = run(2, 1, folder.path, path / "k2w1", path / "k2w1.out", pair)
+    two, _ = run(2, 2, folder.path, path / "k2w2", path / "k2w2.out", pair)
+    differing = [key for key in one if not torch.equal(one[key], two[key])]
+    assert differing == []

@@ -1,0 +1,132 @@
+"""Training end to end on planted data, in one process: it learns, it repeats, it resumes bit for bit."""
+
+import numpy as np
+import pytest
+import torch
+
+from findrec.config import parse_config
+from findrec.datasets.memory import write_data_folder
+from findrec.errors import FindRecError
+from findrec.evaluation.baselines import make_baseline
+from findrec.evaluation.evaluate import rank_split, summarise
+from findrec.evaluation.scorers import ModelScorer
+from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.checkpoint import latest_checkpoint
+from findrec.training.loop import run_training
+from findrec.training.tower import PlainTower
+from findrec.training.worker import Worker
+
+NUM_ITEMS = 60
+
+
+def planted_folder(path, num_users=150, seed=0):
+    """The next item is a fixed permutation of the last one, from a random start: popularity knows nothing."""
+    rng = np.random.default_rng(seed)
+    follows = rng.permutation(NUM_ITEMS)
+    histories = []
+    for _ in range(num_users):
+        items = [int(rng.integers(NUM_ITEMS))]
+        for _ in range(int(rng.integers(8, 25))):
+            items.append(int(follows[items[-1]]))
+        histories.append(np.array(items) + 1)
+    text = rng.normal(size=(NUM_ITEMS, 12)).astype(np.float32)
+    image = rng.normal(size=(NUM_ITEMS, 8)).astype(np.float32)
+    image[::7] = np.nan  # missing
+    return write_data_folder(path, histories, features={"text": text, "image": image})
+
+
+def make_config(**training):
+    tree = {
+        "data": {"max_length": 16, "overlap": 0.5},
+        "model": {"dim": 32, "dropout": 0.0, "routing": {"heads": 2, "experts": 2}, "stream": {"layers": 1}},
+        "training": {"epochs": 12, "microbatches": 4, "tokens": 128, "optim": {"lr": 0.01}} | training,
+        "evaluation": {"users_per_block": 64},
+    }
+    return parse_config(tree)
+
+
+class Log:
+    def __init__(self):
+        self.lines = []
+
+    def log(self, step, epoch, values):
+        self.lines.append((step, epoch, dict(values)))
+
+    def losses(self):
+        return [v["train/loss"] for _, _, v in self.lines if "train/loss" in v]
+
+
+def train(config, folder, checkpoints, after_epoch=None):
+    torch.manual_seed(config.training.seed)
+    model = build_tower_model(config, folder)
+    table = build_table(config, folder)
+    log = Log()
+    modalities = used_modalities(config, folder)
+    run_training(
+        config,
+        folder,
+        checkpoints,
+        PlainTower(model, config.training.optim),
+        table,
+        modalities=modalities,
+        worker=Worker(),
+        log=log,
+        after_epoch=after_epoch,
+    )
+    return model, table, log, modalities
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return planted_folder(tmp_path_factory.mktemp("planted") / "data")
+
+
+@pytest.mark.parametrize("name", ["findrec", "sasrec"])
+def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name):
+    config = make_config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    model, table, log, modalities = train(config, folder, tmp_path)
+    how = dict(users_per_block=64, max_length=16, mask_seen=False)
+    scorer = ModelScorer(model, table.weight, folder, modalities=modalities, max_length=16, device="cpu")
+    learnt = summarise(rank_split(scorer, folder, "test", **how), folder, "test", ks=[10], model=name)
+    popular = make_baseline("popularity", folder)
+    chance = summarise(rank_split(popular, folder, "test", **how), folder, "test", ks=[10], model="popularity")
+    assert learnt["ndcg@10"] > 0.9
+    assert chance["ndcg@10"] < 0.25
+    assert log.losses()[-1] < 0.3 * log.losses()[0]
+
+
+class StoppedError(Exception):
+    pass
+
+
+def test_a_run_cut_short_continues_bit_for_bit(folder, tmp_path):
+    config = make_config(epochs=4)
+    whole, whole_table, whole_log, _ = train(config, folder, tmp_path / "whole")
+
+    def stop(values, seen=[]):  # noqa: B006 - counts its calls
+        seen.append(values)
+        if len(seen) == 2:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(config, folder, tmp_path / "cut", after_epoch=stop)
+    rest, rest_table, rest_log, _ = train(config, folder, tmp_path / "cut")
+    assert torch.equal(whole_table.weight, rest_table.weight)
+    for (name, want), got in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
+        assert torch.equal(want, got), name
+    assert whole_log.losses()[-len(rest_log.losses()) :] == rest_log.losses()
+    assert 0 < len(rest_log.losses()) < len(whole_log.losses())
+
+
+def test_another_plan_cannot_continue_a_checkpoint(folder, tmp_path):
+    train(make_config(epochs=1), folder, tmp_path)
+    assert latest_checkpoint(tmp_path) is not None
+    with pytest.raises(FindRecError, match="another epoch plan"):
+        train(make_config(epochs=1, tokens=64), folder, tmp_path)
+
+
+def test_divergence_stops_with_a_plain_message(folder, tmp_path):
+    with pytest.raises(FindRecError, match="not finite at step"):
+        config = make_config(epochs=30, optim={"lr": 1e30, "clip_tower": 0.0})
+        train(config, folder, tmp_path)
