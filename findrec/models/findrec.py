@@ -25,7 +25,7 @@ from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel, Term
 from findrec.models.latents import Latents, ModalEncoder, align_term, prior_term
-from findrec.models.layers import Inputs, LayerScale, asked_rows
+from findrec.models.layers import Dropout, Inputs, LayerScale, asked_rows
 from findrec.models.mamba import MambaStream
 from findrec.models.repeat import RepeatHead
 from findrec.ops.cross_modal_attention import cross_modal_attention
@@ -101,7 +101,7 @@ class Control(nn.Module):
         self.experts = HeadExperts(2 * num_modal * width, 2 * width, self.routing, config.dropout)
         self.fuse = nn.Linear(3 * dim, dim)
         self.scale = LayerScale(dim)  # small: training starts near the ID stream alone
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, batch: Batch, id_BLd: Tensor, id_Td: Tensor, latents: list[Latents]
@@ -136,7 +136,7 @@ class HeadExperts(nn.Module):
         self.config = config
         self.norm = nn.LayerNorm(width)
         self.router = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * width, config.experts)
+            nn.Linear(width, 2 * width), nn.GELU(), Dropout(dropout), nn.Linear(2 * width, config.experts)
         )
         last = self.router[-1]
         assert isinstance(last, nn.Linear)

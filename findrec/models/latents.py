@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from findrec.config import AlignConfig
 from findrec.datasets.batch import ModalRows
 from findrec.models.base import Term
+from findrec.models.layers import Dropout
 from findrec.ops.stein_discrepancy import mmd, stein_discrepancy
 
 LOGVAR_RANGE = (-8.0, 4.0)
@@ -39,7 +40,7 @@ class ModalEncoder(nn.Module):
         self.norm = nn.LayerNorm(num_features)
         self.widen = nn.Linear(num_features, 2 * dim)
         self.norm_hidden = nn.LayerNorm(2 * dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.mean = nn.Linear(2 * dim, dim)
         self.logvar = nn.Linear(2 * dim, dim)
         nn.init.constant_(self.logvar.bias, FIRST_LOGVAR)

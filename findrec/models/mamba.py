@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from findrec.config import StreamConfig
-from findrec.models.layers import LayerScale
+from findrec.models.layers import Dropout, LayerScale
 from findrec.ops.selective_scan import selective_scan
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps channels start with, log-uniform (section 3.6)
@@ -107,7 +107,7 @@ class MambaStream(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(dim) for _ in range(config.layers)])
         self.blocks = nn.ModuleList([Mamba(dim, config) for _ in range(config.layers)])
         self.scales = nn.ModuleList([LayerScale(dim) for _ in range(config.layers)])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`, causal."""

@@ -16,7 +16,7 @@ from findrec.config import ModelConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel
-from findrec.models.layers import Inputs, asked_rows
+from findrec.models.layers import Dropout, Inputs, asked_rows
 from findrec.models.repeat import RepeatHead
 
 INIT_STD = 0.02
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.norm_feed = nn.LayerNorm(dim)
         self.feed_in = nn.Linear(dim, 4 * dim)
         self.feed_out = nn.Linear(4 * dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`."""

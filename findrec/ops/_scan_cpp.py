@@ -78,7 +78,8 @@ def _call(name: str, tensors: dict[str, Tensor | None]) -> None:
     library = _library()
     assert isinstance(library, ctypes.CDLL)
     u, A = tensors["u"], tensors["A"]
-    assert u is not None and A is not None
+    assert u is not None
+    assert A is not None
     rows, steps, channels = u.shape
     sizes = (rows, steps, channels, len(A), torch.get_num_threads())
     fields: dict[str, int | None] = dict(zip(_SIZES, sizes, strict=True))
@@ -109,7 +110,7 @@ class _FusedScan(torch.autograd.Function):
         library = _library()
         if isinstance(library, str):
             raise RuntimeError(library)
-        rows, steps, channels = u.shape
+        rows, steps = u.shape[:2]
         num_chunks = -(-steps // library.scan_chunk())
         y, last = u.new_empty(u.shape), u.new_empty(rows, *A_ND.shape)
         borders = u.new_empty(rows, num_chunks, *A_ND.shape)

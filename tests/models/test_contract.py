@@ -1,0 +1,209 @@
+"""What every model promises (findrec/models/base.py), for each registered model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from findrec.config import ModelConfig
+from findrec.datasets.batch import Batch, ModalRows
+from findrec.errors import FindRecError
+from findrec.models.base import Out, SequenceModel
+from findrec.models.registry import MODELS, build_model
+from findrec.models.repeat import NUM_REPEAT_FEATURES
+
+DIM, NUM_ITEMS, WIDTHS = 16, 30, {"text": 12, "image": 7}
+VARIANTS = [
+    (name, modalities, repeat)
+    for name in sorted(MODELS)
+    for modalities in (("text",), ("text", "image"))
+    for repeat in (False, True)
+]
+
+
+class Case:
+    """A model with a small catalogue: rows and features of all items, some without a modality."""
+
+    def __init__(self, name: str, modalities: tuple[str, ...], repeat: bool) -> None:
+        torch.manual_seed(0)
+        self.table = torch.randn(NUM_ITEMS + 1, DIM) * 0.05
+        self.table[0] = 0
+        self.values = {m: torch.randn(NUM_ITEMS + 1, WIDTHS[m]) for m in modalities}
+        self.present = {m: torch.rand(NUM_ITEMS + 1) < 0.7 for m in modalities}
+        for m in modalities:
+            self.present[m][0] = False
+            self.values[m][~self.present[m]] = 0
+        config = ModelConfig(name=name, dim=DIM, dropout=0.2, gaps=True)  # type: ignore[arg-type]
+        dims = {m: WIDTHS[m] for m in modalities}
+        self.model: SequenceModel = build_model(config, feature_dims=dims, repeat=repeat, max_length=64)
+        for p in self.model.parameters():  # away from zeros and ones, so that every path matters
+            p.data += 0.05 * torch.randn_like(p)
+        self.repeat = repeat
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Mapping[str, ModalRows]]:
+        rows = self.table[batch.ids].clone().requires_grad_()
+        features = {m: ModalRows(v[batch.ids], self.present[m][batch.ids]) for m, v in self.values.items()}
+        return rows, features
+
+    def run(self, batch: Batch) -> Out:
+        rows, features = self.inputs(batch)
+        out: Out = self.model(batch, rows, features)
+        return out
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{'+'.join(v[1])}-{'repeat' if v[2] else 'plain'}")
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(*request.param)
+
+
+def histories(lengths: list[int], seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Items and time gaps of each user."""
+    torch.manual_seed(seed)
+    return [(torch.randint(1, NUM_ITEMS + 1, (n,)), torch.randint(0, 20, (n,))) for n in lengths]
+
+
+def as_batch(users: list[tuple[Tensor, Tensor]], width: int | None = None) -> Batch:
+    """Every position of every user is asked for."""
+    lengths = torch.tensor([len(items) for items, _ in users])
+    width = int(lengths.max()) if width is None else width
+    item, gap = (torch.zeros(len(users), width, dtype=torch.int64) for _ in range(2))
+    for b, (items, gaps) in enumerate(users):
+        item[b, : len(items)], gap[b, : len(items)] = items, gaps
+    position = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
+    target = torch.randint(1, NUM_ITEMS + 1, (len(position),))
+    return Batch.build(item, lengths, torch.arange(len(users)), position, target, gap)
+
+
+def assert_same(a: Out, b: Out, rows_a: slice, rows_b: slice) -> None:
+    assert torch.allclose(a.h[rows_a], b.h[rows_b], atol=1e-5)
+    if a.repeat is not None and b.repeat is not None:
+        assert torch.allclose(a.repeat[rows_a], b.repeat[rows_b], atol=1e-5)
+
+
+def test_shapes_and_repeat_head(case: Case) -> None:
+    batch = as_batch(histories([9, 4]))
+    case.model.eval()
+    out = case.run(batch)
+    assert out.h.shape == (13, DIM)
+    assert (out.repeat is not None) == case.repeat
+    if out.repeat is not None:
+        assert out.repeat.shape == (13, NUM_REPEAT_FEATURES)
+    assert not out.aux
+    assert not out.diagnostics
+
+
+def test_the_future_changes_nothing(case: Case) -> None:
+    case.model.eval()
+    ((items, gaps),) = histories([40])
+    ((other, other_gaps),) = histories([40], seed=7)
+    cut = 23
+    changed = torch.cat([items[:cut], other[cut:]]), torch.cat([gaps[:cut], other_gaps[cut:]])
+    before, after = case.run(as_batch([(items, gaps)])), case.run(as_batch([changed]))
+    assert_same(before, after, slice(0, cut), slice(0, cut))
+    assert not torch.allclose(before.h[cut:], after.h[cut:], atol=1e-3)
+
+
+def test_padding_and_company_change_nothing(case: Case) -> None:
+    case.model.eval()
+    users = histories([17, 1, 38])
+    together = case.run(as_batch(users))
+    start = 0
+    for user in users:
+        end = start + len(user[0])
+        assert_same(together, case.run(as_batch([user])), slice(start, end), slice(None))
+        assert_same(together, case.run(as_batch([user], width=55)), slice(start, end), slice(None))
+        start = end
+
+
+def test_only_asked_positions_are_returned(case: Case) -> None:
+    case.model.eval()
+    whole = as_batch(histories([12, 6]))
+    last = Batch(**{**vars(whole), "position": torch.tensor([11, 17]), "target": torch.zeros(0).long()})
+    few, all_of_them = case.run(last), case.run(whole)
+    assert_same(few, all_of_them, slice(0, 1), slice(11, 12))
+    assert_same(few, all_of_them, slice(1, 2), slice(17, 18))
+
+
+def test_gradient_reaches_every_parameter_and_the_rows(case: Case) -> None:
+    case.model.train()
+    batch = as_batch(histories([30, 25]))
+    rows, features = case.inputs(batch)
+    out = case.model(batch, rows, features)
+    loss = (out.h * torch.randn_like(out.h)).sum() + sum(term.value for term in out.aux.values())
+    if out.repeat is not None:
+        loss = loss + (out.repeat * torch.randn_like(out.repeat)).sum()
+    loss.backward()
+    for name, parameter in case.model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+    assert rows.grad is not None
+    assert (rows.grad[1:].abs().sum(1) > 0).all()
+
+
+def test_a_batch_without_any_features_trains_too(case: Case) -> None:
+    case.model.train()
+    for present in case.present.values():
+        present[:] = False
+    out = case.run(as_batch(histories([5, 3])))
+    loss = out.h.sum() + sum(term.value for term in out.aux.values())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in case.model.parameters())
+
+
+def test_values_of_a_missing_modality_are_never_read(case: Case) -> None:
+    case.model.eval()
+    batch = as_batch(histories([20]))
+    before = case.run(batch)
+    for name, values in case.values.items():
+        values[~case.present[name]] = 1e3
+    assert torch.equal(before.h, case.run(batch).h)
+
+
+def test_evaluation_is_deterministic_and_training_follows_the_seed(case: Case) -> None:
+    batch = as_batch(histories([20, 13]))
+    case.model.eval()
+    torch.manual_seed(1)
+    first = case.run(batch).h
+    torch.manual_seed(2)
+    assert torch.equal(first, case.run(batch).h)
+    case.model.train()
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        out = case.run(batch)
+        runs.append(torch.cat([out.h.flatten(), *(term.value.view(1) for term in out.aux.values())]))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.allclose(runs[0], runs[2], atol=1e-3)
+
+
+def test_aux_terms_are_named_alike_in_every_batch(case: Case) -> None:
+    case.model.train()
+    one, two = case.run(as_batch(histories([20, 13]))), case.run(as_batch(histories([1])))
+    assert list(one.aux) == list(two.aux)
+    assert list(one.diagnostics) == list(two.diagnostics)
+    assert all(term.value.ndim == 0 and not term.reported.requires_grad for term in one.aux.values())
+
+
+def test_scores_of_untrained_models_are_small(case: Case) -> None:
+    """A full softmax starts near uniform: |h . e| well below 1 for rows as small as the table's."""
+    case.model.eval()
+    h = case.run(as_batch(histories([40]))).h
+    assert 0.3 * DIM**0.5 < h.norm(dim=1).mean() < 3 * DIM**0.5
+    assert (h @ case.table.t()).abs().mean() < 0.5
+
+
+def test_wrong_configurations_are_explained() -> None:
+    config = ModelConfig(name="sasrec", dim=10, heads=4)
+    with pytest.raises(FindRecError, match=r"multiple of model\.heads"):
+        build_model(config, feature_dims={}, repeat=False, max_length=8)
+    config = ModelConfig(name="findrec", dim=10)
+    with pytest.raises(FindRecError, match=r"multiple of model\.routing\.heads"):
+        build_model(config, feature_dims={"text": 3}, repeat=False, max_length=8)
+    config = config.model_copy(update={"name": "findrek"})
+    with pytest.raises(FindRecError, match="did you mean 'findrec'"):
+        build_model(config, feature_dims={}, repeat=False, max_length=8)
