@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from findrec.errors import FindRecError
+from findrec.ops import _scan_cpp
+from findrec.ops import selective_scan as scan
 from findrec.ops.selective_scan import scan_backend, selective_scan
 
 SHAPES = [
@@ -119,7 +125,7 @@ def test_cpp_gives_the_same_bits_for_any_number_of_threads(restore_threads: Call
 
 
 @pytest.fixture
-def restore_threads() -> object:
+def restore_threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -144,3 +150,41 @@ def test_cuda_agrees_with_the_loop() -> None:
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1.0)
         assert ((found[name].cpu().double() - value).abs().max() / scale) < 1e-4, name
+
+
+def test_without_a_compiler_it_says_so_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    for function in (_scan_cpp._library, scan._best):
+        function.cache_clear()
+    try:
+        assert scan_backend("cpu") == "torch"
+        assert "apt install g++" in capsys.readouterr().out
+        assert scan_backend("cpu") == "torch"
+        assert capsys.readouterr().out == ""  # once is enough
+        with pytest.raises(FindRecError, match="C\\+\\+ compiler"):
+            scan_backend("cpu", "cpp")
+    finally:
+        for function in (_scan_cpp._library, scan._best):
+            function.cache_clear()
+
+
+def test_workers_that_start_at_once_build_once(tmp_path: Path) -> None:
+    code = (
+        "import findrec.ops._build as b; real = b._compile\n"
+        "def counted(*args):\n    print('built', flush=True)\n    real(*args)\n"
+        "b._compile = counted; print(b.load_library('selective_scan').scan_chunk())"
+    )
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    root = Path(scan.__file__).resolve().parents[2]
+    workers = [
+        subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    printed = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert all(worker.returncode == 0 for worker in workers)
+    assert sum("built" in text for text in printed) == 1
+    assert len(list(tmp_path.rglob("*.so"))) == 1
