@@ -29,6 +29,7 @@ class DataConfig(Section):
     folder: str | None = None  # the prepared folder; default data/<recipe name>
     max_length: int = Field(200, ge=2, le=65536)  # events a window or an evaluated history holds
     overlap: float = Field(0.5, ge=0.0, lt=1.0)  # part of a window that repeats earlier events as context
+    shuffle_ties: bool = True  # events of one timestamp get a new order every epoch (training only)
 
 
 class StreamConfig(Section):
@@ -71,7 +72,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.2, ge=0, lt=1)
     modalities: list[str] | Literal["all"] = "all"
     gaps: bool = False  # log-bucketed time gaps as an input
-    repeat: bool | Literal["auto"] = "auto"  # repeat head; auto: where the data's repeat rate is over 5 %
+    repeat: bool = True  # own-item head: learns if met items come again (groceries) or never do (films)
     layers: int = Field(2, ge=1)  # SASRec blocks
     heads: int = Field(2, ge=1)  # SASRec attention heads
     stream: StreamConfig = StreamConfig()
@@ -133,7 +134,7 @@ class EvaluationConfig(Section):
 
     ks: list[int] = [5, 10, 20, 50]
     users_per_block: int = Field(256, ge=1)
-    mask_seen: bool | Literal["auto"] = "auto"  # auto: off (leave-one-out convention; needed for repeats)
+    mask_seen: bool = False  # take met items out of the ranking; leave off where items come again
     baselines: list[str] = ["popularity", "cooccurrence", "own_frequent", "sasrec"]
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
 

@@ -71,7 +71,7 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         after_epoch=report,
     )
     if tracker is not None:
-        tracker.finish("RUNNING")  # the driver adds the final table and closes the run
+        tracker.finish("FINISHED")  # the driver opens the run again to add the final table
 
 
 class _Both:

@@ -60,12 +60,46 @@ def _padded(histories: Histories) -> tuple[Tensor, Tensor, Tensor, Int64Array]:
     return padded[0], padded[1], torch.from_numpy(length), place
 
 
-def train_batch(folder: DataFolder, windows: Windows, chosen: Int64Array) -> Batch:
+def _hashed(seed: int, user: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """A pseudo-random key of every event, the same wherever it is asked for (splitmix64's finaliser)."""
+    key = np.uint64(seed % 2**64) + user.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    key = key + place.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = (key ^ (key >> np.uint64(shift))) * np.uint64(factor)
+    return key ^ (key >> np.uint64(31))
+
+
+def shuffled_ties(folder: DataFolder, users: Int64Array, seed: int) -> Histories:
+    """Training events of `users`, those of one timestamp in an order drawn anew for each seed.
+
+    Events of one instant have no order of their own (films rated in one burst, a basket): a fixed one is
+    learnt by heart. The order depends on the user and the seed alone, so the windows of a user agree.
+    """
+    whole = folder.histories(users, np.zeros(len(users), dtype=np.int64), folder.valid_start[users])
+    row = np.repeat(np.arange(len(users)), np.diff(whole.offset))
+    place = np.arange(len(row)) - whole.offset[row]
+    order = np.lexsort((_hashed(seed, users[row], place), whole.timestamp, row))
+    return Histories(item=whole.item[order], timestamp=whole.timestamp, offset=whole.offset)
+
+
+def _slices(histories: Histories, start: Int64Array, stop: Int64Array) -> Histories:
+    offset = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
+    row = np.repeat(np.arange(len(start)), stop - start)
+    place = np.arange(len(row)) - offset[row] + start[row] + histories.offset[row]
+    return Histories(item=histories.item[place], timestamp=histories.timestamp[place], offset=offset)
+
+
+def train_batch(
+    folder: DataFolder, windows: Windows, chosen: Int64Array, *, tie_seed: int | None = None
+) -> Batch:
     """The batch of the windows `chosen`: every event of `[first_target, stop)` is asked for once, at the
-    position of the event before it.
+    position of the event before it. With `tie_seed`, events of one timestamp are shuffled by it.
     """
     user, start, stop = windows.user[chosen], windows.start[chosen], windows.stop[chosen]
-    whole = folder.histories(user, start, stop)  # inputs and, one later, their targets
+    if tie_seed is None:
+        whole = folder.histories(user, start, stop)  # inputs and, one later, their targets
+    else:
+        whole = _slices(shuffled_ties(folder, user, tie_seed), start, stop)
     ends = whole.offset[1:]
     shown = np.ones(len(whole.item), dtype=bool)
     shown[ends - 1] = False
@@ -153,7 +187,9 @@ class TrainLoader:
         rank: int,
         world: int,
         first_step: int = 0,
+        tie_seed: int | None = None,
     ) -> None:
+        self._tie_seed = tie_seed
         self._folder, self._windows, self._plan = folder, windows, plan
         self._rank, self._world, self._first_step = rank, world, first_step
         self._queue: queue.Queue[Step | BaseException | None] = queue.Queue(PREFETCHED_STEPS)
@@ -171,7 +207,10 @@ class TrainLoader:
         try:
             for index in range(self._first_step, len(self._plan.steps)):
                 mine = share(self._plan.steps[index], self._rank, self._world)
-                batches = [(m, train_batch(self._folder, self._windows, chosen)) for m, chosen in mine]
+                batches = [
+                    (m, train_batch(self._folder, self._windows, chosen, tie_seed=self._tie_seed))
+                    for m, chosen in mine
+                ]
                 if self._stopped.is_set():
                     return
                 self._put((index, batches))

@@ -84,7 +84,7 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
         ks=config.evaluation.ks,
         users_per_block=config.evaluation.users_per_block,
         max_length=config.data.max_length,
-        mask_seen=config.evaluation.mask_seen is True,
+        mask_seen=config.evaluation.mask_seen,
     )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)
@@ -105,7 +105,7 @@ def rebuild_report(run_folder: Path) -> Path:
         "test",
         users,
         max_length=config.data.max_length,
-        mask_seen=config.evaluation.mask_seen is True,
+        mask_seen=config.evaluation.mask_seen,
     )
     return write_report(run_folder, folder=folder, samples=samples)
 

@@ -67,8 +67,8 @@ class ItemTable:
         # Between popularity (good for frequent items) and uniform (so that no item has a huge weight).
         proposal = (train_count.to(torch.float64) + 1.0) ** 0.75
         proposal[0] = 0.0
-        normalised: Tensor = proposal / proposal.sum()
-        return normalised.to(self.weight.device)
+        normalised: Tensor = (proposal / proposal.sum()).to(self.weight.device)
+        return normalised
 
     def lookup(self, ids_U: Tensor) -> Tensor:
         """Rows `[U, d]` of distinct ids as a leaf that collects a gradient; hand that to `push`."""

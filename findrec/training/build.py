@@ -11,8 +11,6 @@ from findrec.models.base import SequenceModel
 from findrec.models.registry import build_model
 from findrec.tables.item_table import ItemTable
 
-REPEAT_RATE = 0.05  # from here on repeat="auto" gives a model its repeat head
-
 
 def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
     """The modalities the model is given: those asked for, checked against those the data has."""
@@ -28,20 +26,13 @@ def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
     return list(config.model.modalities)
 
 
-def uses_repeat(config: RunConfig, folder: DataFolder) -> bool:
-    """Whether the model gets its repeat head (see findrec/models/repeat.py)."""
-    if config.model.repeat == "auto":
-        return folder.manifest.repeat_rate > REPEAT_RATE
-    return config.model.repeat
-
-
 def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
     """The network, initialised from torch's global generator (seed it first)."""
     dims = {name: folder.feature(name).dim for name in used_modalities(config, folder)}
     return build_model(
         config.model,
         feature_dims=dims,
-        repeat=uses_repeat(config, folder),
+        repeat=config.model.repeat,
         max_length=config.data.max_length,
     )
 

@@ -118,7 +118,8 @@ def _run_epoch(
         tokens=training.tokens,
     )
     num_steps = training.epochs * len(plan.steps)  # epochs may differ by a step; only the rate uses it
-    loader = TrainLoader(folder, windows, plan, rank=worker.rank, world=worker.world)
+    ties = microbatch_seed(training.seed, state.epoch, -1) if config.data.shuffle_ties else None
+    loader = TrainLoader(folder, windows, plan, rank=worker.rank, world=worker.world, tie_seed=ties)
     tower.model.train()
     sums = dict.fromkeys(("loss", "targets", "seconds", "waited"), 0.0)
     mark = time.perf_counter()

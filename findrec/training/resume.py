@@ -25,6 +25,7 @@ def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
         training.epochs,
         config.data.max_length,
         config.data.overlap,
+        config.data.shuffle_ties,
         len(windows.user),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO workers against the plain single-process reference: every factor, on 1 and 2 real workers."""
+"""DeepSpeed ZeRO workers against the plain single-process reference: every factor, on real workers."""
 
 import json
 import os
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
+from planted import make_config, planted_folder
 
 SCRIPT = """
 import json, os, sys, torch, torch.distributed as dist
@@ -81,8 +80,6 @@ def run(stage, world, data, checkpoints, out, config):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    from test_loop import make_config, planted_folder
-
     path = tmp_path_factory.mktemp("engine")
     folder = planted_folder(path / "data", num_users=60)
     config = make_config(epochs=2, microbatches=6, optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.5})
@@ -98,12 +95,14 @@ def test_same_training_as_the_plain_reference(planted, stage, world):
     got, losses = run(stage, world, folder.path, path / name, path / f"{name}.out", config)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-4, atol=1e-5)
     for key in want:
-        torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.slow
 def test_checkpoint_moves_between_worker_counts_and_stages(planted):
-    """Two epochs in one go on one plain process = one epoch on two ZeRO-2 workers, then one on a ZeRO-1 worker."""
+    """Two epochs on one plain process = one on two ZeRO-2 workers, then one on a ZeRO-1 worker."""
     import shutil
 
     path, folder, config, (want, want_losses) = planted
@@ -117,7 +116,9 @@ def test_checkpoint_moves_between_worker_counts_and_stages(planted):
     assert 0 < half < len(want_losses)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses[half:]), rtol=1e-4, atol=1e-5)
     for key in want:
-        torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 @pytest.mark.slow

@@ -1,11 +1,9 @@
 """Training end to end on planted data, in one process: it learns, it repeats, it resumes bit for bit."""
 
-import numpy as np
 import pytest
 import torch
+from planted import make_config, planted_folder
 
-from findrec.config import parse_config
-from findrec.datasets.memory import write_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import rank_split, summarise
@@ -15,34 +13,6 @@ from findrec.training.checkpoint import latest_checkpoint
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
-
-NUM_ITEMS = 60
-
-
-def planted_folder(path, num_users=150, seed=0):
-    """The next item is a fixed permutation of the last one, from a random start: popularity knows nothing."""
-    rng = np.random.default_rng(seed)
-    follows = rng.permutation(NUM_ITEMS)
-    histories = []
-    for _ in range(num_users):
-        items = [int(rng.integers(NUM_ITEMS))]
-        for _ in range(int(rng.integers(8, 25))):
-            items.append(int(follows[items[-1]]))
-        histories.append(np.array(items) + 1)
-    text = rng.normal(size=(NUM_ITEMS, 12)).astype(np.float32)
-    image = rng.normal(size=(NUM_ITEMS, 8)).astype(np.float32)
-    image[::7] = np.nan  # missing
-    return write_data_folder(path, histories, features={"text": text, "image": image})
-
-
-def make_config(**training):
-    tree = {
-        "data": {"max_length": 16, "overlap": 0.5},
-        "model": {"dim": 32, "dropout": 0.0, "routing": {"heads": 2, "experts": 2}, "stream": {"layers": 1}},
-        "training": {"epochs": 12, "microbatches": 4, "tokens": 128, "optim": {"lr": 0.01}} | training,
-        "evaluation": {"users_per_block": 64},
-    }
-    return parse_config(tree)
 
 
 class Log:
@@ -86,11 +56,13 @@ def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name)
     config = make_config()
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     model, table, log, modalities = train(config, folder, tmp_path)
-    how = dict(users_per_block=64, max_length=16, mask_seen=False)
+    how = {"users_per_block": 64, "max_length": 16, "mask_seen": False}
     scorer = ModelScorer(model, table.weight, folder, modalities=modalities, max_length=16, device="cpu")
     learnt = summarise(rank_split(scorer, folder, "test", **how), folder, "test", ks=[10], model=name)
     popular = make_baseline("popularity", folder)
-    chance = summarise(rank_split(popular, folder, "test", **how), folder, "test", ks=[10], model="popularity")
+    chance = summarise(
+        rank_split(popular, folder, "test", **how), folder, "test", ks=[10], model="popularity"
+    )
     assert learnt["ndcg@10"] > 0.9
     assert chance["ndcg@10"] < 0.25
     assert log.losses()[-1] < 0.3 * log.losses()[0]
@@ -127,6 +99,6 @@ def test_another_plan_cannot_continue_a_checkpoint(folder, tmp_path):
 
 
 def test_divergence_stops_with_a_plain_message(folder, tmp_path):
+    config = make_config(epochs=30, optim={"lr": 1e30, "clip_tower": 0.0})
     with pytest.raises(FindRecError, match="not finite at step"):
-        config = make_config(epochs=30, optim={"lr": 1e30, "clip_tower": 0.0})
         train(config, folder, tmp_path)

@@ -1,0 +1,209 @@
+"""The main job, for real: Ray, two DeepSpeed workers, evaluation, MLflow; killed, continued, submitted."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from planted import make_config, planted_folder
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FINDREC_", "MLFLOW_"))}
+    return kept | {"FINDREC_HOME": str(home), "OMP_NUM_THREADS": "1"} | more
+
+
+def train(home: Path, *overrides: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), *overrides]
+    done = subprocess.run(
+        command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=400
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def metrics(home: Path, name: str) -> list[dict]:
+    return json.loads((home / "runs" / name / "metrics.json").read_text())["test"]
+
+
+def numbers(rows: list[dict]) -> list[float]:
+    return [v for row in rows for k, v in sorted(row.items()) if isinstance(v, float)]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A FINDREC_HOME with planted data and a finished run `two` of two workers."""
+    home = tmp_path_factory.mktemp("home")
+    planted_folder(home / "data" / "planted", num_users=80)
+    config = make_config(epochs=6, microbatches=2).model_dump(mode="json")
+    config["data"] |= {"folder": "data/planted", "recipe": "planted"}
+    config["cluster"] |= {"workers": 2, "threads": 1}
+    config["evaluation"]["baselines"] = ["popularity", "sasrec"]
+    (home / "run.yaml").write_text(yaml.safe_dump(config))
+    train(home, "name=two")
+    return home
+
+
+def test_run_folder_is_complete_and_true(home):
+    run = home / "runs" / "two"
+    rows = metrics(home, "two")
+    assert [row["model"] for row in rows] == ["findrec", "sasrec", "popularity"]
+    assert all("full catalogue (60 items)" in row["protocol"] for row in rows)
+    assert rows[0]["ndcg@10"] > 0.9 > 0.3 > rows[2]["ndcg@10"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == sorted(set(steps))
+    assert "findrec" in (run / "report.html").read_text()
+    ranks = pq.read_table(run / "ranks.parquet").to_pylist()
+    mine = [r["rank"] for r in ranks if r["model"] == "findrec" and r["split"] == "test"]
+    assert rows[0]["mrr"] == pytest.approx(sum(1 / r for r in mine) / len(mine))
+    assert (run / "baselines" / "sasrec" / "checkpoints").is_dir()
+
+
+def test_mlflow_mirrors_the_run(home):
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "findrec"]
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    found = next(r for name, r in runs.items() if name == "two")
+    assert found.info.status == "FINISHED"
+    assert found.data.params["training.epochs"] == "6"
+    row = metrics(home, "two")[0]
+    assert any(v == pytest.approx(row["ndcg@10"]) for k, v in found.data.metrics.items() if "test" in k)
+
+
+def test_evaluating_again_gives_the_same_digits(home):
+    run = home / "runs" / "two"
+    before = (run / "metrics.json").read_bytes(), (run / "ranks.parquet").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-m", "findrec.cli", "evaluate", str(run)],
+        env=environment(home),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (run / "metrics.json").read_bytes() == before[0]
+    assert (run / "ranks.parquet").read_bytes() == before[1]
+
+
+def test_one_worker_gives_the_same_result(home):
+    train(home, "name=one", "cluster.workers=1")
+    assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
+
+
+def test_killed_half_way_it_continues_and_ends_the_same(home):
+    command = [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), "name=killed"]
+    process = subprocess.Popen(
+        command,
+        env=environment(home),
+        cwd=home,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    manifests = home / "runs" / "killed" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(manifests.glob("step-*/manifest.json")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (home / "runs" / "killed" / "metrics.json").exists()
+    train(home, "name=killed")
+    assert numbers(metrics(home, "killed")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
+    lines = (home / "runs" / "killed" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]
+    assert steps == sorted(set(steps))
+
+
+def test_other_configuration_under_the_same_name_is_refused(home):
+    done = train(home, "name=two", "training.seed=5", check=False)
+    assert done.returncode == 2
+    assert "training.seed: 0 there, 5 now" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.epoch=3"], "did you mean 'training.epochs'?"),
+        (["cluster.workers=3", "training.microbatches=2"], "must divide training.microbatches"),
+        (["data.folder=data/nothing"], "data/nothing"),
+        (["cluster.cpus_per_worker=500", "name=wide"], "the cluster has"),
+        (["runs=/proc/nowhere"], "cannot write the run folder"),
+    ],
+)
+def test_bad_input_gets_one_clear_message(home, overrides, message):
+    done = train(home, *overrides, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_altered_shard_is_refused(home, tmp_path):
+    folder = planted_folder(tmp_path / "data", num_users=30)
+    (shard, *_) = sorted((folder.path / "shards").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    done = train(home, f"data.folder={folder.path}", "name=altered", check=False)
+    assert done.returncode == 2
+    assert shard.name in done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_submitted_to_a_running_cluster_as_a_job(home, tmp_path):
+    """`ray start --head`, then `ray job submit --working-dir . -- python -m findrec.train_dist ...`."""
+    root = Path(__file__).parent.parent
+    bin_folder = Path(sys.executable).parent
+    gcs, dashboard = free_port(), free_port()
+    env = environment(
+        home,
+        PATH=f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        RAY_AUTH_MODE="disabled",
+        RAY_TMPDIR=str(tmp_path)[:40] if len(str(tmp_path)) < 40 else "/tmp",
+    )
+    head = subprocess.Popen(
+        [
+            str(bin_folder / "ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2",
+            f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats",
+        ],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            with socket.socket() as s:
+                if s.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            time.sleep(0.5)
+        address = f"http://127.0.0.1:{dashboard}"
+        submit = [
+            str(bin_folder / "ray"), "job", "submit", "--address", address, "--working-dir", ".", "--",
+            "python", "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), "name=submitted",
+        ]  # fmt: skip
+        done = subprocess.run(submit, cwd=root, env=env, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert "runtime_resources" not in str(home)
+        assert numbers(metrics(home, "submitted")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)
+        head.wait()
