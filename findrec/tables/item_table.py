@@ -67,12 +67,13 @@ class ItemTable:
         # Between popularity (good for frequent items) and uniform (so that no item has a huge weight).
         proposal = (train_count.to(torch.float64) + 1.0) ** 0.75
         proposal[0] = 0.0
-        normalised: Tensor = (proposal / proposal.sum()).to(self.weight.device)
-        return normalised
+        normalised: Tensor = proposal / proposal.sum()
+        return normalised.to(self.weight.device)
 
     def lookup(self, ids_U: Tensor) -> Tensor:
         """Rows `[U, d]` of distinct ids as a leaf that collects a gradient; hand that to `push`."""
-        return self.weight[ids_U].requires_grad_()
+        rows: Tensor = self.weight[ids_U]
+        return rows.requires_grad_()
 
     def push(self, ids_U: Tensor, grad_Ud: Tensor) -> None:
         """Add the gradient of looked-up rows (distinct ids; padding is ignored)."""
