@@ -1,0 +1,62 @@
+"""Peak memory of a function: resident set of a fresh process on the CPU, allocator's peak on a GPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from findrec.errors import FindRecError
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident set this process has ever had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+
+
+def _measure(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple[object, ...]) -> None:
+    try:
+        function = make(*args)
+        before = peak_rss_bytes()
+        function()
+        pipe.send(peak_rss_bytes() - before)
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+def peak_bytes(make: Callable[..., Callable[[], object]], *args: object) -> int:
+    """By how many bytes the peak resident set grows when the function that `make(*args)` returns is run once.
+
+    A fresh process is started, as a peak can never be lowered again; `make` must be importable (module
+    level), as must its arguments be plain. Its inputs, made before the measurement, are not counted; memory
+    that making them had freed again is, so this is a lower bound. Raises FindRecError when it fails there.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(theirs, make, args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        answer = "the process was killed (out of memory?)"
+    process.join()
+    if not isinstance(answer, int):
+        raise FindRecError(f"measuring the memory of {make.__name__}{args} failed: {answer}")
+    return answer
+
+
+def peak_cuda_bytes(function: Callable[[], object]) -> int:
+    """By how many bytes one run raises the allocator's peak on the current CUDA device."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,145 @@
+"""The `findrec` command: prepare, verify, train, evaluate, report, doctor, version.
+
+Heavy packages are imported inside the commands: `findrec --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from findrec import __version__
+from findrec.errors import FindRecError, suggest
+from findrec.paths import drop_checkout_from_sys_path, resolve
+
+app = typer.Typer(
+    help="Train and evaluate multimodal recommenders on very long histories.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RUN_HELP = "A run folder, or the name of one below runs/."
+
+
+def find_run(name: str) -> Path:
+    """The run folder a user means, a path or a name below `runs/`; FindRecError lists the known ones."""
+    candidates = [Path(name).expanduser().resolve(), resolve(name), resolve("runs") / name]
+    for candidate in candidates:
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    runs = resolve("runs")
+    known = sorted(p.parent.name for p in runs.glob("*/config.yaml"))
+    raise FindRecError(
+        f"no run called {name!r}: there is no config.yaml in {candidates[0]} or {candidates[-1]}"
+        f"{suggest(name, known)} (runs there: {', '.join(known) or 'none'}). "
+        "A run folder is made by `findrec train CONFIG`."
+    )
+
+
+@app.command()
+def prepare(
+    recipe: Annotated[str, typer.Argument(help="Name or path of a recipe, e.g. ml-100k.")],
+    folder: Annotated[str | None, typer.Option(help="Where to write; default: data/<recipe name>.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is there.")] = False,
+) -> None:
+    """Fetch a data set and write its data folder; returns at once when it is there already."""
+    from findrec.datasets.prepare import prepare as make
+    from findrec.datasets.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    target = resolve(folder or f"data/{loaded.name}")
+    make(loaded, target, force=force)
+    typer.echo(f"ready: {target}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="A data folder, e.g. data/ml-100k.")],
+) -> None:
+    """Check every file of a data folder against its manifest."""
+    from findrec.datasets.folder import DataFolder
+
+    given = Path(folder).expanduser()
+    path = given.resolve() if given.is_dir() else resolve(folder)
+    DataFolder.open(path, verify=True)
+    typer.echo(f"whole and unaltered: {path}")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="Name or path of a run configuration, e.g. demo.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="e.g. training.epochs=3")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete a run of the same name first.")] = False,
+) -> None:
+    """Train and evaluate a run; the same as python -m findrec.train_dist --config CONFIG."""
+    from findrec import train_dist
+
+    flags = ["--fresh"] if fresh else []
+    raise typer.Exit(train_dist.main(["--config", config, *flags, *(overrides or [])]))
+
+
+@app.command()
+def evaluate(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
+    """Rank the full catalogue again from the saved checkpoint and print the table."""
+    folder = find_run(run)
+    from findrec.evaluation.run import evaluate_run
+
+    evaluate_run(folder)
+    typer.echo(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
+    """Write report.html anew from what the run folder holds."""
+    folder = find_run(run)
+    from findrec.evaluation.run import rebuild_report
+
+    rebuild_report(folder)
+    typer.echo(f"written: {folder / 'report.html'}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and usable here, and how to get what is not."""
+    from findrec.doctor import examine, format_findings
+
+    findings = examine()
+    typer.echo(format_findings(findings))
+    raise typer.Exit(1 if any(finding.fatal for finding in findings) else 0)
+
+
+@app.command()
+def version() -> None:
+    """Print FindRec's version."""
+    typer.echo(__version__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 a mistake in what was given."""
+    drop_checkout_from_sys_path()
+    try:
+        app(args=argv, prog_name="findrec")
+    except SystemExit as end:  # how typer returns, for usage errors too
+        return end.code if isinstance(end.code, int) else 0
+    except FindRecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(
+            f"error: no permission for {error.filename}. Choose another folder (FINDREC_HOME decides where "
+            "relative ones lie) or change its rights.",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

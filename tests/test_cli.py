@@ -1,0 +1,180 @@
+"""Every command reaches its target with what was typed; mistakes give one message and exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import findrec.train_dist
+from findrec import __version__, doctor
+from findrec.cli import find_run, main
+from findrec.doctor import Finding
+from findrec.errors import FindRecError
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINDREC_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "path", list(sys.path))  # main() takes the checkout off it
+
+
+def make_run(home: Path, name: str = "demo") -> Path:
+    folder = home / "runs" / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(f"name: {name}\n")
+    return folder
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_help_names_every_command_quickly() -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "findrec.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.monotonic() - start < 5  # under a second on an idle machine; importing torch takes longer
+    for command in ("prepare", "verify", "train", "evaluate", "report", "doctor", "version"):
+        assert command in done.stdout
+    loaded = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, findrec.cli; print('torch' in sys.modules, 'ray' in sys.modules)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"), [([], "data/ml-100k"), (["--folder", "elsewhere/x"], "elsewhere/x")]
+)
+def test_prepare_passes_recipe_folder_and_force(
+    arguments: list[str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import findrec.datasets.prepare as prepare
+
+    calls: list[tuple[str, Path, bool]] = []
+    monkeypatch.setattr(
+        prepare, "prepare", lambda recipe, folder, force: calls.append((recipe.name, folder, force))
+    )
+    assert main(["prepare", "ml-100k", *arguments]) == 0
+    assert main(["prepare", "ml-100k", "--force", *arguments]) == 0
+    assert calls == [("ml-100k", tmp_path / target, False), ("ml-100k", tmp_path / target, True)]
+
+
+def test_train_hands_on_overrides_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+
+    def fake(argv: list[str]) -> int:
+        calls.append(argv)
+        return 130
+
+    monkeypatch.setattr(findrec.train_dist, "main", fake)
+    assert main(["train", "demo", "training.epochs=3", "cluster.workers=1", "--fresh"]) == 130
+    assert calls == [["--config", "demo", "--fresh", "training.epochs=3", "cluster.workers=1"]]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_runs_are_found_by_name_and_path(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path)
+    calls: list[Path] = []
+    fake = SimpleNamespace(evaluate_run=calls.append, rebuild_report=calls.append)
+    monkeypatch.setitem(sys.modules, "findrec.evaluation.run", fake)  # type: ignore[arg-type]
+    for name in ("demo", "runs/demo", str(folder)):
+        assert main([command, name]) == 0
+    assert calls == [folder] * 3
+    assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_unknown_run_names_the_nearest(tmp_path: Path) -> None:
+    make_run(tmp_path, "demo")
+    make_run(tmp_path, "long")
+    with pytest.raises(FindRecError, match=r"no run called 'demp'.*did you mean 'demo'.*demo, long"):
+        find_run("demp")
+
+
+MISTAKES: list[tuple[list[str], str]] = [
+    (["prepare", "ml-100"], "did you mean 'ml-100k'"),
+    (["train", "dem"], "did you mean 'demo'"),
+    (["train", "demo", "training.epoch=3"], "did you mean 'training.epochs'"),
+    (["train", "demo", "epochs"], "write dotted.key=value"),
+    (["train", "demo", "training.epochs=none"], "training.epochs"),
+    (["evaluate", "nowhere"], "no run called 'nowhere'"),
+    (["verify", "nowhere"], "nowhere"),
+    (["evalute", "demo"], "evaluate"),
+    (["prepare"], "recipe"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), MISTAKES)
+def test_mistakes_get_one_message(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert "Traceback" not in captured.err
+    assert not any(tmp_path.iterdir())
+
+
+def test_missing_permission_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path)
+
+    def refuse(_: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder / "metrics.json"))
+
+    monkeypatch.setitem(
+        sys.modules,
+        "findrec.evaluation.run",
+        SimpleNamespace(evaluate_run=refuse),  # type: ignore[arg-type]
+    )
+    assert main(["evaluate", "demo"]) == 2
+    assert f"no permission for {folder / 'metrics.json'}" in capsys.readouterr().err
+
+
+def test_doctor_looks_at_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__ in text
+    assert "selective scan" in text
+    assert text.splitlines()[-1].startswith("ready to train")
+
+
+def test_doctor_fails_when_something_needed_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = [Finding("ray", "missing", "install it", fatal=True), Finding("memory", "1 GB", "tight")]
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "!! ray     missing",
+        "           -> install it",
+        " ! memory  1 GB",
+        "           -> tight",
+        "1 to mend before training, 1 to think about",
+    ]
+
+
+def test_doctor_sees_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    (home,) = [f for f in doctor._machine() if f.what.startswith("home")]
+    assert home.fatal
+    assert "FINDREC_HOME" in home.advice
