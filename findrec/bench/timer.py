@@ -1,4 +1,4 @@
-"""Wall time of two or more functions measured fairly: their runs alternate, so a busy moment hits all alike."""
+"""Wall time of functions measured fairly: their runs alternate, so a busy moment hits all alike."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_own_peak_is_plausible() -> None:
 
 
 def _fill(size: int) -> Callable[[], object]:
-    return lambda: bytearray(b"x" * (size // 2)) * 1  # one half twice
+    return lambda: b"x" * size
 
 
 def _fail() -> Callable[[], object]:
