@@ -48,11 +48,13 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is there.")] = False,
 ) -> None:
     """Fetch a data set and write its data folder; returns at once when it is there already."""
+    from findrec.config import DataConfig
+    from findrec.datasets.prepare import data_folder_of
     from findrec.datasets.prepare import prepare as make
     from findrec.datasets.recipe import load_recipe
 
     loaded = load_recipe(recipe)
-    target = resolve(folder or f"data/{loaded.name}")
+    target = data_folder_of(DataConfig(recipe=recipe, folder=folder))  # where a run looks for it
     make(loaded, target, force=force)
     typer.echo(f"ready: {target}")
 
