@@ -21,6 +21,7 @@ from findrec.errors import FindRecError
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FINDREC_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # names are looked up there first
     monkeypatch.setattr(sys, "path", list(sys.path))  # main() takes the checkout off it
 
 
