@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def train_worker(payload: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for every report of every rank
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
@@ -44,7 +46,7 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         say(
             f"{config.model.name}: {num_weights:,} weights in the tower, item table {folder.num_items:,} x "
             f"{config.model.dim} (replicated), modalities {', '.join(modalities) or 'none'}, "
-            f"scan {scan_backend(worker.device)} on {worker.device}"
+            f"scan {scan_backend(worker.device, config.model.stream.scan)} on {worker.device}"
         )
     table = build_table(config, folder, worker.device)
     tower = DeepSpeedTower(
