@@ -13,6 +13,10 @@ class FindRecError(ValueError):
     """
 
 
+class DivergedError(FindRecError):
+    """Training has run into values that are not finite; every worker notices at the same step."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -153,6 +153,13 @@ def test_bad_input_gets_one_clear_message(home, overrides, message):
     assert "Traceback" not in done.stderr
 
 
+def test_divergence_is_told_once_and_not_retried(home):
+    done = train(home, "name=diverged", "training.optim.lr=1e30", "training.optim.clip_tower=0", check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("is not finite at step") == 1
+    assert done.stdout.count("weights in the tower") == 1
+
+
 def test_altered_shard_is_refused(home, tmp_path):
     folder = planted_folder(tmp_path / "data", num_users=30)
     (shard, *_) = sorted((folder.path / "shards").glob("*.tar"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from findrec.config import RunConfig
-from findrec.errors import FindRecError
+from findrec.errors import DivergedError, FindRecError
 from findrec.paths import home
 from findrec.progress import say
 
@@ -112,7 +112,7 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from findrec.cluster.worker import train_worker
+    from findrec.cluster.worker import FAILED, train_worker
 
     gpu = uses_gpu(config)
     resources: dict[str, float] = {"CPU": config.cluster.cpus_per_worker}
@@ -143,9 +143,11 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
         ),
     )
     try:
-        trainer.fit()
+        result = trainer.fit()
     except Exception as error:
         raise _plain_error(error) from error
+    if result.metrics and FAILED in result.metrics:
+        raise DivergedError(result.metrics[FAILED])
 
 
 def _plain_error(error: BaseException) -> BaseException:

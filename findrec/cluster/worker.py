@@ -12,6 +12,7 @@ from findrec.cluster.engine import DeepSpeedTower
 from findrec.cluster.launch import worker_threads
 from findrec.config import RunConfig, parse_config
 from findrec.datasets.folder import DataFolder
+from findrec.errors import DivergedError
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import say
 from findrec.training.build import build_table, build_tower_model, used_modalities
@@ -19,6 +20,8 @@ from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, training_jobs
 from findrec.training.tracking import MetricsLog, Tracker
 from findrec.training.worker import Worker
+
+FAILED = "failed"  # metric by which the workers report an error that a restart would not mend
 
 
 def train_worker(payload: dict[str, Any]) -> None:
@@ -33,8 +36,12 @@ def train_worker(payload: dict[str, Any]) -> None:
     config = parse_config(payload["config"])
     torch.set_num_threads(worker_threads(config))
     folder = DataFolder.open(Path(payload["data_folder"]), verify=False)  # the driver verified it
-    for job in training_jobs(config, Path(payload["run_folder"])):
-        _train_one(job.config, job.folder, folder, worker, ray.train.report)
+    try:
+        for job in training_jobs(config, Path(payload["run_folder"])):
+            _train_one(job.config, job.folder, folder, worker, ray.train.report)
+    except DivergedError as error:
+        # All workers are here; to start again would only diverge again. The driver raises it.
+        ray.train.report({FAILED: str(error)})
 
 
 def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: Worker, report: Any) -> None:

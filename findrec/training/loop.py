@@ -21,7 +21,7 @@ from findrec.config import RunConfig
 from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, cut_windows, plan_epoch
-from findrec.errors import FindRecError
+from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
@@ -194,7 +194,7 @@ def _sum_over_workers(shares: list[MicrobatchLoss], worker: Worker) -> dict[str,
 def _refuse_nan(values: dict[str, float], step: int, epoch: int) -> None:
     bad = [name for name, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise FindRecError(
+        raise DivergedError(
             f"{', '.join(bad)} is not finite at step {step} (epoch {epoch + 1}): training has diverged. The "
             "weights of the last checkpoint are untouched; lower training.optim.lr or set "
             "training.optim.clip_tower, then start the run again under a new name."

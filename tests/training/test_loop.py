@@ -4,7 +4,7 @@ import pytest
 import torch
 from planted import make_config, planted_folder
 
-from findrec.errors import FindRecError
+from findrec.errors import DivergedError, FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import rank_split, summarise
 from findrec.evaluation.scorers import ModelScorer
@@ -100,5 +100,5 @@ def test_another_plan_cannot_continue_a_checkpoint(folder, tmp_path):
 
 def test_divergence_stops_with_a_plain_message(folder, tmp_path):
     config = make_config(epochs=30, optim={"lr": 1e30, "clip_tower": 0.0})
-    with pytest.raises(FindRecError, match="not finite at step"):
+    with pytest.raises(DivergedError, match="not finite at step"):
         train(config, folder, tmp_path)
