@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.batches import Cases, Part, evaluation_batch
+from findrec.datasets.batches import Cases, Part, batch_features, evaluation_batch
 from findrec.datasets.folder import DataFolder
 from findrec.models.base import SequenceModel
 from findrec.models.repeat import own_items
@@ -152,7 +152,7 @@ class ModelScorer(VectorScorer):
         """Run the model over the block; `Out.repeat` becomes a bonus for the items each user has met."""
         self._model.eval()
         batch = block.batch.to(self.items_Vd.device)
-        features = {name: self._folder.feature(name).rows(batch.ids) for name in self._modalities}
+        features = batch_features(self._folder, batch, self._modalities)
         out = self._model(batch, self.items_Vd[batch.ids], features)
         if out.repeat is None:
             return Queries(out.h.float())

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from findrec.config import RunConfig
-from findrec.datasets.batches import TrainLoader
+from findrec.datasets.batches import TrainLoader, batch_features
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, cut_windows, plan_epoch
 from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
-from findrec.training.objectives import MicrobatchLoss, all_positions_loss, batch_features, microbatch_seed
+from findrec.training.objectives import MicrobatchLoss, all_positions_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
 from findrec.training.tower import Tower

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from findrec.datasets.batch import Batch, ModalRows
-from findrec.datasets.folder import DataFolder
 from findrec.models.repeat import own_items
 from findrec.ops.linear_cross_entropy import OwnBonus
 from findrec.tables.item_table import ItemTable
@@ -70,10 +69,3 @@ def all_positions_loss(
         aux={name: term.reported / num_microbatches for name, term in out.aux.items()},
         diagnostics=out.diagnostics,
     )
-
-
-def batch_features(folder: DataFolder, batch: Batch, modalities: list[str]) -> dict[str, ModalRows]:
-    """Features of the batch's distinct items, on the batch's device."""
-    rows = {m: folder.feature(m).rows(batch.ids.cpu()) for m in modalities}
-    device = batch.ids.device
-    return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}
