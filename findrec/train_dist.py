@@ -38,15 +38,15 @@ def _run(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     say(f"resolved configuration:\n{dump_config(config)}")
-    if arguments.fresh:
-        shutil.rmtree(run_folder(config), ignore_errors=True)
-    folder = open_run_folder(config)
 
     from findrec.cluster.launch import check_resources, ray_session, train_on_ray
     from findrec.datasets.prepare import open_or_prepare
     from findrec.evaluation.run import evaluate_run
 
     data = open_or_prepare(config.data)
+    if arguments.fresh:
+        shutil.rmtree(run_folder(config), ignore_errors=True)
+    folder = open_run_folder(config)
     with ray_session(config):
         check_resources(config)
         train_on_ray(config, data.path, folder)

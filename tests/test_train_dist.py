@@ -1,5 +1,6 @@
 """The main job, for real: Ray, two DeepSpeed workers, evaluation, MLflow; killed, continued, submitted."""
 
+import contextlib
 import json
 import os
 import signal
@@ -99,8 +100,13 @@ def test_evaluating_again_gives_the_same_digits(home):
     assert (run / "ranks.parquet").read_bytes() == before[1]
 
 
-def test_one_worker_gives_the_same_result(home):
-    train(home, "name=one", "cluster.workers=1")
+def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
+    with socket.socket() as dashboard, socket.socket() as gcs:
+        for taken, port in ((dashboard, 8265), (gcs, 6379)):
+            with contextlib.suppress(OSError):  # taken by somebody else already: just as well
+                taken.bind(("127.0.0.1", port))
+                taken.listen()
+        train(home, "name=one", "cluster.workers=1")
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
@@ -142,6 +148,7 @@ def test_other_configuration_under_the_same_name_is_refused(home):
         (["training.epoch=3"], "did you mean 'training.epochs'?"),
         (["cluster.workers=3", "training.microbatches=2"], "must divide training.microbatches"),
         (["data.folder=data/nothing"], "data/nothing"),
+        (["data.folder=null", "data.recipe=nothing", "name=no-recipe"], "called 'nothing'"),
         (["cluster.cpus_per_worker=500", "name=wide"], "the cluster has"),
         (["runs=/proc/nowhere"], "cannot write the run folder"),
     ],

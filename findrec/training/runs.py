@@ -10,6 +10,7 @@ import yaml
 from findrec.config import ModelConfig, RunConfig, dump_config, parse_config
 from findrec.errors import FindRecError
 from findrec.paths import resolve
+from findrec.training.checkpoint import list_checkpoints
 
 TRAINED_BASELINES = ("sasrec",)
 # A run goes on unchanged when only these differ: they do not touch what is learnt.
@@ -58,11 +59,12 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
 def open_run_folder(config: RunConfig) -> Path:
     """Make the run folder with its resolved `config.yaml`, or open one that this configuration continues.
 
-    Raises `FindRecError` when the folder holds a run of another configuration or cannot be written.
+    Raises `FindRecError` when the folder holds checkpoints of another configuration or cannot be written.
     """
     folder = run_folder(config)
     saved = folder / "config.yaml"
-    if saved.is_file():
+    started = [j for j in training_jobs(config, folder) if list_checkpoints(checkpoint_folder(j.folder))]
+    if saved.is_file() and started:
         old = _flat(read_run_config(folder).model_dump(mode="json"))
         new = _flat(config.model_dump(mode="json"))
         changed = [k for k in new if old.get(k) != new[k] and not k.startswith(FREE_KEYS)]
