@@ -31,7 +31,7 @@ def test_another_configuration_is_refused_once_there_are_checkpoints(tmp_path):
     open_run_folder(other_seed(config))  # nothing learnt yet: nothing to protect
     open_run_folder(config)
     (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
-    with pytest.raises(FindRecError, match="training.seed: 0 there, 9 now"):
+    with pytest.raises(FindRecError, match=r"training\.seed: 0 there, 9 now"):
         open_run_folder(other_seed(config))
     assert read_run_config(folder) == config
 
