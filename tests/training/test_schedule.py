@@ -1,3 +1,5 @@
+"""Warm-up and decay of the learning rate."""
+
 import itertools
 
 import pytest
