@@ -27,6 +27,7 @@ class Batch:
     target: Tensor  # [T] int64, the item that follows each position; empty at evaluation
     ids: Tensor  # [U] int64, distinct ids in `item`, ascending; ids[0] == 0 (padding) always
     index: Tensor  # [B, L] int64, place of each item in `ids`
+    wait: Tensor | None = None  # [T] int64, log2 bucket of the seconds from a position to when it is asked
 
     @staticmethod
     def build(
@@ -36,6 +37,7 @@ class Batch:
         position: Tensor,
         target: Tensor,
         gap: Tensor | None = None,
+        wait: Tensor | None = None,
     ) -> Batch:
         """Fill in `ids` and `index` from `item`."""
         flat = torch.cat([item.new_zeros(1), item.reshape(-1)])
@@ -49,6 +51,7 @@ class Batch:
             target=target,
             ids=ids,
             index=index[1:].view_as(item),
+            wait=wait,
         )
 
     def to(self, device: torch.device | str) -> Batch:

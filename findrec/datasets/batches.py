@@ -112,14 +112,15 @@ def train_batch(
     row = np.repeat(np.arange(len(chosen)), np.diff(inputs.offset))
     event = np.arange(len(row)) - inputs.offset[row] + start[row]  # place of each input in its history
     asked = event + 1 >= windows.first_target[chosen][row]
-    following = np.delete(whole.item, whole.offset[:-1])  # item after each input
+    later = np.delete(np.arange(len(whole.item)), whole.offset[:-1])[asked]  # the event after each position
     return Batch.build(
         item=item,
         length=length,
         user=torch.from_numpy(user),
         position=torch.from_numpy(place[asked]),
-        target=torch.from_numpy(following[asked]),
+        target=torch.from_numpy(whole.item[later]),
         gap=gap,
+        wait=torch.from_numpy(gap_buckets(whole.timestamp, whole.offset)[later]),
     )
 
 
@@ -161,6 +162,7 @@ def evaluation_batch(
     first, last = _cuts(folder, split)
     start = np.maximum(first[users] - max_length, 0)
     item, gap, length, _ = _padded(folder.histories(users, start, first[users]))
+    turn = folder.histories(users, first[users] - 1, first[users] + 1)  # last event shown, first asked for
     batch = Batch.build(
         item=item,
         length=length,
@@ -168,6 +170,7 @@ def evaluation_batch(
         position=torch.arange(len(users)) * item.shape[1] + length - 1,
         target=torch.zeros(0, dtype=torch.int64),
         gap=gap,
+        wait=torch.from_numpy(gap_buckets(turn.timestamp, turn.offset)[1::2]),
     )
     targets = folder.histories(users, first[users], last[users])
     row = np.repeat(np.arange(len(users)), np.diff(targets.offset))

@@ -25,7 +25,7 @@ from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel, Term
 from findrec.models.latents import Latents, ModalEncoder, align_term, prior_term
-from findrec.models.layers import Dropout, Inputs, LayerScale, asked_rows
+from findrec.models.layers import Dropout, Inputs, LayerScale, Moment, asked_rows
 from findrec.models.mamba import MambaStream
 from findrec.models.repeat import RepeatHead
 from findrec.ops.cross_modal_attention import cross_modal_attention
@@ -50,6 +50,7 @@ class FindRec(SequenceModel):
             {name: ModalEncoder(width, dim, config.dropout) for name, width in feature_dims.items()}
         )
         self.control = Control(config, len(feature_dims)) if feature_dims else None
+        self.moment = Moment(dim) if config.wait else None
         self.norm = nn.LayerNorm(dim)
         self.repeat_head = RepeatHead(dim) if repeat else None
 
@@ -66,6 +67,8 @@ class FindRec(SequenceModel):
             if self.training:
                 aux = self._terms(latents, x_items, routed)
                 diagnostics = _diagnose(latents, routed)
+        if self.moment is not None:
+            h_Td = self.moment(h_Td, batch)
         h_Td = self.norm(h_Td)
         return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
 

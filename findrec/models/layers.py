@@ -82,3 +82,23 @@ class LayerScale(nn.Module):
 def asked_rows(x_BLd: Tensor, batch: Batch) -> Tensor:
     """`[T, d]`: the rows at the positions the batch asks for."""
     return x_BLd.flatten(0, 1).index_select(0, batch.position)
+
+
+class Moment(nn.Module):
+    """Lets a user vector depend on when it is asked for: a gain and a shift for each bucket of waiting time.
+
+    Whether the next event follows at once (the same basket) or days later (a new one) is known to whoever
+    asks, and changes what comes next. Starts as the identity.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.change = nn.Embedding(NUM_GAP_BUCKETS, 2 * dim)
+        nn.init.zeros_(self.change.weight)
+
+    def forward(self, h_Td: Tensor, batch: Batch) -> Tensor:
+        """`[T, d]` user vectors, each at its own waiting time (`batch.wait`)."""
+        if batch.wait is None:
+            raise ValueError("model.wait needs batches that carry the time of asking (Batch.wait)")
+        gain_Td, shift_Td = self.change(batch.wait).chunk(2, dim=1)
+        return h_Td * (1.0 + gain_Td) + shift_Td

@@ -16,7 +16,7 @@ from findrec.config import ModelConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel
-from findrec.models.layers import Dropout, Inputs, asked_rows
+from findrec.models.layers import Dropout, Inputs, Moment, asked_rows
 from findrec.models.repeat import RepeatHead
 
 INIT_STD = 0.02
@@ -69,6 +69,8 @@ class SASRec(SequenceModel):
         )
         self.norm = nn.LayerNorm(config.dim)
         self.apply(_initialise)
+        # After the initialisation above: both start from zero.
+        self.moment = Moment(config.dim) if config.wait else None
         self.repeat_head = RepeatHead(config.dim) if repeat else None
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
@@ -83,7 +85,10 @@ class SASRec(SequenceModel):
         x_BLd = self.inputs.drop(self.inputs(batch, x_items) + place_Ld)
         for block in self.blocks:
             x_BLd = block(x_BLd)
-        h_Td = self.norm(asked_rows(x_BLd, batch))
+        h_Td = asked_rows(x_BLd, batch)
+        if self.moment is not None:
+            h_Td = self.moment(h_Td, batch)
+        h_Td = self.norm(h_Td)
         return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td))
 
 

@@ -175,3 +175,15 @@ def test_with_shuffled_ties_each_event_is_still_asked_for_once(tmp_path):
     order = shuffled_ties(folder, np.arange(12), 3)
     expected = np.delete(order.item, order.offset[:-1])
     assert sorted(asked.tolist()) == sorted(expected.tolist())
+
+
+def test_wait_is_the_time_from_each_position_to_the_event_asked_for(tmp_path):
+    times = np.array([0, 0, 1, 100, 100, 5000, 9000])
+    folder = write_data_folder(tmp_path / "d", [np.arange(1, 8)], timestamps=[times])
+    windows = cut_windows(folder, 10, 0.5)
+    batch = train_batch(folder, windows, np.arange(len(windows)))
+    asked = times[1:5] - times[:4]  # five training events: four targets
+    assert batch.wait.tolist() == [1 + int(np.log2(1 + s)) for s in asked]
+    for split, event in (("valid", 5), ("test", 6)):
+        shown, _ = evaluation_batch(folder, split, np.array([0]), 10)
+        assert shown.wait.tolist() == [1 + int(np.log2(1 + times[event] - times[event - 1]))]
