@@ -101,4 +101,5 @@ class Moment(nn.Module):
         if batch.wait is None:
             raise ValueError("model.wait needs batches that carry the time of asking (Batch.wait)")
         gain_Td, shift_Td = self.change(batch.wait).chunk(2, dim=1)
-        return h_Td * (1.0 + gain_Td) + shift_Td
+        changed: Tensor = h_Td * (1.0 + gain_Td) + shift_Td
+        return changed
