@@ -15,6 +15,8 @@ import pytest
 import yaml
 from planted import make_config, planted_folder
 
+UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
+
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
@@ -106,12 +108,13 @@ def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
             with contextlib.suppress(OSError):  # taken by somebody else already: just as well
                 taken.bind(("127.0.0.1", port))
                 taken.listen()
-        train(home, "name=one", "cluster.workers=1")
+        train(home, "name=one", "cluster.workers=1", UNTRACKED)
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
 def test_killed_half_way_it_continues_and_ends_the_same(home):
     command = [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), "name=killed"]
+    command.append(UNTRACKED)
     process = subprocess.Popen(
         command,
         env=environment(home),
@@ -128,7 +131,7 @@ def test_killed_half_way_it_continues_and_ends_the_same(home):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (home / "runs" / "killed" / "metrics.json").exists()
-    train(home, "name=killed")
+    train(home, "name=killed", UNTRACKED)
     assert numbers(metrics(home, "killed")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
     lines = (home / "runs" / "killed" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]
@@ -161,7 +164,8 @@ def test_bad_input_gets_one_clear_message(home, overrides, message):
 
 
 def test_divergence_is_told_once_and_not_retried(home):
-    done = train(home, "name=diverged", "training.optim.lr=1e30", "training.optim.clip_tower=0", check=False)
+    overrides = ["name=diverged", "training.optim.lr=1e30", "training.optim.clip_tower=0", UNTRACKED]
+    done = train(home, *overrides, check=False)
     assert done.returncode == 2
     assert done.stderr.count("is not finite at step") == 1
     assert done.stdout.count("weights in the tower") == 1
