@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,13 +59,8 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     }
     if address:
         say(f"joining the Ray cluster at {address}")
-        try:
-            ray.init(address=address, **common)
-        except ConnectionError as error:
-            raise FindRecError(
-                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or "
-                "unset cluster.address and RAY_ADDRESS to run on this machine alone."
-            ) from None
+        _refuse_dead_address(address)
+        ray.init(address=address, **common)
     else:
         cores = usable_cpus()
         say(f"starting Ray on this machine ({cores} CPU cores)")
@@ -76,6 +72,20 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_dead_address(address: str) -> None:
+    """Ray itself would try a dead `host:port` for many minutes before it says so."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return  # "auto", "local", ray://...: Ray's own matter
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise FindRecError(
+            f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or "
+            "unset cluster.address and RAY_ADDRESS to run on this machine alone."
+        ) from None
 
 
 def check_resources(config: RunConfig) -> None:
