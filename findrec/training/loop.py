@@ -62,9 +62,8 @@ def run_training(
     state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_resume is not None:
         on_resume(state.step)
-    targets = int(windows.targets.sum())
-    with progress(config.model.name, targets * training.epochs, "targets", show=worker.leads) as bar:
-        bar.advance(targets * state.epoch)
+    left = int(windows.targets.sum()) * (training.epochs - state.epoch)
+    with progress(config.model.name, left, "targets", show=worker.leads) as bar:
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = _run_epoch(
                 config, folder, windows, tower, table, state, modalities, worker, log, bar
