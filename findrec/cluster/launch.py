@@ -67,7 +67,9 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         # The token stays with the run: one in ~/.ray would switch authentication on for later clusters.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # The dashboard also serves the state API by which Ray Train cleans up after itself.
-        ray.init(num_cpus=cores, include_dashboard=True, dashboard_host="127.0.0.1", **common)
+        local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        # "local": not some other cluster that happens to run on this machine.
+        ray.init(address="local", num_cpus=cores, **local, **common)
     try:
         yield
     finally:
