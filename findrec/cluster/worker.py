@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ def train_worker(payload: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    _hush_ray()
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
@@ -42,13 +40,6 @@ def train_worker(payload: dict[str, Any]) -> None:
     except DivergedError as error:
         # All workers are here; to start again would only diverge again. The driver raises it.
         ray.train.report({FAILED: str(error)})
-
-
-def _hush_ray() -> None:
-    """Ray Train announces every report of every rank; the lines of the run would drown in that."""
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("ray.train"):
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: Worker, report: Any) -> None:

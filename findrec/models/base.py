@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -28,7 +29,7 @@ class Out:
     diagnostics: dict[str, float] = field(default_factory=dict)  # only in training mode, cheap
 
 
-class SequenceModel(nn.Module):
+class SequenceModel(nn.Module, ABC):
     """Base of all sequence models ("towers"). The item table lives outside: a tower is given rows of it.
 
     Contract, tested for every registered model: causal; right padding and the other users of a batch
@@ -36,10 +37,10 @@ class SequenceModel(nn.Module):
     the caller seeds for each microbatch.
     """
 
+    @abstractmethod
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """User vectors at `batch.position`.
 
         `x_items` is `[U, d]`: the item-table rows of `batch.ids` (row 0, the padding item, is zero).
         `features` holds one `ModalRows` for each modality the model was built with.
         """
-        raise NotImplementedError
