@@ -213,8 +213,10 @@ def test_divergence_is_told_once_and_not_retried(home, cluster):
     overrides = ["name=diverged", "training.optim.lr=1e30", "training.optim.clip_tower=0", UNTRACKED]
     done = train(home, *overrides, check=False, RAY_ADDRESS=cluster.address)
     assert done.returncode == 2
-    assert "is not finite at step" in done.stderr
+    assert (done.stdout + done.stderr).count("is not finite at step") == 1
+    assert [line[:7] for line in done.stderr.splitlines() if "is not finite" in line] == ["error: "]
     assert "Traceback" not in done.stderr
+    assert "Reporting training result" not in done.stdout + done.stderr
     assert done.stdout.count("weights in the tower") == 1
 
 

@@ -125,7 +125,7 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from findrec.cluster.worker import FAILED, train_worker
+    from findrec.cluster.worker import train_worker
 
     gpu = uses_gpu(config)
     resources: dict[str, float] = {"CPU": config.cluster.cpus_per_worker}
@@ -159,8 +159,8 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
         result = trainer.fit()
     except Exception as error:
         raise _plain_error(error) from error
-    if result.metrics and FAILED in result.metrics:
-        raise DivergedError(result.metrics[FAILED])
+    if result.return_value is not None:  # rank 0's; divergence is noticed by all at the same step
+        raise DivergedError(result.return_value)
 
 
 def _plain_error(error: BaseException) -> BaseException:

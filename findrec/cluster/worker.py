@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ from findrec.training.runs import checkpoint_folder, training_jobs
 from findrec.training.tracking import MetricsLog, Tracker
 from findrec.training.worker import Worker
 
-FAILED = "failed"  # metric by which the workers report an error that a restart would not mend
 
+def train_worker(payload: dict[str, Any]) -> str | None:
+    """Entry point given to Ray Train; `payload` holds plain values only.
 
-def train_worker(payload: dict[str, Any]) -> None:
-    """Entry point given to Ray Train; `payload` holds plain values only."""
+    Returns the message of an error that a restart would not mend, None when all went well.
+    """
     import ray.train
     import ray.train.torch
+    from ray.train.v2._internal.execution import context as reporting
 
+    # Ray prints every report of every worker; its logger is named after the file and so heeds no Ray setting.
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
@@ -38,8 +43,8 @@ def train_worker(payload: dict[str, Any]) -> None:
         for job in training_jobs(config, Path(payload["run_folder"])):
             _train_one(job.config, job.folder, folder, worker, ray.train.report)
     except DivergedError as error:
-        # All workers are here; to start again would only diverge again. The driver raises it.
-        ray.train.report({FAILED: str(error)})
+        return str(error)  # raised, Ray would start all workers again, to diverge again
+    return None
 
 
 def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: Worker, report: Any) -> None:
