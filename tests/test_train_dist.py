@@ -152,28 +152,46 @@ def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
-def test_killed_half_way_it_continues_and_ends_the_same(home, cluster):
-    command = [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), "name=killed"]
-    command.append(UNTRACKED)
+def stop_at_checkpoint(home: Path, name: str, cluster: Cluster, how: signal.Signals) -> tuple[int, str]:
+    """Start run `name`, send `how` to its process group at its next checkpoint; exit code and stderr."""
+    manifests = home / "runs" / name / "checkpoints"
+    before = set(manifests.glob("step-*/manifest.json"))
     process = subprocess.Popen(
-        command,
+        [
+            sys.executable,
+            "-m",
+            "findrec.train_dist",
+            "--config",
+            str(home / "run.yaml"),
+            f"name={name}",
+            UNTRACKED,
+        ],
         env=environment(home, RAY_ADDRESS=cluster.address),
         cwd=home,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    manifests = home / "runs" / "killed" / "checkpoints"
     deadline = time.monotonic() + 200
-    while not list(manifests.glob("step-*/manifest.json")) and time.monotonic() < deadline:
+    while not set(manifests.glob("step-*/manifest.json")) - before and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (home / "runs" / "killed" / "metrics.json").exists()
-    train(home, "name=killed", UNTRACKED, RAY_ADDRESS=cluster.address)
-    assert numbers(metrics(home, "killed")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
-    lines = (home / "runs" / "killed" / "metrics.jsonl").read_text().splitlines()
+    os.killpg(process.pid, how)
+    _, errors = process.communicate(timeout=100)
+    assert not (home / "runs" / name / "metrics.json").exists()
+    return process.returncode, errors
+
+
+def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
+    code, errors = stop_at_checkpoint(home, "stopped", cluster, signal.SIGINT)
+    assert code == 130
+    assert "the same command continues from the last checkpoint" in errors
+    assert "Traceback" not in errors
+    stop_at_checkpoint(home, "stopped", cluster, signal.SIGKILL)
+    train(home, "name=stopped", UNTRACKED, RAY_ADDRESS=cluster.address)
+    assert numbers(metrics(home, "stopped")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
+    lines = (home / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]
     assert steps == sorted(set(steps))
 

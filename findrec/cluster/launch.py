@@ -10,15 +10,21 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from findrec.config import RunConfig
 from findrec.errors import DivergedError, FindRecError
 from findrec.paths import home
 from findrec.progress import say
+
+if TYPE_CHECKING:
+    from ray.train import Result
+    from ray.train.torch import TorchTrainer
 
 _RAY_SWITCHES = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -156,11 +162,29 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
         ),
     )
     try:
-        result = trainer.fit()
+        result = _fit_aside(trainer)
     except Exception as error:
         raise _plain_error(error) from error
     if result.return_value is not None:  # rank 0's; divergence is noticed by all at the same step
         raise DivergedError(result.return_value)
+
+
+def _fit_aside(trainer: TorchTrainer) -> Result:
+    """`trainer.fit()` in a thread of its own; interrupting the wait leaves it to `ray.shutdown` to end it.
+
+    Called from the main thread it would handle Ctrl-C itself: end with exit code 1 or, once training is over,
+    swallow it.
+    """
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    return outcome.result()
 
 
 def _plain_error(error: BaseException) -> BaseException:
