@@ -35,7 +35,9 @@ class DataConfig(Section):
 class StreamConfig(Section):
     """The layers that mix a sequence over time."""
 
+    kind: Literal["mamba", "gru", "transformer"] = "mamba"
     layers: int = Field(2, ge=1)
+    heads: int = Field(2, ge=1)  # transformer only
     d_state: int = Field(16, ge=1)
     d_conv: int = Field(4, ge=2)
     expand: int = Field(2, ge=1)
@@ -56,12 +58,20 @@ class AlignConfig(Section):
 class RoutingConfig(Section):
     """Cross-modal expert routing."""
 
+    kind: Literal["learned", "mean"] = "learned"  # mean: all experts weigh the same, no router
     heads: int = Field(4, ge=1)
     experts: int = Field(4, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = None  # None: dense
     balance_weight: float = Field(1e-2, ge=0)
     z_weight: float = Field(1e-3, ge=0)
+
+
+class ItemsConfig(Section):
+    """Item vectors: the id row alone, or with projected modal features added."""
+
+    features: Literal["none", "input", "score", "both"] = "none"  # where features are added
+    id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that train on their features alone
 
 
 class ModelConfig(Section):
@@ -76,6 +86,7 @@ class ModelConfig(Section):
     repeat: bool = True  # own-item head: learns if met items come again (groceries) or never do (films)
     layers: int = Field(2, ge=1)  # SASRec blocks
     heads: int = Field(2, ge=1)  # SASRec attention heads
+    items: ItemsConfig = ItemsConfig()
     stream: StreamConfig = StreamConfig()
     align: AlignConfig = AlignConfig()
     routing: RoutingConfig = RoutingConfig()
@@ -85,6 +96,9 @@ class LossConfig(Section):
     """The catalogue loss."""
 
     kind: Literal["exact", "sampled"] = "exact"
+    # What the softmax runs over. Items without training events can be ranked by content alone, and only if
+    # they are not trained against: auto is `trained` where content is scored (model.items), else `all`.
+    classes: Literal["auto", "trained", "all"] = "auto"
     negatives: int = Field(2048, ge=1)  # sampled: shared by a microbatch
     tile_mib: int = Field(64, ge=1)  # largest logit tile held at once
 
@@ -113,6 +127,7 @@ class TrainingConfig(Section):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
     seed: int = 0
+    objective: Literal["all", "last"] = "all"  # every position a target, or one sample for each prefix
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
 

@@ -74,6 +74,10 @@ class DeepSpeedTower:
         out: Out = self.engine(batch, x_items, features)
         return out
 
+    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """See `Tower`. Weights are whole on every worker in stages 1 and 2, so the engine need not know."""
+        return self.model.item_transform(rows, features)
+
     def backward(self, loss: Tensor) -> None:
         """See `Tower`. The engine reduces gradients itself at each accumulation boundary."""
         self.engine.backward(loss * self.backward_factor, scale_wrt_gas=False)

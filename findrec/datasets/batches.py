@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from findrec.datasets.batch import Batch, ModalRows
+from findrec.datasets.batch import Batch
 from findrec.datasets.folder import DataFolder, Histories
 from findrec.datasets.plan import EpochPlan, Windows, share
 from findrec.datasets.splits import Int64Array
@@ -122,13 +122,6 @@ def train_batch(
         gap=gap,
         wait=torch.from_numpy(gap_buckets(whole.timestamp, whole.offset)[later]),
     )
-
-
-def batch_features(folder: DataFolder, batch: Batch, modalities: Sequence[str]) -> dict[str, ModalRows]:
-    """Features of the batch's distinct items, on the batch's device."""
-    rows = {m: folder.feature(m).rows(batch.ids.cpu()) for m in modalities}
-    device = batch.ids.device
-    return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}
 
 
 def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:

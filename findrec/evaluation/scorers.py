@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.batches import Cases, Part, batch_features, evaluation_batch
+from findrec.datasets.batches import Cases, Part, evaluation_batch
+from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.models.base import SequenceModel
 from findrec.models.repeat import own_items
@@ -144,16 +145,19 @@ class ModelScorer(VectorScorer):
     ) -> None:
         self.name = name
         self.max_length = max_length
-        self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
-        self._model, self._folder, self._modalities = model, folder, list(modalities)
+        self._model, self._catalogue = model.eval(), Catalogue(folder, modalities)
+        self._rows_Vd = self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
+        if model.content_scores:
+            with torch.no_grad():
+                features = self._catalogue.all_features(device)
+                self.items_Vd = model.item_transform(self._rows_Vd, features).float()
 
     @torch.no_grad()
     def queries(self, block: UserBlock) -> Queries:
         """Run the model over the block; `Out.repeat` becomes a bonus for the items each user has met."""
         self._model.eval()
         batch = block.batch.to(self.items_Vd.device)
-        features = batch_features(self._folder, batch, self._modalities)
-        out = self._model(batch, self.items_Vd[batch.ids], features)
+        out = self._model(batch, self._rows_Vd[batch.ids], self._catalogue.features(batch.ids))
         if out.repeat is None:
             return Queries(out.h.float())
         own = own_items(batch)

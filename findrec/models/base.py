@@ -37,6 +37,8 @@ class SequenceModel(nn.Module, ABC):
     the caller seeds for each microbatch.
     """
 
+    content_scores = False  # whether `item_transform` does anything
+
     @abstractmethod
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """User vectors at `batch.position`.
@@ -44,3 +46,10 @@ class SequenceModel(nn.Module, ABC):
         `x_items` is `[U, d]`: the item-table rows of `batch.ids` (row 0, the padding item, is zero).
         `features` holds one `ModalRows` for each modality the model was built with.
         """
+
+    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """The vectors items are scored by, `[n, d]`: their table rows, unless the model adds content.
+
+        `rows` `[n, d]` and `features` belong to the same n items. Works on each item for itself.
+        """
+        return rows

@@ -24,10 +24,11 @@ from findrec.config import ModelConfig, RoutingConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel, Term
+from findrec.models.item_side import ItemSide
 from findrec.models.latents import Latents, ModalEncoder, align_term, prior_term
 from findrec.models.layers import Dropout, Inputs, LayerScale, Moment, asked_rows
-from findrec.models.mamba import MambaStream
 from findrec.models.repeat import RepeatHead
+from findrec.models.streams import build_stream
 from findrec.ops.cross_modal_attention import cross_modal_attention
 from findrec.ops.expert_routing import Routed, expert_routing
 
@@ -38,25 +39,32 @@ class FindRec(SequenceModel):
     def __init__(
         self, config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
     ) -> None:
-        """`max_length` sets no limit: the stream has no positions to run out of. Raises `FindRecError` when
-        the routing heads do not divide the width.
+        """`max_length` limits the Transformer stream alone, which learns positions. Raises `FindRecError`
+        when heads do not divide the width.
         """
         super().__init__()
         self.config = config
         dim = config.dim
         self.inputs = Inputs(dim, config.dropout, gaps=config.gaps)
-        self.stream = MambaStream(dim, config.dropout, config.stream)
+        self.stream = build_stream(dim, config.dropout, config.stream, max_length)
         self.encoders = nn.ModuleDict(
             {name: ModalEncoder(width, dim, config.dropout) for name, width in feature_dims.items()}
         )
         self.control = Control(config, len(feature_dims)) if feature_dims else None
+        where = config.items.features if feature_dims else "none"
+        self.item_side = None if where == "none" else ItemSide(feature_dims, dim, config.items.id_dropout)
+        self.content_inputs = where in ("input", "both")
+        self.content_scores = where in ("score", "both")
         self.moment = Moment(dim) if config.wait else None
         self.norm = nn.LayerNorm(dim)
         self.repeat_head = RepeatHead(dim) if repeat else None
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `SequenceModel`. Auxiliary terms: `stein_<name>` (or `mmd_`), `kl_<name>`, `balance`, `z`."""
-        id_BLd = self.stream(self.inputs.drop(self.inputs(batch, x_items)))
+        rows_Ud = x_items
+        if self.item_side is not None and self.content_inputs:
+            rows_Ud = self.item_side(rows_Ud, features)
+        id_BLd = self.stream(self.inputs.drop(self.inputs(batch, rows_Ud)))
         h_Td = asked_rows(id_BLd, batch)
         aux: dict[str, Term] = {}
         diagnostics: dict[str, float] = {}
@@ -72,6 +80,13 @@ class FindRec(SequenceModel):
         h_Td = self.norm(h_Td)
         return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
 
+    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """See `SequenceModel`: content is added where `model.items.features` says `score` or `both`."""
+        if self.item_side is None or not self.content_scores:
+            return rows
+        whole: Tensor = self.item_side(rows, features)
+        return whole
+
     def _terms(self, latents: Mapping[str, Latents], x_items: Tensor, routed: Routed) -> dict[str, Term]:
         align, routing = self.config.align, self.config.routing
         terms = {}
@@ -79,6 +94,8 @@ class FindRec(SequenceModel):
             if align.kind != "none":
                 terms[f"{align.kind}_{name}"] = align_term(latent, x_items, align)
             terms[f"kl_{name}"] = prior_term(latent, align)
+        if routing.kind == "mean":
+            return terms
         terms["balance"] = Term(routing.balance_weight * routed.balance, routed.balance.detach())
         terms["z"] = Term(routing.z_weight * routed.z, routed.z.detach())
         return terms
@@ -138,13 +155,12 @@ class HeadExperts(nn.Module):
         super().__init__()
         self.config = config
         self.norm = nn.LayerNorm(width)
-        self.router = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), Dropout(dropout), nn.Linear(2 * width, config.experts)
-        )
-        last = self.router[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.xavier_uniform_(last.weight, gain=0.1)  # gates start near even
-        nn.init.zeros_(last.bias)
+        self.router = None
+        if config.kind == "learned":
+            last = nn.Linear(2 * width, config.experts)
+            nn.init.xavier_uniform_(last.weight, gain=0.1)  # gates start near even
+            nn.init.zeros_(last.bias)
+            self.router = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), Dropout(dropout), last)
         bound = width**-0.5
         self.weight = nn.Parameter(
             torch.empty(config.heads, config.experts, width, out_width).uniform_(-bound, bound)
@@ -154,9 +170,13 @@ class HeadExperts(nn.Module):
     def forward(self, x_THi: Tensor) -> Routed:
         """See `expert_routing`."""
         x_THi = self.norm(x_THi)
+        if self.router is None:
+            logits_THE = x_THi.new_zeros(*x_THi.shape[:2], self.config.experts)
+        else:
+            logits_THE = self.router(x_THi)
         return expert_routing(
             x_THi,
-            self.router(x_THi),
+            logits_THE,
             self.weight,
             self.bias,
             temperature=self.config.temperature,

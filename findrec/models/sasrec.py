@@ -8,44 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from findrec.config import ModelConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel
-from findrec.models.layers import Dropout, Inputs, Moment, asked_rows
+from findrec.models.layers import Inputs, Moment, asked_rows
 from findrec.models.repeat import RepeatHead
-
-INIT_STD = 0.02
-
-
-class Block(nn.Module):
-    """Causal self-attention, then a position-wise network; both residual, both normalised first."""
-
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm_feed = nn.LayerNorm(dim)
-        self.feed_in = nn.Linear(dim, 4 * dim)
-        self.feed_out = nn.Linear(4 * dim, dim)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x_BLd: Tensor) -> Tensor:
-        """`[B, L, d]` to `[B, L, d]`."""
-        b, length, dim = x_BLd.shape
-        qkv = self.qkv(self.norm_attention(x_BLd)).view(b, length, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BLd = x_BLd + self.dropout(self.out(mixed.transpose(1, 2).reshape(b, length, dim)))
-        fed = self.feed_out(F.gelu(self.feed_in(self.norm_feed(x_BLd))))
-        mixed_BLd: Tensor = x_BLd + self.dropout(fed)
-        return mixed_BLd
+from findrec.models.transformer import Block, initialise
 
 
 class SASRec(SequenceModel):
@@ -68,7 +39,7 @@ class SASRec(SequenceModel):
             [Block(config.dim, config.heads, config.dropout) for _ in range(config.layers)]
         )
         self.norm = nn.LayerNorm(config.dim)
-        self.apply(_initialise)
+        self.apply(initialise)
         # After the initialisation above: both start from zero.
         self.moment = Moment(config.dim) if config.wait else None
         self.repeat_head = RepeatHead(config.dim) if repeat else None
@@ -90,13 +61,3 @@ class SASRec(SequenceModel):
             h_Td = self.moment(h_Td, batch)
         h_Td = self.norm(h_Td)
         return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td))
-
-
-@torch.no_grad()
-def _initialise(module: nn.Module) -> None:
-    """Small normal weights; learned positions on the scale of the inputs."""
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, std=INIT_STD)

@@ -8,14 +8,29 @@ the same dense AdamW step (Loshchilov & Hutter 2019), so replicas stay equal bit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from findrec.config import LossConfig, OptimConfig
 from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy, sampled_cross_entropy
+
+# How rows become the vectors that are scored: `transform(ids, rows)`, `ids` None for the whole table.
+Transform = Callable[[Tensor | None, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Vectors made of table rows by a `Transform`, and what the loss says about them."""
+
+    ids: Tensor | None  # [n] distinct, None: all rows
+    rows: Tensor  # [n, d] leaf; after the backward pass its gradient goes to `push`
+    vectors: Tensor  # [n, d]
+    gradient: Tensor  # [n, d] of the loss in `vectors`
 
 
 @dataclass(frozen=True)
@@ -25,6 +40,7 @@ class CatalogueLoss:
     loss: Tensor  # [] sum of token losses divided by the step's global target count
     dh: Tensor  # [T, d]
     dbonus: Tensor | None  # [T, N], when a bonus was given
+    scored: Scored | None  # when a transform was given
 
 
 class ItemTable:
@@ -39,12 +55,22 @@ class ItemTable:
         loss: LossConfig,
         optim: OptimConfig,
         train_count: Tensor | None = None,
+        only_trained: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`train_count` `[V + 1]` is the popularity that negatives are drawn by (sampled loss)."""
+        """`train_count` `[V + 1]` is the popularity that negatives are drawn by (sampled loss). With
+        `only_trained` the loss runs over items of positive count, and the rows of all others are zero.
+        """
         generator = torch.Generator().manual_seed(seed)
         weight = torch.randn(num_items + 1, dim, generator=generator) * dim**-0.5 * 0.2
         weight[0] = 0.0
+        self._classes = None  # [V + 1] bool, the items the loss runs over; None: all
+        if only_trained:
+            if train_count is None:
+                raise ValueError("only_trained: which items are trained is told by train_count")
+            trained = train_count > 0
+            weight[~trained] = 0.0
+            self._classes = trained.to(device)
         self.weight = weight.to(device)
         self.exp_avg = torch.zeros_like(self.weight)
         self.exp_avg_sq = torch.zeros_like(self.weight)
@@ -67,6 +93,8 @@ class ItemTable:
         # Between popularity (good for frequent items) and uniform (so that no item has a huge weight).
         proposal = (train_count.to(torch.float64) + 1.0) ** 0.75
         proposal[0] = 0.0
+        if self._classes is not None:
+            proposal[~self._classes.cpu()] = 0.0
         normalised: Tensor = proposal / proposal.sum()
         return normalised.to(self.weight.device)
 
@@ -75,9 +103,12 @@ class ItemTable:
         rows: Tensor = self.weight[ids_U]
         return rows.requires_grad_()
 
-    def push(self, ids_U: Tensor, grad_Ud: Tensor) -> None:
-        """Add the gradient of looked-up rows (distinct ids; padding is ignored)."""
-        self._grad.index_add_(0, ids_U, grad_Ud)
+    def push(self, ids_U: Tensor | None, grad_Ud: Tensor) -> None:
+        """Add the gradient of rows (distinct ids, None for all rows; padding is ignored)."""
+        if ids_U is None:
+            self._grad += grad_Ud
+        else:
+            self._grad.index_add_(0, ids_U, grad_Ud)
 
     def catalogue_loss(
         self,
@@ -87,55 +118,83 @@ class ItemTable:
         *,
         own: OwnBonus | None = None,
         generator: torch.Generator | None = None,
+        transform: Transform | None = None,
     ) -> CatalogueLoss:
         """Cross-entropy of a microbatch, over `num_targets` = all targets of the step on all workers.
 
         `h_Td` and `own.bonus_TN` are taken detached; their gradients are returned. The table's own
-        gradient is added here. `generator` draws the sampled negatives (CPU).
+        gradient is added here, or, with a `transform`, returned on its way there (`Scored`).
+        `generator` draws the sampled negatives (CPU).
         """
         h = h_Td.detach().requires_grad_()
         bonus = None
         if own is not None:
             bonus = own.bonus_TN.detach().requires_grad_()
-            own = OwnBonus(own.ids_BN, own.row_T, own.seen_TN, bonus)
-        if self._loss.kind == "exact":
-            table = self.weight.detach().requires_grad_()
-            tile = self._loss.tile_mib << 20
-            loss = linear_cross_entropy(h, table, target_T, own=own, tile_bytes=tile) / num_targets
-            leaves: list[tuple[Tensor, Tensor | None]] = [(table, None)]
+            own = replace(own, bonus_TN=bonus)
+        sample_S = None if self._loss.kind == "exact" else self._draw(generator)
+        ids = None
+        if sample_S is not None:
+            met = [] if own is None else [own.ids_BN.flatten()]
+            ids = torch.unique(torch.cat([sample_S, target_T, *met]))
+        rows = self.weight.detach() if ids is None else self.weight[ids]
+        vectors = rows
+        if transform is not None:
+            rows.requires_grad_()
+            vectors = transform(ids, rows)
+        leaf = vectors.detach().requires_grad_()
+        if ids is None or sample_S is None:
+            loss = self._exact(h, leaf, target_T, own)
         else:
-            loss, leaves = self._sampled(h, target_T, own, generator)
-            loss = loss / num_targets
+            loss = self._sampled(h, leaf, ids, target_T, sample_S, own)
+        loss = loss / num_targets
         loss.backward()  # type: ignore[no-untyped-call]
-        for leaf, ids in leaves:
-            assert leaf.grad is not None
-            if ids is None:
-                self._grad += leaf.grad
-            else:
-                self._grad.index_add_(0, ids, leaf.grad.view(-1, leaf.shape[-1]))
+        assert leaf.grad is not None
+        scored = None
+        if transform is None:
+            self.push(ids, leaf.grad)
+        else:
+            scored = Scored(ids, rows, vectors, leaf.grad)
         assert h.grad is not None
-        return CatalogueLoss(loss.detach(), h.grad, bonus.grad if bonus is not None else None)
+        return CatalogueLoss(loss.detach(), h.grad, bonus.grad if bonus is not None else None, scored)
 
-    def _sampled(
-        self, h: Tensor, target_T: Tensor, own: OwnBonus | None, generator: torch.Generator | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+    def _exact(self, h: Tensor, vectors_Vd: Tensor, target_T: Tensor, own: OwnBonus | None) -> Tensor:
+        tile = self._loss.tile_mib << 20
+        return linear_cross_entropy(
+            h, vectors_Vd, target_T, own=own, allowed_V=self._classes, tile_bytes=tile
+        )
+
+    def _draw(self, generator: torch.Generator | None) -> Tensor:
         assert self._proposal is not None
         num = self._loss.negatives
         drawn = torch.multinomial(self._proposal.cpu(), num, replacement=True, generator=generator)
-        sample_S = drawn.to(h.device)
-        log_expected = (self._proposal[sample_S] * num).log().to(h.dtype)
-        sample_rows = self.weight[sample_S].requires_grad_()
-        target_rows = self.weight[target_T].requires_grad_()
-        leaves: list[tuple[Tensor, Tensor | None]] = [(sample_rows, sample_S)]
-        leaves.append((target_rows, target_T))
-        own_rows = None
-        if own is not None:
-            own_rows = self.weight[own.ids_BN].requires_grad_()
-            leaves.append((own_rows, own.ids_BN.reshape(-1)))
-        loss = sampled_cross_entropy(
-            h, target_rows, sample_rows, target_T, sample_S, log_expected, own=own, own_row_BNd=own_rows
+        return drawn.to(self.weight.device)
+
+    def _sampled(
+        self,
+        h: Tensor,
+        vectors_nd: Tensor,
+        ids_n: Tensor,
+        target_T: Tensor,
+        sample_S: Tensor,
+        own: OwnBonus | None,
+    ) -> Tensor:
+        """`vectors_nd` belong to the ascending ids `ids_n`, which hold all that is looked up here."""
+
+        def vectors_of(ids: Tensor) -> Tensor:
+            return F.embedding(torch.searchsorted(ids_n, ids), vectors_nd)
+
+        assert self._proposal is not None
+        log_expected = (self._proposal[sample_S] * self._loss.negatives).log().to(h.dtype)
+        return sampled_cross_entropy(
+            h,
+            vectors_of(target_T),
+            vectors_of(sample_S),
+            target_T,
+            sample_S,
+            log_expected,
+            own=own,
+            own_row_BNd=None if own is None else vectors_of(own.ids_BN),
         )
-        return loss, leaves
 
     def reduce_gradient(self) -> None:
         """Sum the collected gradient over workers (nothing to do in a single process)."""

@@ -39,6 +39,9 @@ def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
 
 def build_table(config: RunConfig, folder: DataFolder, device: torch.device | str = "cpu") -> ItemTable:
     """The replicated item table, initialised from the run's seed."""
+    classes = config.training.loss.classes
+    if classes == "auto":
+        classes = "trained" if scores_content(config, folder) else "all"
     return ItemTable(
         folder.num_items,
         config.model.dim,
@@ -46,5 +49,11 @@ def build_table(config: RunConfig, folder: DataFolder, device: torch.device | st
         loss=config.training.loss,
         optim=config.training.optim,
         train_count=torch.from_numpy(folder.train_count),
+        only_trained=classes == "trained",
         device=device,
     )
+
+
+def scores_content(config: RunConfig, folder: DataFolder) -> bool:
+    """Whether the configured model scores items by content too, so that unmet ones can be ranked."""
+    return config.model.items.features in ("score", "both") and bool(used_modalities(config, folder))

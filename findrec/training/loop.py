@@ -18,14 +18,15 @@ import torch
 import torch.distributed as dist
 
 from findrec.config import RunConfig
-from findrec.datasets.batches import TrainLoader, batch_features
+from findrec.datasets.batches import TrainLoader
+from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.plan import Windows, cut_windows, plan_epoch
+from findrec.datasets.plan import Windows, cut_prefixes, cut_windows, plan_epoch
 from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
-from findrec.training.objectives import MicrobatchLoss, all_positions_loss, microbatch_seed
+from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
 from findrec.training.tower import Tower
@@ -58,7 +59,11 @@ def run_training(
     `on_resume(step)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
     """
     training = config.training
-    windows = cut_windows(folder, config.data.max_length, config.data.overlap)
+    if training.objective == "all":
+        windows = cut_windows(folder, config.data.max_length, config.data.overlap)
+    else:
+        windows = cut_prefixes(folder, config.data.max_length)
+    catalogue = Catalogue(folder, modalities)
     state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_resume is not None:
         on_resume(state.step)
@@ -66,7 +71,7 @@ def run_training(
     with progress(config.model.name, left, "targets", show=worker.leads) as bar:
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = _run_epoch(
-                config, folder, windows, tower, table, state, modalities, worker, log, bar
+                config, folder, windows, tower, table, state, catalogue, worker, log, bar
             )
             ends = state.epoch == training.epochs
             if state.epoch % training.eval_every == 0 or ends:
@@ -103,7 +108,7 @@ def _run_epoch(
     tower: Tower,
     table: ItemTable,
     state: TrainState,
-    modalities: list[str],
+    catalogue: Catalogue,
     worker: Worker,
     log: StepLog | None,
     bar: Bar,
@@ -130,12 +135,11 @@ def _run_epoch(
             shares = []
             for microbatch, batch in microbatches:
                 batch = batch.to(worker.device)
-                features = batch_features(folder, batch, modalities)
-                share = all_positions_loss(
+                share = microbatch_loss(
                     tower,
                     table,
                     batch,
-                    features,
+                    catalogue,
                     num_targets=num_targets,
                     num_microbatches=training.microbatches,
                     seed=microbatch_seed(training.seed, step, microbatch),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from findrec.datasets.batch import Batch, ModalRows
+from findrec.datasets.batch import Batch
+from findrec.datasets.catalogue import Catalogue
 from findrec.models.repeat import own_items
 from findrec.ops.linear_cross_entropy import OwnBonus
-from findrec.tables.item_table import ItemTable
+from findrec.tables.item_table import ItemTable, Transform
 from findrec.training.tower import Tower
 
 
@@ -31,41 +31,62 @@ def microbatch_seed(seed: int, step: int, microbatch: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def all_positions_loss(
+def microbatch_loss(
     tower: Tower,
     table: ItemTable,
     batch: Batch,
-    features: Mapping[str, ModalRows],
+    catalogue: Catalogue,
     *,
     num_targets: int,
     num_microbatches: int,
     seed: int,
 ) -> MicrobatchLoss:
-    """Forward and backward of one microbatch: every position asks for the item that follows it.
+    """Forward and backward of one microbatch: every asked-for position wants the item that follows it.
 
     Token losses are divided by `num_targets`, the count over the whole step on all workers; auxiliary
     terms, which see one microbatch, by `num_microbatches`. Gradients stay in the tower and the table.
     """
     torch.manual_seed(seed)
     rows_Ud = table.lookup(batch.ids)
-    out = tower.forward(batch, rows_Ud, features)
+    out = tower.forward(batch, rows_Ud, catalogue.features(batch.ids))
     own = None
     if out.repeat is not None:
         items = own_items(batch)
         bonus_TN = torch.einsum("tnr,tr->tn", items.phi_TNR, out.repeat)
         own = OwnBonus(items.ids_BN, items.row_T, items.seen_TN, bonus_TN)
-    negatives = torch.Generator().manual_seed(seed)
-    loss = table.catalogue_loss(out.h, batch.target, num_targets, own=own, generator=negatives)
+    loss = table.catalogue_loss(
+        out.h,
+        batch.target,
+        num_targets,
+        own=own,
+        generator=torch.Generator().manual_seed(seed),
+        transform=_content(tower, catalogue) if tower.model.content_scores else None,
+    )
     surrogate = (out.h * loss.dh).sum()
     if own is not None and loss.dbonus is not None:
         surrogate = surrogate + (own.bonus_TN * loss.dbonus).sum()
+    if loss.scored is not None:
+        surrogate = surrogate + (loss.scored.vectors * loss.scored.gradient).sum()
     for term in out.aux.values():
         surrogate = surrogate + term.value / num_microbatches
     tower.backward(surrogate)
     assert rows_Ud.grad is not None
     table.push(batch.ids, rows_Ud.grad / tower.backward_factor)
+    if loss.scored is not None:
+        assert loss.scored.rows.grad is not None
+        table.push(loss.scored.ids, loss.scored.rows.grad / tower.backward_factor)
     return MicrobatchLoss(
         cross_entropy=loss.loss,
         aux={name: term.reported / num_microbatches for name, term in out.aux.items()},
         diagnostics=out.diagnostics,
     )
+
+
+def _content(tower: Tower, catalogue: Catalogue) -> Transform:
+    """How the table's rows become the vectors that are scored, for a model that scores content."""
+
+    def transform(ids: Tensor | None, rows: Tensor) -> Tensor:
+        features = catalogue.all_features(rows.device) if ids is None else catalogue.features(ids)
+        return tower.item_transform(rows, features)
+
+    return transform

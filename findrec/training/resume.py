@@ -26,6 +26,7 @@ def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
         config.data.max_length,
         config.data.overlap,
         config.data.shuffle_ties,
+        training.objective,
         len(windows.user),
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()

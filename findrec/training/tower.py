@@ -28,6 +28,9 @@ class Tower(Protocol):
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """Run the model in whatever mode it is in."""
 
+    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """`SequenceModel.item_transform`; its graph goes into the same `backward` as the forward pass."""
+
     def backward(self, loss: Tensor) -> None:
         """Backpropagate one microbatch's share of the step's loss."""
 
@@ -78,6 +81,10 @@ class PlainTower:
         """See `Tower`."""
         out: Out = self.model(batch, x_items, features)
         return out
+
+    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """See `Tower`."""
+        return self.model.item_transform(rows, features)
 
     def backward(self, loss: Tensor) -> None:
         """See `Tower`."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
-from findrec.datasets.plan import EpochPlan, Windows, cut_windows, plan_epoch, share
+from findrec.datasets.plan import EpochPlan, Windows, cut_prefixes, cut_windows, plan_epoch, share
 from findrec.errors import FindRecError
 
 
@@ -52,6 +52,21 @@ def test_each_training_event_but_the_first_is_a_target_once(
             assert windows.targets[w] >= 1
             before = windows.first_target[w] - 1 - windows.start[w]
             assert before == (0 if w == mine[0] else context)
+
+
+@settings(max_examples=60, deadline=None)
+@given(events=st.lists(st.integers(1, 60), min_size=1, max_size=12), max_length=st.integers(1, 30))
+def test_prefixes_have_the_same_targets_each_alone(events: list[int], max_length: int) -> None:
+    prefixes = cut_prefixes(Lengths(events), max_length)  # type: ignore[arg-type]
+    whole = windows_of(events, 30, 0.5)
+    everything = [
+        (user, event)
+        for user, first, stop in zip(whole.user, whole.first_target, whole.stop, strict=True)
+        for event in range(first, stop)
+    ]
+    assert sorted(zip(prefixes.user, prefixes.first_target, strict=True)) == sorted(everything)
+    assert (prefixes.targets == 1).all()
+    assert (prefixes.inputs == np.minimum(prefixes.first_target, max_length)).all()
 
 
 @settings(max_examples=60, deadline=None)

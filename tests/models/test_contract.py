@@ -16,18 +16,25 @@ from findrec.models.registry import MODELS, build_model
 from findrec.models.repeat import NUM_REPEAT_FEATURES
 
 DIM, NUM_ITEMS, WIDTHS = 16, 30, {"text": 12, "image": 7}
+CHANGES: dict[str, dict[str, object]] = {  # of the model's configuration, beyond what all cases have
+    "": {},
+    "gru": {"stream": {"kind": "gru"}},
+    "transformer": {"stream": {"kind": "transformer"}},
+    "mean": {"routing": {"kind": "mean"}},
+    "content": {"items": {"features": "both"}},
+}
 VARIANTS = [
-    (name, modalities, repeat)
+    (name, modalities, repeat, "")
     for name in sorted(MODELS)
     for modalities in (("text",), ("text", "image"))
     for repeat in (False, True)
-]
+] + [("findrec", ("text", "image"), False, change) for change in CHANGES if change]
 
 
 class Case:
     """A model with a small catalogue: rows and features of all items, some without a modality."""
 
-    def __init__(self, name: str, modalities: tuple[str, ...], repeat: bool) -> None:
+    def __init__(self, name: str, modalities: tuple[str, ...], repeat: bool, change: str) -> None:
         torch.manual_seed(0)
         self.table = torch.randn(NUM_ITEMS + 1, DIM) * 0.05
         self.table[0] = 0
@@ -36,7 +43,8 @@ class Case:
         for m in modalities:
             self.present[m][0] = False
             self.values[m][~self.present[m]] = 0
-        config = ModelConfig(name=name, dim=DIM, dropout=0.2, gaps=True)  # type: ignore[arg-type]
+        sizes = {"name": name, "dim": DIM, "dropout": 0.2, "gaps": True}
+        config = ModelConfig.model_validate(sizes | CHANGES[change])
         dims = {m: WIDTHS[m] for m in modalities}
         self.model: SequenceModel = build_model(config, feature_dims=dims, repeat=repeat, max_length=64)
         for p in self.model.parameters():  # away from zeros and ones, so that every path matters
@@ -54,7 +62,9 @@ class Case:
         return out
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{'+'.join(v[1])}-{'repeat' if v[2] else 'plain'}")
+@pytest.fixture(
+    params=VARIANTS, ids=lambda v: "-".join([v[0], "+".join(v[1]), "repeat" if v[2] else "plain", v[3]])
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return Case(*request.param)
 

@@ -8,9 +8,12 @@ from findrec.config import LossConfig, OptimConfig
 from findrec.tables.item_table import ItemTable
 
 
-def make(**kwargs):
+def make(*, only_trained=False, train_count=None, **kwargs):
     optim = OptimConfig(weight_decay=0.1, clip_table=kwargs.pop("clip", 0.0))
-    return ItemTable(20, 4, seed=3, loss=LossConfig(**kwargs), optim=optim, train_count=torch.arange(21))
+    count = torch.arange(21) if train_count is None else train_count
+    return ItemTable(
+        20, 4, seed=3, loss=LossConfig(**kwargs), optim=optim, train_count=count, only_trained=only_trained
+    )
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
@@ -87,3 +90,45 @@ def test_state_round_trip_and_shape_check():
     assert torch.equal(table.weight, other.weight)
     with pytest.raises(ValueError, match="the checkpoint holds"):
         other.load_state({k: v[:-1] for k, v in table.state().items()}, 1)
+
+
+@pytest.mark.parametrize("kind", ["exact", "sampled"])
+def test_transformed_rows_get_the_gradient_of_the_composed_loss(kind):
+    """With `vectors = rows * gain + content` both the rows and the gain get what autograd gives them."""
+    plain, table = make(kind=kind, negatives=8), make(kind=kind, negatives=8)
+    gain, content = torch.tensor([1.0, 2.0, 0.5, 1.5], requires_grad=True), torch.randn(21, 4)
+    content[0] = 0
+    h, target = torch.randn(6, 4), torch.tensor([1, 2, 3, 3, 2, 1])
+
+    def transform(ids, rows):
+        return rows * gain + (content if ids is None else content[ids])
+
+    draw = [torch.Generator().manual_seed(1) for _ in range(2)]
+    loss = table.catalogue_loss(h, target, 6, generator=draw[0], transform=transform)
+    (loss.scored.vectors * loss.scored.gradient).sum().backward()
+    table.push(loss.scored.ids, loss.scored.rows.grad)
+    plain.weight = (plain.weight * gain + content).detach()
+    want = plain.catalogue_loss(h, target, 6, generator=draw[1])
+    torch.testing.assert_close(loss.loss, want.loss)
+    torch.testing.assert_close(loss.dh, want.dh)
+    torch.testing.assert_close(table._grad, plain._grad * gain.detach())
+    torch.testing.assert_close(gain.grad, (plain._grad * table.weight).sum(0))
+    assert want.scored is None
+
+
+@pytest.mark.parametrize("kind", ["exact", "sampled"])
+def test_items_without_training_events_stay_zero_and_are_no_classes(kind):
+    count = torch.ones(21, dtype=torch.int64)
+    cold = torch.tensor([4, 9, 20])
+    count[cold] = 0
+    table = make(kind=kind, negatives=200, only_trained=True, train_count=count)
+    h, target = torch.randn(6, 4), torch.tensor([1, 2, 3, 3, 2, 1])
+    table.weight[cold] = 100.0  # would swamp the softmax were they classes
+    first = table.catalogue_loss(h, target, 6, generator=torch.Generator().manual_seed(0)).loss
+    table.weight[cold] = 0.0
+    again = table.catalogue_loss(h, target, 6, generator=torch.Generator().manual_seed(0)).loss
+    assert first == again
+    for _ in range(3):
+        table.step(0.1)
+    assert torch.count_nonzero(table.weight[cold]) == 0
+    assert torch.count_nonzero(table.weight[1:4]) == 12

@@ -1,0 +1,33 @@
+"""Modal features of items, looked up by id: for a batch's items and for those a loss ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from findrec.datasets.batch import ModalRows
+from findrec.datasets.folder import DataFolder
+
+
+class Catalogue:
+    """Features of the items of a data folder, in the modalities a model is given."""
+
+    def __init__(self, folder: DataFolder, modalities: Sequence[str]) -> None:
+        self.num_items = folder.num_items
+        self.modalities = list(modalities)
+        self._folder = folder
+        self._whole: dict[str, ModalRows] | None = None
+
+    def features(self, ids_n: Tensor) -> dict[str, ModalRows]:
+        """One `ModalRows` for each modality, row k for item `ids_n[k]`, on the device of `ids_n`."""
+        rows = {m: self._folder.feature(m).rows(ids_n.cpu()) for m in self.modalities}
+        device = ids_n.device
+        return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}
+
+    def all_features(self, device: torch.device | str) -> dict[str, ModalRows]:
+        """Those of items 0..V (0 is padding), kept in memory as float32 once asked for."""
+        if self._whole is None:
+            self._whole = self.features(torch.arange(self.num_items + 1, device=device))
+        return self._whole
