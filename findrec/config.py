@@ -84,9 +84,10 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The catalogue loss."""
 
-    kind: Literal["exact", "sampled"] = "exact"
-    negatives: int = Field(2048, ge=1)  # sampled: shared by a microbatch
-    tile_mib: int = Field(64, ge=1)  # largest logit tile held at once
+    kind: Literal["exact", "sampled", "gbce"] = "exact"
+    negatives: int = Field(2048, ge=1)  # sampled, gbce: shared by a microbatch
+    calibration: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy
+    tile_mib: int = Field(32, ge=1)  # exact: largest logit tile held at once
 
 
 class OptimConfig(Section):

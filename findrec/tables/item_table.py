@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from findrec.config import LossConfig, OptimConfig
-from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy, sampled_cross_entropy
+from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy
+from findrec.ops.sampled_cross_entropy import generalised_bce, sampled_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class ItemTable:
             loss = linear_cross_entropy(h, table, target_T, own=own, tile_bytes=tile) / num_targets
             leaves: list[tuple[Tensor, Tensor | None]] = [(table, None)]
         else:
-            loss, leaves = self._sampled(h, target_T, own, generator)
+            estimate = self._gbce if self._loss.kind == "gbce" else self._sampled
+            loss, leaves = estimate(h, target_T, own, generator)
             loss = loss / num_targets
         loss.backward()  # type: ignore[no-untyped-call]
         for leaf, ids in leaves:
@@ -136,6 +138,26 @@ class ItemTable:
             h, target_rows, sample_rows, target_T, sample_S, log_expected, own=own, own_row_BNd=own_rows
         )
         return loss, leaves
+
+    def _gbce(
+        self, h: Tensor, target_T: Tensor, own: OwnBonus | None, generator: torch.Generator | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor | None]]]:
+        # Without replacement, so that the sampling rate of gBCE is what its name says.
+        drawn = torch.randperm(self.num_items, generator=generator)[: self._loss.negatives] + 1
+        sample_S = drawn.to(h.device)
+        sample_rows = self.weight[sample_S].requires_grad_()
+        target_rows = self.weight[target_T].requires_grad_()
+        loss = generalised_bce(
+            h,
+            target_rows,
+            sample_rows,
+            target_T,
+            sample_S,
+            num_items=self.num_items,
+            calibration=self._loss.calibration,
+            own=own,
+        )
+        return loss, [(sample_rows, sample_S), (target_rows, target_T)]
 
     def reduce_gradient(self) -> None:
         """Sum the collected gradient over workers (nothing to do in a single process)."""
