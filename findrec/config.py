@@ -95,12 +95,13 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The catalogue loss."""
 
-    kind: Literal["exact", "sampled"] = "exact"
+    kind: Literal["exact", "sampled", "gbce"] = "exact"
     # What the softmax runs over. Items without training events can be ranked by content alone, and only if
     # they are not trained against: auto is `trained` where content is scored (model.items), else `all`.
     classes: Literal["auto", "trained", "all"] = "auto"
-    negatives: int = Field(2048, ge=1)  # sampled: shared by a microbatch
-    tile_mib: int = Field(64, ge=1)  # largest logit tile held at once
+    negatives: int = Field(2048, ge=1)  # sampled, gbce: shared by a microbatch
+    calibration: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy
+    tile_mib: int = Field(32, ge=1)  # exact: largest logit tile held at once
 
 
 class OptimConfig(Section):

@@ -1,23 +1,31 @@
-"""Softmax cross-entropy of user vectors against the whole catalogue, exact or sampled.
+"""Softmax cross-entropy of user vectors against the whole catalogue, without ever holding its logits.
 
-The exact loss walks over tiles of rows and forms its gradients in the forward pass (the softmax of a tile
-is at hand there), so no more than one tile of logits ever exists. The sampled loss estimates the partition
-function without bias: a token's own candidates (its target and the items of its history, when a repeat
-bonus is given) enter exactly, all other items through importance-weighted shared samples (logQ correction,
-Bengio & Senecal 2008).
+Every implementation computes `sum_t (logsumexp_v s_tv - s_t,target)` with `s = h table^T (+ own bonus)`.
 
-Shape letters: T tokens, V catalogue size, d width, B users, N distinct items of a user's history, S samples.
+| impl        | what                                                                                       |
+|-------------|--------------------------------------------------------------------------------------------|
+| `reference` | all logits under autograd, any dtype: what the other is tested against                     |
+| `tiled`     | a tile of rows at a time; its gradients are formed in the forward pass, while its softmax  |
+|             | is at hand, so that nothing is computed twice and nothing of the size T x V is kept        |
+
+Forming gradients with the loss is the idea of Liger's fused linear cross-entropy (arXiv 2410.10989, 3.2).
+The estimates from sampled negatives are in sampled_cross_entropy.py.
+
+Shape letters: T tokens, V catalogue size, d width, B users, N distinct items of a user's history, r rows of
+a tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-DEFAULT_TILE_BYTES = 8 << 20
+DEFAULT_TILE_BYTES = 32 << 20
+_CPU_ROWS = 512  # of a tile at most: more do not speed the products up and push the tile out of the cache
 
 
 @dataclass(frozen=True)
@@ -36,124 +44,152 @@ def linear_cross_entropy(
     target_T: Tensor,
     *,
     own: OwnBonus | None = None,
+    allowed_V: Tensor | None = None,
+    impl: Literal["auto", "reference", "tiled"] = "auto",
     tile_bytes: int = DEFAULT_TILE_BYTES,
 ) -> Tensor:
-    """Sum over tokens of `logsumexp_v(s_tv) - s_t,target`, with `s = h table^T (+ own bonus)`.
+    """Sum over tokens of `logsumexp_v(s_tv) - s_t,target`, in nats, with `s = h table^T (+ own bonus)`.
 
-    `table_Vd` is `[V + 1, d]`; row 0 is padding and no class. `target_T` holds ids 1..V. Returns a scalar
-    in the dtype of `h_Td`; differentiable in `h_Td`, `table_Vd` and `own.bonus_TN`. Extra memory: one tile
-    of logits (about `tile_bytes`) and the gradients. Raises `ValueError` for targets outside 1..V.
+    `table_Vd` is `[V + 1, d]`; row 0 is padding and no class. `target_T` holds ids 1..V. `allowed_V` (bool
+    `[V + 1]`, entry 0 is ignored) leaves only some items as classes: the others get neither probability
+    nor gradient. Returns a scalar in the dtype of the inputs, or in float32 for half-precision ones, which
+    are computed with and summed in float32. `tiled` is differentiable once, in `h_Td`, `table_Vd` and
+    `own.bonus_TN`.
+
+    Extra memory of `tiled` (= `auto`): the gradients and one tile of logits, which takes `tile_bytes` or a
+    quarter of the table, whichever is more; half precision adds the inputs in float32. Raises `ValueError`
+    for targets that are no class, for an `allowed_V` of another shape or dtype, and for an unknown `impl`.
     """
-    if target_T.numel() and (int(target_T.min()) < 1 or int(target_T.max()) >= table_Vd.shape[0]):
-        raise ValueError(f"targets must lie in 1..{table_Vd.shape[0] - 1}; 0 is padding and never a target")
-    bonus = own.bonus_TN if own is not None else None
-    ids = own.ids_BN if own is not None else None
-    row = own.row_T if own is not None else None
+    _check(table_Vd, target_T, allowed_V, impl)
+    blocked = target_T.new_zeros(1) if allowed_V is None else _blocked(allowed_V)
+    if impl == "reference":
+        return _dense(h_Td, table_Vd, target_T, own, blocked)
+    bonus, ids, row = (own.bonus_TN, own.ids_BN, own.row_T) if own is not None else (None, None, None)
     loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        h_Td, table_Vd, bonus, target_T, ids, row, tile_bytes
+        tile_bytes, torch.is_grad_enabled(), h_Td, table_Vd, bonus, target_T, ids, row, blocked
     )
     return loss
 
 
+def _check(table_Vd: Tensor, target_T: Tensor, allowed_V: Tensor | None, impl: str) -> None:
+    if impl not in ("auto", "reference", "tiled"):
+        raise ValueError(f"impl={impl!r} is unknown: choose one of auto, reference, tiled")
+    num_rows = table_Vd.shape[0]
+    if target_T.numel() and (int(target_T.min()) < 1 or int(target_T.max()) >= num_rows):
+        raise ValueError(f"targets must lie in 1..{num_rows - 1}; 0 is padding and never a target")
+    if allowed_V is None:
+        return
+    if allowed_V.shape != (num_rows,) or allowed_V.dtype != torch.bool:
+        found = f"{allowed_V.dtype} of shape {tuple(allowed_V.shape)}"
+        raise ValueError(
+            f"allowed_V must be bool of shape ({num_rows},), one entry a table row; it is {found}"
+        )
+    outside = ~allowed_V[target_T]
+    if bool(outside.any()):
+        example = int(target_T[outside][0])
+        raise ValueError(
+            f"{int(outside.sum())} targets, {example} among them, are not allowed by allowed_V: "
+            "a target must be a class; drop these tokens or allow their items"
+        )
+
+
+def _blocked(allowed_V: Tensor) -> Tensor:
+    """Ids of the rows that are no class; padding is always the first."""
+    classes = allowed_V.clone()
+    classes[0] = False
+    return (~classes).nonzero()[:, 0]
+
+
+def _dense(h_Td: Tensor, table_Vd: Tensor, target_T: Tensor, own: OwnBonus | None, blocked: Tensor) -> Tensor:
+    logits_TV = h_Td @ table_Vd.t()
+    if own is not None:
+        logits_TV = logits_TV.scatter_add(1, own.ids_BN[own.row_T], own.bonus_TN)
+    logits_TV = logits_TV.index_fill(1, blocked, -torch.inf)
+    return (torch.logsumexp(logits_TV, 1) - logits_TV.gather(1, target_T[:, None])[:, 0]).sum()
+
+
+class _Inputs(NamedTuple):
+    h_Td: Tensor
+    table_Vd: Tensor
+    bonus_TN: Tensor | None
+    target_T: Tensor
+    ids_BN: Tensor | None
+    row_T: Tensor | None
+    blocked: Tensor  # ids that are no class
+
+
 class _TiledCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_Td: Tensor,
-        table_Vd: Tensor,
-        bonus_TN: Tensor | None,
-        target_T: Tensor,
-        ids_BN: Tensor | None,
-        row_T: Tensor | None,
-        tile_bytes: int,
-    ) -> Tensor:
-        num_tokens, num_rows = h_Td.shape[0], table_Vd.shape[0]
-        tile = max(1, min(num_tokens, tile_bytes // (num_rows * h_Td.element_size())))
-        dh_Td = torch.zeros_like(h_Td)
-        dtable_Vd = torch.zeros_like(table_Vd)
-        dbonus_TN = torch.zeros_like(bonus_TN) if bonus_TN is not None else None
-        logits_buffer = h_Td.new_empty(tile, num_rows)
-        loss = h_Td.new_zeros((), dtype=torch.float64)
+    def forward(ctx: Any, tile_bytes: int, differentiate: bool, *tensors: Tensor | None) -> Tensor:
+        ctx.tile_bytes = tile_bytes
+        ctx.wanted = tuple(ctx.needs_input_grad[2:5])
+        ctx.save_for_backward(*tensors)
+        wanted = ctx.wanted if differentiate else (False, False, False)
+        loss, ctx.gradients = _walk(_Inputs(*tensors), tile_bytes, wanted)  # type: ignore[arg-type]
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a retained graph, whose first backward pass gave the gradients away
+            _, gradients = _walk(_Inputs(*tensors), ctx.tile_bytes, ctx.wanted)
+        # Scaled in place, as a product would be a second gradient of the table's size.
+        scaled = [
+            None if gradient is None else gradient.mul_(grads[0]).to(source.dtype)
+            for gradient, source in zip(gradients, tensors, strict=False)
+        ]
+        return (None, None, *scaled, None, None, None, None)
+
+
+def _walk(
+    inputs: _Inputs, tile_bytes: int, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """The loss and the `wanted` gradients in h, table and bonus, in the dtype that is computed in."""
+    h_Td, table_Vd, bonus_TN, target_T, ids_BN, row_T, blocked = inputs
+    dtype = torch.promote_types(h_Td.dtype, table_Vd.dtype)
+    dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    num_tokens, num_rows = h_Td.shape[0], table_Vd.shape[0]
+    table = table_Vd.to(dtype)
+    tile = _tile_rows(num_tokens, table, tile_bytes)
+    dh_Td = torch.empty_like(h_Td, dtype=dtype) if wanted[0] else None
+    dtable_Vd = torch.zeros_like(table) if wanted[1] else None
+    dbonus_TN = torch.empty_like(bonus_TN, dtype=dtype) if wanted[2] and bonus_TN is not None else None
+    buffer = table.new_empty(tile, num_rows)
+    loss = table.new_zeros((), dtype=torch.float64)
+    with torch.autocast(h_Td.device.type, enabled=False):
         for start in range(0, num_tokens, tile):
             rows = slice(start, min(start + tile, num_tokens))
-            h = h_Td[rows]
+            h = h_Td[rows].to(dtype)
             target = target_T[rows, None]
-            p = torch.mm(h, table_Vd.t(), out=logits_buffer[: h.shape[0]])
-            own_ids = None
-            if bonus_TN is not None and ids_BN is not None and row_T is not None:
-                own_ids = ids_BN[row_T[rows]]
-                p.scatter_add_(1, own_ids, bonus_TN[rows])
-            p[:, 0] = -torch.inf
-            # From here on the one buffer turns from logits into the softmax in place.
+            own_ids = ids_BN[row_T[rows]] if ids_BN is not None and row_T is not None else None
+            p = torch.mm(h, table.t(), out=buffer[: h.shape[0]])
+            if own_ids is not None and bonus_TN is not None:
+                p.scatter_add_(1, own_ids, bonus_TN[rows].to(dtype))
+            p.index_fill_(1, blocked, -torch.inf)
+            # From here on the one buffer turns from logits into exp(s - max), in place.
             high = p.amax(1, keepdim=True)
             target_logit = p.gather(1, target) - high
             total = p.sub_(high).exp_().sum(1, keepdim=True)
             loss += (total.log() - target_logit).sum(dtype=torch.float64)
-            p.div_(total)
-            p.scatter_add_(1, target, p.new_full((1, 1), -1.0).expand_as(target))
-            dh_Td[rows] = p @ table_Vd
-            dtable_Vd.addmm_(p.t(), h)
+            # The softmax minus the target's one-hot, times `total`: dividing the narrow operands by it
+            # saves a pass over the tile.
+            p.scatter_add_(1, target, -total)
+            if dh_Td is not None:
+                torch.mm(p, table, out=dh_Td[rows]).div_(total)
+            if dtable_Vd is not None:
+                dtable_Vd.addmm_(p.t(), h / total)
             if dbonus_TN is not None and own_ids is not None:
-                dbonus_TN[rows] = p.gather(1, own_ids).masked_fill_(own_ids == 0, 0.0)
-        ctx.save_for_backward(dh_Td, dtable_Vd, dbonus_TN)
-        return loss.to(h_Td.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        dh, dtable, dbonus = ctx.saved_tensors
-        scaled = None if dbonus is None else dbonus * grad
-        return dh * grad, dtable * grad, scaled, None, None, None, None
+                dbonus_TN[rows] = (p.gather(1, own_ids) / total).masked_fill_(own_ids == 0, 0.0)
+    return loss.to(dtype), (dh_Td, dtable_Vd, dbonus_TN)
 
 
-def sampled_cross_entropy(
-    h_Td: Tensor,
-    target_row_Td: Tensor,
-    sample_row_Sd: Tensor,
-    target_T: Tensor,
-    sample_S: Tensor,
-    log_expected_S: Tensor,
-    *,
-    own: OwnBonus | None = None,
-    own_row_BNd: Tensor | None = None,
-) -> Tensor:
-    """Sum over tokens of `log Z_t - s_t,target` with an unbiased estimate of the partition function `Z_t`.
-
-    `Z_t = sum over own candidates of exp(s) + sum over other samples of exp(s - log_expected)`, where
-    `log_expected_S = log(S q)` of each sampled item (drawn with replacement from q). Own candidates are
-    the target and, with `own`, the items seen so far; samples that hit one of them are dropped, because
-    those are already counted exactly. Differentiable in all float arguments by plain autograd.
-    """
-    target_logit = (h_Td * target_row_Td).sum(1)
-    sample_logit = h_Td @ sample_row_Sd.t() - log_expected_S
-    drop_TS = sample_S[None, :] == target_T[:, None]
-    parts = [target_logit[:, None]]
-    if own is not None and own_row_BNd is not None:
-        own_ids_TN = own.ids_BN[own.row_T]
-        own_logit = _own_logits(h_Td, own_row_BNd, own.row_T) + own.bonus_TN
-        is_target = own_ids_TN == target_T[:, None]
-        # The target's bonus is zero where it is new to the user, so its own entry serves as its logit.
-        target_logit = target_logit + (own.bonus_TN * is_target).sum(1)
-        parts = [target_logit[:, None], own_logit.masked_fill(~own.seen_TN | is_target, -torch.inf)]
-        drop_TS = drop_TS | _sampled_own(own, sample_S)
-    parts.append(sample_logit.masked_fill(drop_TS, -torch.inf))
-    return (torch.logsumexp(torch.cat(parts, 1), 1) - target_logit).sum()
-
-
-def _own_logits(h_Td: Tensor, own_row_BNd: Tensor, row_T: Tensor) -> Tensor:
-    """`h_t . e_n` for the own items of each token's user: one GEMM a user (tokens are grouped by user)."""
-    counts = torch.bincount(row_T, minlength=own_row_BNd.shape[0]).tolist()
-    pieces = [h @ rows.t() for h, rows in zip(torch.split(h_Td, counts), own_row_BNd, strict=True)]
-    return torch.cat(pieces)
-
-
-def _sampled_own(own: OwnBonus, sample_S: Tensor) -> Tensor:
-    """`[T, S]`: the sample is an item that the token's user has seen so far."""
-    # Own ids are ascending with zeros (padding) first or last; sort makes the search independent of that.
-    sorted_BN, order_BN = own.ids_BN.sort(1)
-    num_users, width = sorted_BN.shape
-    wanted = sample_S.expand(num_users, -1).contiguous()
-    place = torch.searchsorted(sorted_BN, wanted).clamp_(max=width - 1)
-    found_BS = sorted_BN.gather(1, place) == wanted
-    column_BS = order_BN.gather(1, place)
-    return own.seen_TN.gather(1, column_BS[own.row_T]) & found_BS[own.row_T]
+def _tile_rows(num_tokens: int, table_Vd: Tensor, tile_bytes: int) -> int:
+    num_rows, width = table_Vd.shape
+    # Every tile goes once through the whole gradient of the table: with fewer rows than a part of its
+    # width that costs more than the tile itself, and saves memory that the gradient takes anyway.
+    rows = max(tile_bytes // (num_rows * table_Vd.element_size()), width // 4, 1)
+    if table_Vd.device.type == "cpu":
+        rows = min(rows, _CPU_ROWS)
+    return max(1, min(num_tokens, rows))

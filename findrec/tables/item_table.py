@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from findrec.config import LossConfig, OptimConfig
-from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy, sampled_cross_entropy
+from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy
+from findrec.ops.sampled_cross_entropy import generalised_bce, sampled_cross_entropy
 
 # How rows become the vectors that are scored: `transform(ids, rows)`, `ids` None for the whole table.
 Transform = Callable[[Tensor | None, Tensor], Tensor]
@@ -145,7 +146,7 @@ class ItemTable:
         if ids is None or sample_S is None:
             loss = self._exact(h, leaf, target_T, own)
         else:
-            loss = self._sampled(h, leaf, ids, target_T, sample_S, own)
+            loss = self._estimated(h, leaf, ids, target_T, sample_S, own)
         loss = loss / num_targets
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
@@ -164,12 +165,17 @@ class ItemTable:
         )
 
     def _draw(self, generator: torch.Generator | None) -> Tensor:
-        assert self._proposal is not None
+        """`[S]` negatives: with replacement from the proposal, for gBCE distinct and uniform."""
         num = self._loss.negatives
-        drawn = torch.multinomial(self._proposal.cpu(), num, replacement=True, generator=generator)
+        if self._loss.kind == "gbce":
+            pool = torch.arange(1, self.num_items + 1) if self._classes is None else self._classes.nonzero()
+            drawn = pool.flatten().cpu()[torch.randperm(len(pool), generator=generator)[:num]]
+        else:
+            assert self._proposal is not None
+            drawn = torch.multinomial(self._proposal.cpu(), num, replacement=True, generator=generator)
         return drawn.to(self.weight.device)
 
-    def _sampled(
+    def _estimated(
         self,
         h: Tensor,
         vectors_nd: Tensor,
@@ -178,22 +184,28 @@ class ItemTable:
         sample_S: Tensor,
         own: OwnBonus | None,
     ) -> Tensor:
-        """`vectors_nd` belong to the ascending ids `ids_n`, which hold all that is looked up here."""
+        """Sampled softmax or gBCE; `vectors_nd` belong to `ids_n`, ascending, with every id used here."""
 
         def vectors_of(ids: Tensor) -> Tensor:
             return F.embedding(torch.searchsorted(ids_n, ids), vectors_nd)
 
+        target_Td, sample_Sd = vectors_of(target_T), vectors_of(sample_S)
+        if self._loss.kind == "gbce":
+            return generalised_bce(
+                h,
+                target_Td,
+                sample_Sd,
+                target_T,
+                sample_S,
+                num_items=self.num_items if self._classes is None else int(self._classes.sum()),
+                calibration=self._loss.calibration,
+                own=own,
+            )
         assert self._proposal is not None
         log_expected = (self._proposal[sample_S] * self._loss.negatives).log().to(h.dtype)
+        own_row_BNd = None if own is None else vectors_of(own.ids_BN)
         return sampled_cross_entropy(
-            h,
-            vectors_of(target_T),
-            vectors_of(sample_S),
-            target_T,
-            sample_S,
-            log_expected,
-            own=own,
-            own_row_BNd=None if own is None else vectors_of(own.ids_BN),
+            h, target_Td, sample_Sd, target_T, sample_S, log_expected, own=own, own_row_BNd=own_row_BNd
         )
 
     def reduce_gradient(self) -> None:

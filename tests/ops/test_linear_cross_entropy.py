@@ -1,13 +1,15 @@
-"""The catalogue loss against plain PyTorch in float64, and the sampled estimate against its expectation."""
+"""The exact catalogue loss against plain PyTorch: values, all gradients, masks, tiles and dtypes."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy, sampled_cross_entropy
+from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy
 
 
-def make(num_tokens, num_items, dim, dtype, own=False, seed=0):
+def make(num_tokens, num_items, dim, dtype=torch.float64, own=False, seed=0):
     g = torch.Generator().manual_seed(seed)
     h = torch.randn(num_tokens, dim, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
     table = torch.randn(num_items + 1, dim, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
@@ -24,100 +26,141 @@ def make(num_tokens, num_items, dim, dtype, own=False, seed=0):
     return h, table, target, OwnBonus(ids, row, seen, bonus.requires_grad_())
 
 
-def dense_logits(h, table, own):
+def pytorch_loss(h, table, target, own=None, allowed=None):
+    """What one would write: only the classes are scored, targets renumbered among them."""
+    classes = torch.arange(1, len(table)) if allowed is None else allowed.nonzero()[:, 0]
     logits = h @ table.t()
     if own is not None:
         logits = logits.scatter_add(1, own.ids_BN[own.row_T], own.bonus_TN)
-    return logits[:, 1:]
+    return F.cross_entropy(logits[:, classes], torch.searchsorted(classes, target), reduction="sum")
+
+
+def assert_same(loss, want, h, table, own, tol):
+    leaves = [h, table] + ([own.bonus_TN] if own is not None else [])
+    grads, want_grads = (torch.autograd.grad(x, leaves, retain_graph=True) for x in (loss, want))
+    if own is not None:  # places that no item was seen at are free
+        grads, want_grads = ((*g[:2], g[2] * own.seen_TN) for g in (grads, want_grads))
+    torch.testing.assert_close(loss, want, rtol=tol, atol=tol)
+    for got, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=tol, atol=tol)
 
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float64, 1e-11), (torch.float32, 2e-4)])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (33, 101, 16), (64, 1000, 8)])
-@pytest.mark.parametrize("tile_bytes", [1, 4000, 1 << 24])
-def test_agrees_with_pytorch(shape, dtype, tol, own, tile_bytes):
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1000, 17), (7, 5, 3), (33, 101, 16), (64, 1000, 8)])
+@pytest.mark.parametrize("rows", [0, 16, 1000])  # of a tile; 0 asks for less than one, 16 leaves a single row
+@pytest.mark.parametrize("some", [False, True])
+def test_agrees_with_pytorch(shape, dtype, tol, own, rows, some):
     h, table, target, bonus = make(*shape, dtype, own)
-    loss = linear_cross_entropy(h, table, target, own=bonus, tile_bytes=tile_bytes)
-    leaves = [h, table] + ([bonus.bonus_TN] if own else [])
-    grads = torch.autograd.grad(loss, leaves)
-    want = F.cross_entropy(dense_logits(h, table, bonus), target - 1, reduction="sum")
-    want_grads = torch.autograd.grad(want, leaves)
-    torch.testing.assert_close(loss, want, rtol=tol, atol=tol)
-    for got, expected in zip(grads, want_grads, strict=True):
-        if own and got.shape == bonus.seen_TN.shape:
-            got, expected = got * bonus.seen_TN, expected * bonus.seen_TN
-        torch.testing.assert_close(got, expected, rtol=tol, atol=tol)
+    allowed = None
+    if some:
+        allowed = torch.rand(len(table), generator=torch.Generator().manual_seed(1)) < 0.3
+        allowed[target] = True
+        allowed[0] = False
+    want = pytorch_loss(h, table, target, bonus, allowed)
+    tile_bytes = rows * len(table) * h.element_size()
+    loss = linear_cross_entropy(h, table, target, own=bonus, allowed_V=allowed, tile_bytes=tile_bytes)
+    assert_same(loss, want, h, table, bonus, tol)
+    reference = linear_cross_entropy(h, table, target, own=bonus, allowed_V=allowed, impl="reference")
+    assert_same(reference, want, h, table, bonus, tol)
 
 
-def test_padding_is_no_class_and_gets_no_gradient():
-    h, table, target, _ = make(9, 6, 4, torch.float64)
-    linear_cross_entropy(h, table, target).backward()
-    assert torch.count_nonzero(table.grad[0]) == 0
-    with pytest.raises(ValueError, match="targets must lie in"):
-        linear_cross_entropy(h, table, torch.zeros_like(target))
+def test_gradcheck():
+    h, table, target, own = make(5, 7, 4, own=True)
+    allowed = torch.ones(8, dtype=torch.bool)
+    allowed[(set(range(1, 8)) - set(target.tolist())).pop()] = False
+
+    def loss(h, table, bonus):
+        again = OwnBonus(own.ids_BN, own.row_T, own.seen_TN, bonus * own.seen_TN)
+        return linear_cross_entropy(h, table, target, own=again, allowed_V=allowed, tile_bytes=1)
+
+    assert torch.autograd.gradcheck(loss, (h, table, own.bonus_TN))
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_sampled_partition_function_is_unbiased(own):
-    """E[exp(loss + s_target)] over draws is the full partition function, token by token."""
-    h, table, target, bonus = make(6, 40, 4, torch.float64, own, seed=3)
-    h, table = h.detach() * 0.5, table.detach()
-    g = torch.Generator().manual_seed(1)
-    q = torch.rand(41, generator=g, dtype=torch.float64) + 0.2
-    q[0] = 0
-    q /= q.sum()
-    full = dense_logits(h, table, bonus).exp().sum(1)
-    target_logit = dense_logits(h, table, bonus).gather(1, target[:, None] - 1)[:, 0]
-    num_draws, estimates = 3000, torch.zeros(6, dtype=torch.float64)
-    for _ in range(num_draws):
-        sample = torch.multinomial(q, 16, replacement=True, generator=g)
-        for t in range(6):
-            one = None
-            if own:
-                one = OwnBonus(
-                    bonus.ids_BN[bonus.row_T[t] : bonus.row_T[t] + 1],
-                    torch.zeros(1, dtype=torch.int64),
-                    bonus.seen_TN[t : t + 1],
-                    bonus.bonus_TN[t : t + 1].detach(),
-                )
-            loss = sampled_cross_entropy(
-                h[t : t + 1],
-                table[target[t : t + 1]],
-                table[sample],
-                target[t : t + 1],
-                sample,
-                (16 * q[sample]).log(),
-                own=one,
-                own_row_BNd=table[one.ids_BN] if one else None,
-            )
-            estimates[t] += (loss + target_logit[t]).exp()
-    torch.testing.assert_close(estimates / num_draws, full, rtol=0.03, atol=0.0)
-
-
-def test_sampled_batches_tokens_as_one_by_one():
-    h, table, target, own = make(12, 30, 4, torch.float64, True, seed=5)
-    sample = torch.tensor([1, 2, 2, 3, 7, 9, 30])
-    log_expected = torch.linspace(-1, 1, 7, dtype=torch.float64)
-    together = sampled_cross_entropy(
-        h, table[target], table[sample], target, sample, log_expected, own=own, own_row_BNd=table[own.ids_BN]
+def test_only_classes_get_probability_and_gradient():
+    h, table, target, _ = make(9, 6, 4)
+    target = target.clamp(max=4)
+    allowed = torch.tensor([True, True, True, True, True, False, True])  # padding is none, whatever is said
+    linear_cross_entropy(h, table, target, allowed_V=allowed).backward()
+    assert torch.equal(
+        table.grad.abs().sum(1) > 0, torch.tensor([False, True, True, True, True, False, True])
     )
-    alone = 0.0
-    for t in range(12):
-        row = own.row_T[t]
-        one = OwnBonus(
-            own.ids_BN[row : row + 1],
-            torch.zeros(1, dtype=torch.int64),
-            own.seen_TN[t : t + 1],
-            own.bonus_TN[t : t + 1],
-        )
-        alone += sampled_cross_entropy(
-            h[t : t + 1],
-            table[target[t : t + 1]],
-            table[sample],
-            target[t : t + 1],
-            sample,
-            log_expected,
-            own=one,
-            own_row_BNd=table[one.ids_BN],
-        )
-    torch.testing.assert_close(together, alone)
+    with torch.no_grad():
+        table[[0, 5]] = 100.0
+    moved = linear_cross_entropy(h, table, target, allowed_V=allowed)
+    with torch.no_grad():
+        table[[0, 5]] = -100.0
+    assert moved == linear_cross_entropy(h, table, target, allowed_V=allowed)
+
+
+def test_wide_logits_neither_overflow_nor_vanish():
+    h, table, target, _ = make(6, 50, 8, torch.float32)
+    h = (h.detach() * 300).requires_grad_()  # logits of some thousands
+    want = pytorch_loss(h.double(), table.double(), target)
+    torch.testing.assert_close(linear_cross_entropy(h, table, target).double(), want, rtol=1e-5, atol=0.0)
+
+
+def test_half_precision_is_summed_in_float32():
+    h, table, target, own = make(300, 2000, 16, torch.bfloat16, own=True)
+    loss = linear_cross_entropy(h, table, target, own=own, tile_bytes=0)
+    exact = [x.detach().float().requires_grad_() for x in (h, table, own.bonus_TN)]
+    own32 = OwnBonus(own.ids_BN, own.row_T, own.seen_TN, exact[2])
+    want = pytorch_loss(exact[0], exact[1], target, own32)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0.0)
+    grads = torch.autograd.grad(loss, (h, table, own.bonus_TN))
+    for got, expected in zip(grads, torch.autograd.grad(want, exact), strict=True):
+        assert got.dtype == torch.bfloat16
+        free = own.seen_TN if got.shape == own.seen_TN.shape else 1.0
+        torch.testing.assert_close(got.float() * free, expected * free, rtol=2**-8, atol=1e-5)
+
+
+def test_autocast_does_not_lower_the_precision():
+    h, table, target, _ = make(20, 30, 4, torch.float32)
+    plain = torch.autograd.grad(linear_cross_entropy(h, table, target), (h, table))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = torch.autograd.grad(linear_cross_entropy(h, table, target), (h, table))
+    for got, expected in zip(cast, plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_retained_graph_gives_the_same_gradients_again():
+    h, table, target, _ = make(20, 30, 4, torch.float32)
+    loss = linear_cross_entropy(h, table, target)
+    first = torch.autograd.grad(3 * loss, (h, table), retain_graph=True)
+    for got, expected in zip(torch.autograd.grad(loss, (h, table)), first, strict=True):
+        torch.testing.assert_close(3 * got, expected)
+
+
+def test_gradients_only_where_asked_for():
+    h, table, target, _ = make(20, 30, 4)
+    full = linear_cross_entropy(h, table, target)
+    alone = linear_cross_entropy(h, table.detach(), target)
+    torch.testing.assert_close(torch.autograd.grad(alone, h), torch.autograd.grad(full, h))
+    with torch.no_grad():
+        value = linear_cross_entropy(h, table, target)
+    assert value == full
+    assert not value.requires_grad
+
+
+def test_no_tokens_give_zero():
+    h, table, _, _ = make(1, 6, 4)
+    empty = linear_cross_entropy(h[:0], table, torch.zeros(0, dtype=torch.int64))
+    assert empty == 0
+    assert torch.count_nonzero(torch.autograd.grad(empty, table)[0]) == 0
+
+
+def test_wrong_arguments_are_explained():
+    h, table, target, _ = make(9, 6, 4)
+    for wrong in (0, 7):
+        with pytest.raises(ValueError, match=r"targets must lie in 1\.\.6"):
+            linear_cross_entropy(h, table, torch.full_like(target, wrong))
+    allowed = torch.ones(7, dtype=torch.bool)
+    allowed[target[0]] = False
+    with pytest.raises(ValueError, match=f"{int(target[0])} among them, are not allowed"):
+        linear_cross_entropy(h, table, target, allowed_V=allowed)
+    for shape in (allowed[1:], allowed.float()):
+        with pytest.raises(ValueError, match="must be bool of shape"):
+            linear_cross_entropy(h, table, target, allowed_V=shape)
+    with pytest.raises(ValueError, match="'fast' is unknown"):
+        linear_cross_entropy(h, table, target, impl="fast")

@@ -64,12 +64,9 @@ def test_microbatches_add_up_to_the_whole_step():
     torch.testing.assert_close(whole.weight, parts.weight, rtol=1e-4, atol=1e-6)
 
 
-def test_sampled_loss_is_keyed_and_reaches_all_three_kinds_of_rows():
-    first, again, other = (
-        make(kind="sampled", negatives=8),
-        make(kind="sampled", negatives=8),
-        make(kind="sampled", negatives=8),
-    )
+@pytest.mark.parametrize("kind", ["sampled", "gbce"])
+def test_sampled_losses_are_keyed_and_reach_the_targets_rows(kind):
+    first, again, other = (make(kind=kind, negatives=8) for _ in range(3))
     h, target = torch.randn(6, 4), torch.tensor([1, 2, 3, 3, 2, 1])
     losses = [
         t.catalogue_loss(h, target, 6, generator=torch.Generator().manual_seed(s)).loss

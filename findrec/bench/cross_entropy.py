@@ -1,0 +1,96 @@
+"""The catalogue loss, exact and sampled, against `F.cross_entropy` of all logits, forward and backward.
+
+The baseline leaves the padding row out as a view of the table, so it makes no copy that a user would not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from findrec.bench.memory import peak_bytes, peak_cuda_bytes
+from findrec.bench.rows import Row
+from findrec.bench.timer import time_alternating
+from findrec.ops.linear_cross_entropy import linear_cross_entropy
+from findrec.ops.sampled_cross_entropy import sampled_cross_entropy
+from findrec.progress import progress
+
+SHAPES = ((2048, 100_000, 128), (4096, 20_000, 64), (8192, 1682, 64))  # T, V, d
+BASELINE = "F.cross_entropy"
+NEGATIVES = 1024
+
+
+def loss_and_gradients(impl: str, h_Td: Tensor, table_Vd: Tensor, target_T: Tensor) -> tuple[Tensor, ...]:
+    """The summed loss of `impl` (the baseline, `sampled` or one of linear_cross_entropy), dh and dtable."""
+    if impl == BASELINE:
+        loss = F.cross_entropy(h_Td @ table_Vd[1:].t(), target_T - 1, reduction="sum")
+    elif impl == "sampled":
+        return _sampled(h_Td, table_Vd, target_T)
+    else:
+        loss = linear_cross_entropy(h_Td, table_Vd, target_T, impl=impl)  # type: ignore[arg-type]
+    return (loss.detach(), *torch.autograd.grad(loss, (h_Td, table_Vd)))
+
+
+def _sampled(h_Td: Tensor, table_Vd: Tensor, target_T: Tensor) -> tuple[Tensor, ...]:
+    """As a training step does it: uniform negatives, gradients of their rows added into the table's."""
+    num_items = table_Vd.shape[0] - 1
+    sample_S = torch.randint(1, num_items + 1, (NEGATIVES,), device=h_Td.device)
+    rows_Sd, rows_Td = (table_Vd.detach()[ids].requires_grad_() for ids in (sample_S, target_T))
+    log_expected_S = torch.full((NEGATIVES,), NEGATIVES / num_items, device=h_Td.device).log()
+    loss = sampled_cross_entropy(h_Td, rows_Td, rows_Sd, target_T, sample_S, log_expected_S)
+    dh_Td, drows_Sd, drows_Td = torch.autograd.grad(loss, (h_Td, rows_Sd, rows_Td))
+    dtable_Vd = torch.zeros_like(table_Vd)
+    dtable_Vd.index_add_(0, sample_S, drows_Sd).index_add_(0, target_T, drows_Td)
+    return loss.detach(), dh_Td, dtable_Vd
+
+
+def make_run(impl: str, shape: tuple[int, int, int], device: str = "cpu") -> Callable[[], None]:
+    """A function that does one forward and one backward pass of `impl` on fixed random inputs."""
+    tokens, items, width = shape
+    generator = torch.Generator().manual_seed(0)
+    # Logits of unit variance, as an untrained table gives; wide ones would measure denormal arithmetic.
+    h_Td = torch.randn(tokens, width, generator=generator).to(device).requires_grad_()
+    table_Vd = (
+        torch.randn(items + 1, width, generator=generator).mul_(width**-0.5).to(device).requires_grad_()
+    )
+    target_T = torch.randint(1, items + 1, (tokens,), generator=generator).to(device)
+
+    def run() -> None:
+        loss_and_gradients(impl, h_Td, table_Vd, target_T)
+
+    return run
+
+
+def bench_cross_entropy(shapes: Sequence[tuple[int, int, int]] = SHAPES, runs: int = 11) -> list[Row]:
+    """Rows of the baseline and of the tiled loss at each `(T, V, d)`; of the sampled one at the first."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    with progress("cross-entropy", total=len(shapes), unit="shapes") as bar:
+        for place, shape in enumerate(shapes):
+            names = (BASELINE, "tiled") + (("sampled",) if place == 0 else ())
+            functions = {name: make_run(name, shape, device) for name in names}
+            wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+            timings = time_alternating(functions, runs=runs, wait=wait)
+            for name, timing in timings.items():
+                if device == "cuda":
+                    peak = peak_cuda_bytes(functions[name])
+                else:
+                    peak = peak_bytes(make_run, name, shape, device)
+                rows.append(
+                    Row(
+                        op="linear_cross_entropy",
+                        shape="T{} V{} d{}".format(*shape) + (f" S{NEGATIVES}" if name == "sampled" else ""),
+                        dtype="float32",
+                        impl=name,
+                        baseline=BASELINE,
+                        median_s=timing.median_s,
+                        p10_s=timing.p10_s,
+                        peak_bytes=peak,
+                        ratio=timings[BASELINE].median_s / timing.median_s,
+                    )
+                )
+            bar.advance()
+    return rows

@@ -1,0 +1,178 @@
+"""Losses against shared negatives: naive forms in float64, and the estimate against its expectation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from findrec.ops.linear_cross_entropy import OwnBonus
+from findrec.ops.sampled_cross_entropy import generalised_bce, sampled_cross_entropy
+
+NUM_ITEMS = 40
+
+
+def make(num_tokens, dtype=torch.float64, own=False, scale=0.5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    h, table = (
+        (scale * torch.randn(n, 4, generator=g, dtype=torch.float64)).to(dtype).requires_grad_()
+        for n in (num_tokens, NUM_ITEMS + 1)
+    )
+    target = torch.randint(1, NUM_ITEMS + 1, (num_tokens,), generator=g)
+    if not own:
+        return h, table, target, None
+    row = torch.arange(num_tokens) * 2 // num_tokens
+    ids = torch.stack([torch.randperm(NUM_ITEMS, generator=g)[:5] + 1 for _ in range(2)])
+    ids[1, 2] = 0
+    target[::3] = ids[row[::3], 0]  # some targets come again
+    seen = (torch.rand(num_tokens, 5, generator=g) < 0.6) & (ids[row] != 0)
+    bonus = torch.randn(num_tokens, 5, generator=g, dtype=torch.float64).to(dtype) * seen
+    return h, table, target, OwnBonus(ids, row, seen, bonus.requires_grad_())
+
+
+def scores(h, table, own):
+    logits = h @ table.t()
+    return logits if own is None else logits.scatter_add(1, own.ids_BN[own.row_T], own.bonus_TN)
+
+
+def sampled(h, table, target, sample, log_expected=None, own=None):
+    own_rows = None if own is None else table[own.ids_BN]
+    return sampled_cross_entropy(
+        h, table[target], table[sample], target, sample, log_expected, own=own, own_row_BNd=own_rows
+    )
+
+
+def gbce(h, table, target, sample, own=None, **kwargs):
+    kwargs = {"num_items": NUM_ITEMS, **kwargs}
+    return generalised_bce(h, table[target], table[sample], target, sample, own=own, **kwargs)
+
+
+def one_by_one(function, h, own):
+    """The sum of a loss over tokens, each alone, by plain loops."""
+    total = 0.0
+    for t in range(len(h)):
+        own_ids = set() if own is None else set(own.ids_BN[own.row_T[t]][own.seen_TN[t]].tolist())
+        total = total + function(t, own_ids)
+    return total
+
+
+def assert_same(loss, want, h, table, own):
+    leaves = [h, table] + ([own.bonus_TN] if own is not None else [])
+    torch.testing.assert_close(loss, want)
+    grads, want_grads = (torch.autograd.grad(x, leaves) for x in (loss, want))
+    for got, expected in zip(grads, want_grads, strict=True):
+        free = 1.0 if got.shape == table.shape or got.shape == h.shape else own.seen_TN
+        torch.testing.assert_close(got * free, expected * free)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 2, 13])
+def test_candidates_agree_with_a_naive_loop(num_tokens, corrected, own):
+    h, table, target, bonus = make(num_tokens, own=own)
+    # Duplicates, the targets themselves and own items among the samples.
+    sample = torch.cat([torch.tensor([1, 2, 2, 3, 7, 9, 30]), target, torch.tensor([5])])
+    if own:
+        sample = torch.cat([sample, bonus.ids_BN[:, :2].reshape(-1)])
+    log_expected = torch.linspace(-1, 1, len(sample), dtype=torch.float64) if corrected else None
+    s = scores(h, table, bonus)
+
+    def naive(t, own_ids):
+        exact = own_ids | {int(target[t])}
+        z = sum(s[t, i].exp() for i in exact)
+        for place, i in enumerate(sample.tolist()):
+            if i not in exact:
+                z = z + (s[t, i] - (log_expected[place] if corrected else 0.0)).exp()
+        return z.log() - s[t, target[t]]
+
+    want = one_by_one(naive, h, bonus)
+    assert_same(sampled(h, table, target, sample, log_expected, bonus), want, h, table, bonus)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_partition_function_is_unbiased(own):
+    """The mean of exp(loss + s_target) over draws is the full partition function, to its standard error."""
+    h, table, target, bonus = make(6, own=own, seed=3)
+    g = torch.Generator().manual_seed(1)
+    q = torch.rand(NUM_ITEMS + 1, generator=g, dtype=torch.float64) + 0.2
+    q[0] = 0
+    q /= q.sum()
+    num_draws = 2000
+    with torch.no_grad():
+        s = scores(h, table, bonus)
+        for t in (0, 5):
+            one = None
+            if own:
+                row = bonus.row_T[t : t + 1]
+                zero = torch.zeros(1, dtype=torch.int64)
+                one = OwnBonus(bonus.ids_BN[row], zero, bonus.seen_TN[t : t + 1], bonus.bonus_TN[t : t + 1])
+            estimates = torch.empty(num_draws, dtype=torch.float64)
+            for draw in range(num_draws):
+                sample = torch.multinomial(q, 16, replacement=True, generator=g)
+                log_expected = (16 * q[sample]).log()
+                loss = sampled(h[t : t + 1], table, target[t : t + 1], sample, log_expected, one)
+                estimates[draw] = (loss + s[t, target[t]]).exp()
+            error = estimates.std() / num_draws**0.5
+            full = s[t, 1:].exp().sum()
+            assert error < 0.01 * full
+            assert (estimates.mean() - full).abs() < 4 * error
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("calibration", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("num_tokens", [1, 2, 13])
+def test_gbce_agrees_with_its_published_form(num_tokens, calibration, own):
+    h, table, target, bonus = make(num_tokens, own=own)
+    sample = torch.randperm(NUM_ITEMS, generator=torch.Generator().manual_seed(2))[:17] + 1
+    alpha = 17 / (NUM_ITEMS - 1)
+    beta = alpha * ((1 - 1 / alpha) * calibration + 1 / alpha)
+    p = torch.sigmoid(scores(h, table, bonus))
+
+    def naive(t, own_ids):
+        others = [i for i in sample.tolist() if i != int(target[t])]
+        logs = [torch.log(p[t, target[t]] ** beta)] + [torch.log(1 - p[t, i]) for i in others]
+        return -sum(logs) / len(logs)
+
+    want = one_by_one(naive, h, bonus)
+    assert_same(gbce(h, table, target, sample, bonus, calibration=calibration), want, h, table, bonus)
+
+
+def test_gbce_stays_finite_where_the_naive_form_does_not():
+    h, table, target, _ = make(8, torch.float32, scale=20.0)
+    sample = torch.arange(1, 30)
+    loss = gbce(h, table, target, sample)
+    p = torch.sigmoid(h @ table.t())
+    assert (p == 1).any()
+    assert (p == 0).any()  # log of either is infinite
+    want = gbce(h.double(), table.double(), target, sample)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0.0)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, (h, table)))
+
+
+def test_gbce_with_every_item_drawn_is_plain_binary_cross_entropy():
+    h, table, target, _ = make(5)
+    everything = torch.arange(1, NUM_ITEMS + 1)
+    calibrated, plain = (gbce(h, table, target, everything, calibration=t) for t in (1.0, 0.0))
+    assert calibrated == plain
+    few = everything[:5]
+    assert gbce(h, table, target, few, calibration=1.0) < gbce(h, table, target, few, calibration=0.0)
+
+
+@pytest.mark.parametrize("function", [sampled, gbce])
+def test_gradcheck(function):
+    h, table, target, own = make(4, own=True)
+    sample = torch.tensor([1, 4, 8, 9, int(target[0]), int(own.ids_BN[0, 1])])
+
+    def loss(h, table, bonus):
+        again = OwnBonus(own.ids_BN, own.row_T, own.seen_TN, bonus * own.seen_TN)
+        return function(h, table, target, sample, own=again)
+
+    assert torch.autograd.gradcheck(loss, (h, table, own.bonus_TN))
+
+
+def test_wrong_arguments_are_explained():
+    h, table, target, own = make(4, own=True)
+    sample = torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=r"calibration=1\.5 must lie in 0\.\.1"):
+        gbce(h, table, target, sample, calibration=1.5)
+    with pytest.raises(ValueError, match="must be given together"):
+        sampled_cross_entropy(h, table[target], table[sample], target, sample, own=own)
