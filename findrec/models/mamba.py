@@ -1,8 +1,8 @@
 """The Mamba block: gated selective state space layer, linear in the length (Gu & Dao 2023, arXiv 2312.00752).
 
 Training and evaluation run over whole histories (`forward`). For serving, `MambaStream.prefill` reads
-histories once and `MambaStream.step` appends one event to each at a cost that does not depend on how long they
-are; the outputs are those of `forward`.
+histories once and `MambaStream.step` appends one event to each, at a cost that does not depend on how long
+they are; the outputs are those of `forward`.
 
 Shape letters: B rows, L steps, d model width, E inner width, N states of a channel, K convolution taps.
 """
@@ -194,7 +194,8 @@ class MambaStream(nn.Module):
 
         `length_B` `[B]` counts the valid events of a row, 0 to L; outputs from there on mean nothing. With
         `states` the histories continue those that led to them. Outputs at valid events are those of
-        `forward`. Raises `ValueError` in training mode, as dropout has no place here, and for lengths that do not fit.
+        `forward`, up to rounding. Raises `ValueError` in training mode, as dropout has no place here, and for lengths
+        that do not fit.
         """
         self._check_serving("prefill")
         b, length = x_BLd.shape[:2]
