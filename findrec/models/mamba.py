@@ -194,8 +194,8 @@ class MambaStream(nn.Module):
 
         `length_B` `[B]` counts the valid events of a row, 0 to L; outputs from there on mean nothing. With
         `states` the histories continue those that led to them. Outputs at valid events are those of
-        `forward`, up to rounding. Raises `ValueError` in training mode, as dropout has no place here, and for lengths
-        that do not fit.
+        `forward`, up to rounding. Raises `ValueError` in training mode, as dropout has no place here, and for
+        lengths that do not fit.
         """
         self._check_serving("prefill")
         b, length = x_BLd.shape[:2]
