@@ -145,11 +145,10 @@ def selective_scan(
     """
     _check_shapes(u, delta, A, B, C, D, z, initial_state)
     chosen = scan_backend(u.device, impl)
-    if chosen == "mamba_ssm" and (initial_state is not None or u.dtype == torch.float64):
+    inputs = (u, delta, A, B, C, D, z, initial_state)
+    if chosen == "mamba_ssm" and (problem := _mamba_ssm_problem(inputs, return_last_state)):
         if impl != "auto":
-            raise FindRecError(
-                "scan implementation 'mamba_ssm' takes no initial state and no float64; use 'auto'"
-            )
+            raise FindRecError(f"scan implementation 'mamba_ssm' {problem}; use 'auto'")
         chosen = "torch"
     last: Tensor | None
     if chosen == "cpp":
@@ -248,15 +247,27 @@ def _check(where: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> Non
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
+def _mamba_ssm_problem(inputs: tuple[Tensor | None, ...], want_last: bool) -> str | None:
+    """What of this call the package's kernel cannot do; its backward pass leaves out the last state."""
+    u, initial_state = inputs[0], inputs[-1]
+    if initial_state is not None:
+        return "takes no initial state"
+    if u is not None and u.dtype == torch.float64:
+        return "knows no float64"
+    if want_last and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return "gives no gradient through the last state"
+    return None
+
+
 def _mamba_ssm_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """mamba-ssm wants channels before steps and float32 parameters."""
+    """mamba-ssm wants channels before steps, one type for all but the parameters, and those in float32."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    first = (x.transpose(1, 2) for x in (u, delta))
-    second = (x.transpose(1, 2) for x in (B, C))
-    gate = None if z is None else z.transpose(1, 2)
+    first = (x.to(u.dtype).transpose(1, 2) for x in (u, delta))
+    second = (x.to(u.dtype).transpose(1, 2) for x in (B, C))
+    gate = None if z is None else z.to(u.dtype).transpose(1, 2)
     y_BDL, last = selective_scan_fn(
         *first, A.float(), *second, None if D is None else D.float(), z=gate, return_last_state=True
     )
