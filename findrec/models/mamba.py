@@ -1,11 +1,16 @@
 """The Mamba block: gated selective state space layer, linear in the length (Gu & Dao 2023, arXiv 2312.00752).
 
+Training and evaluation run over whole histories (`forward`). For serving, `MambaStream.prefill` reads
+histories once and `MambaStream.step` appends one event to each, at a cost that does not depend on how long
+they are; the outputs are those of `forward`.
+
 Shape letters: B rows, L steps, d model width, E inner width, N states of a channel, K convolution taps.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +19,7 @@ from torch.nn import functional as F
 
 from findrec.config import StreamConfig
 from findrec.models.layers import Dropout, LayerScale
-from findrec.ops.selective_scan import selective_scan
+from findrec.ops.selective_scan import selective_scan, selective_scan_step
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps channels start with, log-uniform (section 3.6)
 
@@ -56,6 +61,14 @@ def causal_conv(x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor) -> Tensor:
     return y_BLE
 
 
+@dataclass(frozen=True)
+class MambaState:
+    """All that one block has to remember of the events so far, for each row; zeros before the first event."""
+
+    conv_BKE: Tensor  # [B, K - 1, E]: the convolution's latest inputs, oldest first
+    scan_BEN: Tensor  # [B, E, N], float32 at least
+
+
 class Mamba(nn.Module):
     """One block: project, convolve, scan with input-dependent steps, gate, project back."""
 
@@ -90,13 +103,68 @@ class Mamba(nn.Module):
         """`[B, L, d]` to `[B, L, d]`, causal."""
         u_BLE, z_BLE = self.in_proj(x_BLd).chunk(2, dim=-1)
         u_BLE = F.silu(causal_conv(u_BLE, self.conv_taps, self.conv_bias))
-        parts = [self.dt_rank, self.num_states, self.num_states]
-        dt, B_BLN, C_BLN = self.x_proj(u_BLE).split(parts, dim=-1)
-        delta_BLE = F.softplus(self.dt_proj(dt))
-        A_EN = -torch.exp(self.A_log)
-        y_BLE = selective_scan(u_BLE, delta_BLE, A_EN, B_BLN, C_BLN, self.D, z_BLE, impl=self.scan)
+        delta_BLE, B_BLN, C_BLN = self._select(u_BLE)
+        y_BLE = selective_scan(
+            u_BLE, delta_BLE, self._decay_rates(), B_BLN, C_BLN, self.D, z_BLE, impl=self.scan
+        )
         out: Tensor = self.out_proj(y_BLE)
         return out
+
+    def _select(self, u: Tensor) -> list[Tensor]:
+        """Time steps `[..., E]`, and B and C `[..., N]`, of inputs `[..., E]`."""
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.num_states, self.num_states], dim=-1)
+        return [F.softplus(self.dt_proj(dt)), B, C]
+
+    def _decay_rates(self) -> Tensor:
+        """A `[E, N]`, negative."""
+        return -torch.exp(self.A_log)
+
+    def initial_state(self, batch_size: int) -> MambaState:
+        """The state of rows without events."""
+        inner, taps = self.conv_taps.shape
+        wide = torch.promote_types(self.A_log.dtype, torch.float32)
+        return MambaState(
+            self.conv_taps.new_zeros(batch_size, taps - 1, inner),
+            self.A_log.new_zeros(batch_size, inner, self.num_states, dtype=wide),
+        )
+
+    def prefill(
+        self, x_BLd: Tensor, length_B: Tensor, state: MambaState | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """`forward` from `state` (none: no events yet), and the state after the last valid event of each row.
+
+        Rows are right-padded: those from `length_B` on do not enter the state; their outputs mean nothing.
+        """
+        tail_BKE = (state or self.initial_state(len(x_BLd))).conv_BKE
+        num_tail = tail_BKE.shape[1]
+        u_BLE, z_BLE = self.in_proj(x_BLd).chunk(2, dim=-1)
+        joined_BLE = torch.cat([tail_BKE, u_BLE], dim=1)
+        u_BLE = F.silu(causal_conv(joined_BLE, self.conv_taps, self.conv_bias)[:, num_tail:])
+        delta_BLE, B_BLN, C_BLN = self._select(u_BLE)
+        # A time step of zero leaves the state as it is, exactly: exp(0 A) = 1 and 0 B u = 0.
+        steps_L = torch.arange(x_BLd.shape[1], device=x_BLd.device)
+        delta_BLE = delta_BLE.masked_fill((steps_L >= length_B[:, None])[..., None], 0.0)
+        y_BLE, scan_BEN = selective_scan(
+            *(u_BLE, delta_BLE, self._decay_rates(), B_BLN, C_BLN, self.D, z_BLE),
+            initial_state=None if state is None else state.scan_BEN,
+            return_last_state=True,
+            impl=self.scan,
+        )
+        # In `joined` event l is at l + num_tail, so these are the last inputs before event `length`.
+        latest_BK = length_B[:, None] + torch.arange(num_tail, device=x_BLd.device)
+        tail_BKE = joined_BLE.gather(1, latest_BK[..., None].expand(-1, -1, joined_BLE.shape[2]))
+        return self.out_proj(y_BLE), MambaState(tail_BKE, scan_BEN)
+
+    def step(self, x_Bd: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
+        """One event `[B, d]` after those in `state`: its output `[B, d]`, and the state with it."""
+        u_BE, z_BE = self.in_proj(x_Bd).chunk(2, dim=-1)
+        window_BKE = torch.cat([state.conv_BKE, u_BE[:, None]], dim=1)
+        u_BE = F.silu((window_BKE * self.conv_taps.t()).sum(1) + self.conv_bias)
+        delta_BE, B_BN, C_BN = self._select(u_BE)
+        y_BE, scan_BEN = selective_scan_step(
+            *(u_BE, delta_BE, self._decay_rates(), B_BN, C_BN, self.D, z_BE), state_BDN=state.scan_BEN
+        )
+        return self.out_proj(y_BE), MambaState(window_BKE[:, 1:], scan_BEN)
 
 
 class MambaStream(nn.Module):
@@ -114,3 +182,57 @@ class MambaStream(nn.Module):
         for norm, block, scale in zip(self.norms, self.blocks, self.scales, strict=True):
             x_BLd = x_BLd + scale(self.dropout(block(norm(x_BLd))))
         return x_BLd
+
+    def initial_state(self, batch_size: int) -> list[MambaState]:
+        """The states of all layers for rows without events."""
+        return [self._block(i).initial_state(batch_size) for i in range(len(self.blocks))]
+
+    def prefill(
+        self, x_BLd: Tensor, length_B: Tensor, states: list[MambaState] | None = None
+    ) -> tuple[Tensor, list[MambaState]]:
+        """Read right-padded histories: outputs `[B, L, d]`, and each row's state after its last valid event.
+
+        `length_B` `[B]` counts the valid events of a row, 0 to L; outputs from there on mean nothing. With
+        `states` the histories continue those that led to them. Outputs at valid events are those of
+        `forward`, up to rounding. Raises `ValueError` in training mode, as dropout has no place here, and for
+        lengths that do not fit.
+        """
+        self._check_serving("prefill")
+        b, length = x_BLd.shape[:2]
+        if length_B.shape != (b,) or (b and not 0 <= int(length_B.min()) <= int(length_B.max()) <= length):
+            raise ValueError(
+                f"MambaStream.prefill: length_B must be {b} whole numbers from 0 to {length}, the rows and "
+                f"steps of x_BLd, but it is {length_B}"
+            )
+        after = []
+        for i, (norm, scale) in enumerate(zip(self.norms, self.scales, strict=True)):
+            state = None if states is None else states[i]
+            y_BLd, state = self._block(i).prefill(norm(x_BLd), length_B, state)
+            x_BLd = x_BLd + scale(y_BLd)
+            after.append(state)
+        return x_BLd, after
+
+    def step(self, x_Bd: Tensor, states: list[MambaState]) -> tuple[Tensor, list[MambaState]]:
+        """Append one event `[B, d]` to each row: its output `[B, d]` and the new states of all layers.
+
+        Costs the same however many events `states` stand for, and leaves `states` as they are. Outputs are
+        those of `forward` over the whole history, up to rounding. Raises `ValueError` in training mode.
+        """
+        self._check_serving("step")
+        after = []
+        for i, (norm, scale) in enumerate(zip(self.norms, self.scales, strict=True)):
+            y_Bd, state = self._block(i).step(norm(x_Bd), states[i])
+            x_Bd = x_Bd + scale(y_Bd)
+            after.append(state)
+        return x_Bd, after
+
+    def _block(self, i: int) -> Mamba:
+        block = self.blocks[i]
+        assert isinstance(block, Mamba)
+        return block
+
+    def _check_serving(self, what: str) -> None:
+        if self.training:
+            raise ValueError(
+                f"MambaStream.{what} is for a model in evaluation mode; call .eval() on it first"
+            )

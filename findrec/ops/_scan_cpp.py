@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from findrec.ops._build import BuildError, load_library
 
 _SIZES = ("rows", "steps", "channels", "states", "threads")
-_STRIDED = ("u", "delta", "z", "B", "C")
+_STRIDED = ("u", "delta", "z", "B", "C", "dy")
 _POINTERS = (
     *("u", "delta", "A", "B", "C", "D", "z", "first", "y", "last", "borders", "dy", "dlast"),
-    *("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dfirst", "part_BC", "part_A", "part_D"),
+    *("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "dfirst"),
 )
 
 
@@ -41,7 +42,7 @@ def _library() -> ctypes.CDLL | str:
         library = load_library("selective_scan")
     except BuildError as error:
         return str(error)
-    library.scan_chunk.restype = library.scan_block.restype = ctypes.c_int64
+    library.scan_chunk.restype = ctypes.c_int64
     return library
 
 
@@ -54,34 +55,50 @@ def cpp_scan(
     D: Tensor | None,
     z: Tensor | None,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`y [B, L, D]` and the last state `[B, D, N]`; arguments as in `selective_scan`, float32 or float64."""
-    y, last_BND = _FusedScan.apply(  # type: ignore[no-untyped-call]
-        *(_dense_rows(x, u.dtype) for x in (u, delta)),
-        A.to(u.dtype).t().contiguous(),
-        *(_dense_rows(x, u.dtype) for x in (B, C)),
-        None if D is None else D.to(u.dtype).contiguous(),
-        None if z is None else _dense_rows(z, u.dtype),
-        None if initial_state is None else initial_state.to(u.dtype).transpose(1, 2).contiguous(),
+    *,
+    want_last: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`y [B, L, D]` and, if wanted, the last state `[B, D, N]`; arguments as in `selective_scan`.
+
+    Types below float32 are computed in float32; y has the type of `u`, the state that of the computation.
+    """
+    dtype = torch.promote_types(u.dtype, torch.float32)
+    inputs = (
+        *(_dense_rows(x, dtype) for x in (u, delta)),
+        A.to(dtype).t().contiguous(),
+        *(_dense_rows(x, dtype) for x in (B, C)),
+        None if D is None else D.to(dtype).contiguous(),
+        None if z is None else _dense_rows(z, dtype),
+        None if initial_state is None else initial_state.to(dtype).transpose(1, 2).contiguous(),
     )
-    return y, last_BND.transpose(1, 2)
+    y, last_BND = _FusedScan.apply(*inputs, want_last, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    return y.to(u.dtype), None if last_BND is None else last_BND.transpose(1, 2)
 
 
 def _dense_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The kernel takes any strides but needs the last dimension dense: halves of a projection are no copy."""
+    """The kernel takes any strides but needs the last dimension dense: halves of a projection are no copy.
+
+    Nor is a value repeated over rows and steps, such as the gradient of a sum.
+    """
     x = x.to(dtype)
-    return x if x.stride(-1) == 1 else x.contiguous()
+    if x.stride(-1) == 1:
+        return x
+    once = x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride()[:2])]
+    return once.contiguous().expand(x.shape)
 
 
 def _call(name: str, tensors: dict[str, Tensor | None]) -> None:
     """Run a function of the library on `tensors` (by their names in `ScanArgs`)."""
     library = _library()
-    assert isinstance(library, ctypes.CDLL)
+    if isinstance(library, str):
+        raise RuntimeError(library)
     u, A = tensors["u"], tensors["A"]
     assert u is not None
     assert A is not None
     rows, steps, channels = u.shape
-    sizes = (rows, steps, channels, len(A), torch.get_num_threads())
+    # Waking threads up costs as much as a few ten thousand states.
+    threads = torch.get_num_threads() if u.numel() * len(A) > 2**14 else 1
+    sizes = (rows, steps, channels, len(A), threads)
     fields: dict[str, int | None] = dict(zip(_SIZES, sizes, strict=True))
     for key, tensor in tensors.items():
         if tensor is None:
@@ -93,7 +110,7 @@ def _call(name: str, tensors: dict[str, Tensor | None]) -> None:
 
 
 class _FusedScan(torch.autograd.Function):
-    """States at chunk borders are all that is kept for the backward pass."""
+    """States at chunk borders are all that is kept for the backward pass beside the inputs."""
 
     @staticmethod
     def forward(
@@ -106,29 +123,28 @@ class _FusedScan(torch.autograd.Function):
         D: Tensor | None,
         z: Tensor | None,
         first: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        library = _library()
-        if isinstance(library, str):
-            raise RuntimeError(library)
+        want_last: bool,
+        want_grad: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         rows, steps = u.shape[:2]
-        num_chunks = -(-steps // library.scan_chunk())
-        y, last = u.new_empty(u.shape), u.new_empty(rows, *A_ND.shape)
-        borders = u.new_empty(rows, num_chunks, *A_ND.shape)
+        y = u.new_empty(u.shape)
+        last = u.new_empty(rows, *A_ND.shape) if want_last else None
+        borders = None
+        if want_grad and any(ctx.needs_input_grad):
+            borders = u.new_empty(rows, max(0, -(-steps // _chunk()) - 1), *A_ND.shape)
         inputs = {"u": u, "delta": delta, "A": A_ND, "B": B, "C": C, "D": D, "z": z, "first": first}
         _call("scan_forward", {**inputs, "y": y, "last": last, "borders": borders})
         ctx.save_for_backward(u, delta, A_ND, B, C, D, z, first, borders)
+        ctx.set_materialize_grads(False)  # zeros for an unused last state would take its memory
         return y, last
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A_ND, B, C, D, z, first, borders = ctx.saved_tensors
-        library = _library()
-        assert isinstance(library, ctypes.CDLL)
-        rows, steps, channels = u.shape
-        states = len(A_ND)
-        num_blocks = -(-channels // library.scan_block(int(u.dtype == torch.float64)))
+        channels = u.shape[2]
         new = u.new_empty
-        out: dict[str, Tensor | None] = {
+        grads: dict[str, Tensor | None] = {
             "du": new(u.shape),
             "ddelta": new(u.shape),
             "dA": new(A_ND.shape),
@@ -136,16 +152,22 @@ class _FusedScan(torch.autograd.Function):
             "dC": new(C.shape),
             "dD": new(channels),
             "dz": None if z is None else new(u.shape),
-            "dfirst": new(rows, states, channels),
+            "dfirst": None if first is None else new(first.shape),
         }
-        scratch = {
-            "part_BC": new(num_blocks, rows, steps, 2, states),
-            "part_A": new(rows, states, channels),
-            "part_D": new(rows, channels),
-        }
-        inputs = {"u": u, "delta": delta, "A": A_ND, "B": B, "C": C, "D": D, "z": z, "borders": borders}
-        # Named so that they live until the kernel is done with their memory.
-        dy, dlast = (grad.contiguous() for grad in grads)
-        _call("scan_backward", {**inputs, **out, **scratch, "dy": dy, "dlast": dlast})
-        unused = {"dD": D, "dfirst": first}
-        return tuple(None if name in unused and unused[name] is None else grad for name, grad in out.items())
+        inputs = {"u": u, "delta": delta, "A": A_ND, "B": B, "C": C, "D": D, "z": z, "first": first}
+        # Bound to names, so that they live until the kernel is done with their memory.
+        dy = u.new_zeros(channels).expand(u.shape) if dy is None else _dense_rows(dy, u.dtype)
+        dlast = None if dlast is None else dlast.contiguous()
+        outer = {"dy": dy, "dlast": dlast, "borders": borders}
+        _call("scan_backward", {**inputs, **outer, **grads})
+        if D is None:
+            grads["dD"] = None
+        return *grads.values(), None, None
+
+
+def _chunk() -> int:
+    """Steps from one border state to the next."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return int(library.scan_chunk())

@@ -3,7 +3,8 @@
     h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l          y_l = C_l h_l + D u_l,   then   y_l * silu(z_l)
 
 Tensors are `[B, L, D]` (channels last). No implementation but `reference` stores a state for every step:
-states are kept at chunk borders and recomputed in the backward pass, so memory is O(B L D).
+states are kept at chunk borders and recomputed in the backward pass, so memory is O(B L D). `selective_scan`
+takes whole histories; `selective_scan_step` appends one event to a state, at a cost without L in it.
 
 | impl        | where             | what                                                                  |
 |-------------|-------------------|-----------------------------------------------------------------------|
@@ -13,14 +14,15 @@ states are kept at chunk borders and recomputed in the backward pass, so memory 
 | `mamba_ssm` | CUDA              | the kernel of the mamba-ssm package                                   |
 
 All are bit-deterministic on CPU for a fixed number of threads (`cpp` for any number).
-Shape letters: B rows, L steps, D channels, N states of a channel, S steps of a chunk.
+States are kept and added up in float32 at least, also where the tensors are bfloat16.
+Shape letters: B rows, L steps, D channels, N states of a channel.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -28,9 +30,9 @@ from torch.nn import functional as F
 
 from findrec.errors import FindRecError
 from findrec.ops._scan_cpp import cpp_scan, cpp_scan_problem
+from findrec.ops._scan_torch import ChunkedScan, reference_scan, step_states
 from findrec.progress import say
 
-CHUNK = 16  # steps the torch implementation holds states for at once
 IMPLS = ("auto", "reference", "torch", "cpp", "mamba_ssm")
 
 
@@ -137,33 +139,82 @@ def selective_scan(
 
     `u`, `delta` (already positive: softplus is the caller's), `z` are `[B, L, D]`, `A` is `[D, N]`, `B` and
     `C` are `[B, L, N]`, `D` is `[D]`, `initial_state` is `[B, D, N]` (zero when not given). Returns
-    y `[B, L, D]`, with `return_last_state` also the state after the last step `[B, D, N]`.
+    y `[B, L, D]` of the type of `u`, with `return_last_state` also the state after the last step `[B, D, N]`,
+    in float32 where `u` is smaller.
     Raises `ValueError` for shapes that do not fit and `FindRecError` for an `impl` that cannot work here.
     """
     _check_shapes(u, delta, A, B, C, D, z, initial_state)
     chosen = scan_backend(u.device, impl)
-    if chosen == "mamba_ssm" and initial_state is not None:
+    inputs = (u, delta, A, B, C, D, z, initial_state)
+    if chosen == "mamba_ssm" and (problem := _mamba_ssm_problem(inputs, return_last_state)):
         if impl != "auto":
-            raise FindRecError("scan implementation 'mamba_ssm' takes no initial state; use 'auto'")
+            raise FindRecError(f"scan implementation 'mamba_ssm' {problem}; use 'auto'")
         chosen = "torch"
-    if chosen == "cpp" and u.dtype not in (torch.float32, torch.float64):
-        if impl != "auto":
-            raise FindRecError(f"scan implementation 'cpp' knows float32 and float64, not {u.dtype}")
-        chosen = "torch"
+    last: Tensor | None
     if chosen == "cpp":
-        y, last = cpp_scan(u, delta, A, B, C, D, z, initial_state)
+        y, last = cpp_scan(u, delta, A, B, C, D, z, initial_state, want_last=return_last_state)
     elif chosen == "mamba_ssm":
         y, last = _mamba_ssm_scan(u, delta, A, B, C, D, z)
     else:
+        wide = torch.promote_types(u.dtype, torch.float32)
         if initial_state is None:
-            initial_state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-        run = _reference_scan if chosen == "reference" else _ChunkedScan.apply
-        y, last = run(u, delta, A, B, C, initial_state)
-        if D is not None:
-            y = y + u * D
-        if z is not None:
-            y = y * F.silu(z)
-    return (y, last) if return_last_state else y
+            initial_state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=wide)
+        initial_state = initial_state.to(wide)
+        if chosen == "reference":
+            u_, delta_, A_, B_, C_ = (x.to(wide) for x in (u, delta, A, B, C))
+            y, last = reference_scan(u_, delta_, A_, B_, C_, initial_state)
+        else:
+            y, last = ChunkedScan.apply(u, delta, A, B, C, initial_state)  # type: ignore[no-untyped-call]
+        y = _skip_and_gate(y, u, D, z)
+    if not return_last_state:
+        return y
+    assert last is not None
+    return y, last
+
+
+def selective_scan_step(
+    u_BD: Tensor,
+    delta_BD: Tensor,
+    A_DN: Tensor,
+    B_BN: Tensor,
+    C_BN: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    state_BDN: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One step of `selective_scan`: what the events so far left behind, and one more event.
+
+    `u_BD`, `delta_BD`, `z` are `[B, D]`, `A_DN` is `[D, N]`, `B_BN` and `C_BN` are `[B, N]`, `D` is `[D]`;
+    `state_BDN` `[B, D, N]` is the last state of a scan or of a step, zeros where nothing happened yet; it is
+    not changed. Returns y `[B, D]` of the type of `u_BD` and the new state, of the type of the old one.
+    Time and memory are O(B D N), whatever the length of the histories. Differentiable; any device.
+    Raises `ValueError` for shapes that do not fit.
+    """
+    b, channels = u_BD.shape
+    states = A_DN.shape[-1]
+    _check(
+        "selective_scan_step",
+        delta=(delta_BD, (b, channels)),
+        A=(A_DN, (channels, states)),
+        B=(B_BN, (b, states)),
+        C=(C_BN, (b, states)),
+        D=(D, (channels,)),
+        z=(z, (b, channels)),
+        state=(state_BDN, (b, channels, states)),
+    )
+    u, delta, A, B, C = (x.to(state_BDN.dtype) for x in (u_BD, delta_BD, A_DN, B_BN, C_BN))
+    y_BD, state_BDN = step_states(u, delta, A, B, C, state_BDN)
+    return _skip_and_gate(y_BD, u_BD, D, z), state_BDN
+
+
+def _skip_and_gate(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """`(y + D u) * silu(z)` in the type of y, given in the type of u."""
+    if D is not None:
+        y = y + u.to(y.dtype) * D
+    if z is not None:
+        y = y * F.silu(z.to(y.dtype))
+    return y.to(u.dtype)
 
 
 def _check_shapes(
@@ -178,102 +229,45 @@ def _check_shapes(
 ) -> None:
     b, length, channels = u.shape
     states = A.shape[-1]
-    expected = {
-        "delta": (delta, (b, length, channels)),
-        "A": (A, (channels, states)),
-        "B": (B, (b, length, states)),
-        "C": (C, (b, length, states)),
-        "D": (D, (channels,)),
-        "z": (z, (b, length, channels)),
-        "initial_state": (initial_state, (b, channels, states)),
-    }
+    _check(
+        "selective_scan",
+        delta=(delta, (b, length, channels)),
+        A=(A, (channels, states)),
+        B=(B, (b, length, states)),
+        C=(C, (b, length, states)),
+        D=(D, (channels,)),
+        z=(z, (b, length, channels)),
+        initial_state=(initial_state, (b, channels, states)),
+    )
+
+
+def _check(where: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"selective_scan: {name} has shape {tuple(tensor.shape)}, expected {shape}")
+            raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
 
 
-def _reference_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The two equations, one step after the other."""
-    outputs = []
-    steps = zip(u.unbind(1), delta.unbind(1), B.unbind(1), C.unbind(1), strict=True)
-    for u_BD, delta_BD, B_BN, C_BN in steps:
-        decay_BDN = torch.exp(delta_BD[..., None] * A)
-        state = decay_BDN * state + (delta_BD * u_BD)[..., None] * B_BN[:, None]
-        outputs.append((state * C_BN[:, None]).sum(-1))
-    return torch.stack(outputs, dim=1), state
-
-
-class _ChunkedScan(torch.autograd.Function):
-    """Time-major chunks: only the recurrence itself is a loop, all else is whole-chunk operations."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        u_LBD, delta_LBD, B_LBN, C_LBN = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
-        A_ND = A.t().contiguous()
-        y_LBD = torch.empty_like(u_LBD)
-        state_BND = initial_state.transpose(1, 2).contiguous()
-        borders = []
-        for lo in range(0, len(u_LBD), CHUNK):
-            s = slice(lo, lo + CHUNK)
-            borders.append(state_BND)
-            _, states_SBND = _chunk_states(u_LBD[s], delta_LBD[s], A_ND, B_LBN[s], state_BND)
-            y_LBD[s] = (C_LBN[s].unsqueeze(2) @ states_SBND).squeeze(2)
-            state_BND = states_SBND[-1].clone()
-        ctx.save_for_backward(u_LBD, delta_LBD, A_ND, B_LBN, C_LBN, torch.stack(borders))
-        return y_LBD.transpose(0, 1).contiguous(), state_BND.transpose(1, 2).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        u_LBD, delta_LBD, A_ND, B_LBN, C_LBN, borders = ctx.saved_tensors
-        dy_LBD = grads[0].transpose(0, 1).contiguous()
-        carry_BND = grads[1].transpose(1, 2).contiguous()
-        du_LBD, ddelta_LBD = torch.empty_like(u_LBD), torch.empty_like(u_LBD)
-        dB_LBN, dC_LBN, dA_ND = torch.empty_like(B_LBN), torch.empty_like(B_LBN), torch.zeros_like(A_ND)
-        for chunk in reversed(range(len(borders))):
-            s = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-            u, delta, dy = u_LBD[s], delta_LBD[s], dy_LBD[s]
-            decay, states = _chunk_states(u, delta, A_ND, B_LBN[s], borders[chunk])
-            dC_LBN[s] = (states @ dy.unsqueeze(3)).squeeze(3)
-            # g is the gradient of each state: from its own output, and from the next state.
-            g = C_LBN[s].unsqueeze(3) * dy.unsqueeze(2)
-            for g_BND, decay_BND in zip(reversed(g.unbind(0)), reversed(decay.unbind(0)), strict=True):
-                g_BND.add_(carry_BND)
-                carry_BND = g_BND * decay_BND
-            from_input = (B_LBN[s].unsqueeze(2) @ g).squeeze(2)  # gradient of delta * u
-            dB_LBN[s] = (g @ (delta * u).unsqueeze(3)).squeeze(3)
-            before = torch.cat([borders[chunk][None], states[:-1]])
-            exponent = g.mul_(decay).mul_(before)  # gradient of delta * A
-            ddelta_LBD[s] = (exponent * A_ND).sum(2).addcmul_(from_input, u)
-            dA_ND += (exponent * delta.unsqueeze(2)).sum((0, 1))
-            du_LBD[s] = from_input * delta
-        du, ddelta, dB, dC = (x.transpose(0, 1) for x in (du_LBD, ddelta_LBD, dB_LBN, dC_LBN))
-        return du, ddelta, dA_ND.t(), dB, dC, carry_BND.transpose(1, 2)
-
-
-def _chunk_states(
-    u_SBD: Tensor, delta_SBD: Tensor, A_ND: Tensor, B_SBN: Tensor, state_BND: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Decays and states `[S, B, N, D]` of a chunk that starts from `state_BND`."""
-    decay = (delta_SBD.unsqueeze(2) * A_ND).exp_()
-    states = (delta_SBD * u_SBD).unsqueeze(2) * B_SBN.unsqueeze(3)
-    for now_BND, decay_BND in zip(states.unbind(0), decay.unbind(0), strict=True):
-        state_BND = now_BND.addcmul_(decay_BND, state_BND)
-    return decay, states
+def _mamba_ssm_problem(inputs: tuple[Tensor | None, ...], want_last: bool) -> str | None:
+    """What of this call the package's kernel cannot do; its backward pass leaves out the last state."""
+    u, initial_state = inputs[0], inputs[-1]
+    if initial_state is not None:
+        return "takes no initial state"
+    if u is not None and u.dtype == torch.float64:
+        return "knows no float64"
+    if want_last and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return "gives no gradient through the last state"
+    return None
 
 
 def _mamba_ssm_scan(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """mamba-ssm wants channels before steps and float32 parameters."""
+    """mamba-ssm wants channels before steps, one type for all but the parameters, and those in float32."""
     from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 
-    first = (x.transpose(1, 2) for x in (u, delta))
-    second = (x.transpose(1, 2) for x in (B, C))
-    gate = None if z is None else z.transpose(1, 2)
+    first = (x.to(u.dtype).transpose(1, 2) for x in (u, delta))
+    second = (x.to(u.dtype).transpose(1, 2) for x in (B, C))
+    gate = None if z is None else z.to(u.dtype).transpose(1, 2)
     y_BDL, last = selective_scan_fn(
         *first, A.float(), *second, None if D is None else D.float(), z=gate, return_last_state=True
     )

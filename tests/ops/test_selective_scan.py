@@ -1,4 +1,4 @@
-"""Every implementation of the scan against the plain loop in float64, outputs and gradients."""
+"""Every implementation of the scan against the plain loop in float64, outputs and gradients; and the step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,20 @@ from torch import Tensor
 from findrec.errors import FindRecError
 from findrec.ops import _scan_cpp
 from findrec.ops import selective_scan as scan
-from findrec.ops.selective_scan import scan_backend, selective_scan
+from findrec.ops.selective_scan import scan_backend, selective_scan, selective_scan_step
 
 SHAPES = [
     (1, 1, 1, 1),
     (2, 2, 3, 4),
     (3, 17, 16, 16),
     (2, 33, 40, 16),
-    (1, 65, 3, 1),
+    (1, 64, 3, 1),
     (2, 65, 16, 4),
-    (1, 100, 40, 16),
+    (1, 129, 40, 16),  # three chunks of the C++ kernel
     (3, 100, 1, 4),
 ]
+LONG = (1, 1000, 5, 16)
+STEP_NAMES = {"u": "u_BD", "delta": "delta_BD", "A": "A_DN", "B": "B_BN", "C": "C_BN"}
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}  # relative to the largest value of a tensor
 
 
@@ -65,19 +68,113 @@ def run(impl: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+@cache
+def expected_of(shape: tuple[int, int, int, int], skip: bool, gate: bool, start: bool) -> dict[str, Tensor]:
+    inputs = make_inputs(shape, skip, gate, start, torch.float32)
+    return run("reference", {name: x.double() for name, x in inputs.items()})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", list(itertools.product([False, True], repeat=3)))
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [*itertools.product(SHAPES, itertools.product([False, True], repeat=3)), (LONG, (True, True, True))],
+)
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
 def test_agrees_with_the_loop(
     impl: str, shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> None:
-    inputs = make_inputs(shape, *options, dtype=dtype)
-    expected = run("reference", {name: x.double() for name, x in inputs.items()})
-    for name, found in run(impl, inputs).items():
+    expected = expected_of(shape, *options)
+    for name, found in run(impl, make_inputs(shape, *options, dtype=dtype)).items():
         scale = expected[name].abs().max().clamp(min=1.0)
         error = (found.double() - expected[name]).abs().max() / scale
         assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("shape", [(2, 1, 3, 2), (1, 17, 2, 3), (2, 66, 1, 2)])
+def test_gradients_are_the_derivatives(impl: str, shape: tuple[int, int, int, int]) -> None:
+    inputs = make_inputs(shape, True, True, True, torch.float64)
+
+    def scan_of(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(inputs, tensors, strict=True))
+        return selective_scan(**named, return_last_state=True, impl=impl)  # type: ignore[arg-type]
+
+    assert torch.autograd.gradcheck(scan_of, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("output", [0, 1])
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_either_output_may_go_unused(impl: str, output: int) -> None:
+    inputs = make_inputs((2, 70, 5, 4), True, True, True, torch.float64)
+
+    def gradients(impl: str) -> list[Tensor]:
+        outputs = selective_scan(**inputs, return_last_state=True, impl=impl)  # type: ignore[arg-type]
+        loss = outputs[output].sum()  # its gradient is one value, repeated
+        found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs.values(), found, strict=True)]
+
+    torch.testing.assert_close(gradients(impl), gradients("reference"))
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_no_gradient_of_the_gradient_is_made_up(impl: str) -> None:
+    inputs = make_inputs((1, 5, 2, 4), True, True, False, torch.float64)
+    y = selective_scan(**inputs, impl=impl)  # type: ignore[arg-type]
+    (du,) = torch.autograd.grad(y.square().sum(), inputs["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        du.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def check_bfloat16(impl: str, device: str) -> None:
+    """Only inputs and results are rounded: states of hundreds of steps in bfloat16 would be far off."""
+    inputs = {
+        name: x.bfloat16()
+        for name, x in make_inputs((2, 300, 8, 16), True, True, False, torch.float32).items()
+    }
+    for name in ("A", "D"):  # as under autocast
+        inputs[name] = inputs[name].float()
+    expected = run("reference", {name: x.double() for name, x in inputs.items()})
+    for name, found in run(impl, {name: x.to(device) for name, x in inputs.items()}).items():
+        assert name == "last" or found.dtype == inputs[name.removeprefix("d") if name != "y" else "u"].dtype
+        scale = expected[name].abs().max().clamp(min=1.0)
+        assert (found.cpu().double() - expected[name]).abs().max() / scale < 2**-7, name
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch", "cpp"])
+def test_bfloat16_is_computed_in_float32(impl: str) -> None:
+    check_bfloat16(impl, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_cuda_bfloat16(impl: str) -> None:
+    check_bfloat16(impl, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [*itertools.product(SHAPES[:3], itertools.product([False, True], repeat=3)), (LONG, (True, True, True))],
+)
+def test_steps_are_the_scan(
+    shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
+) -> None:
+    expected = expected_of(shape, *options)
+    inputs = {name: x.detach() for name, x in make_inputs(shape, *options, dtype=dtype).items()}
+    b, length, channels, states = shape
+    state = inputs.pop("initial_state", torch.zeros(b, channels, states, dtype=dtype))
+    untouched = state.clone()
+    first = state
+    outputs = []
+    for step in range(length):
+        now = {STEP_NAMES.get(name, name): x[:, step] if x.ndim == 3 else x for name, x in inputs.items()}
+        y, state = selective_scan_step(**now, state_BDN=state)
+        outputs.append(y)
+    assert torch.equal(first, untouched)
+    for found, wanted in ((torch.stack(outputs, 1), expected["y"]), (state, expected["last"])):
+        assert found.dtype == dtype
+        assert (found.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
@@ -135,6 +232,11 @@ def test_mistakes_are_named() -> None:
     inputs = make_inputs((1, 3, 2, 4), False, False, False, torch.float32)
     with pytest.raises(ValueError, match="delta has shape"):
         selective_scan(**{**inputs, "delta": inputs["delta"][:, :2]})  # type: ignore[arg-type]
+    step = {name: x[:, 0] if x.ndim == 3 else x for name, x in inputs.items()}
+    with pytest.raises(ValueError, match="step: state has shape"):
+        selective_scan_step(
+            **{STEP_NAMES[name]: x for name, x in step.items()}, state_BDN=torch.zeros(1, 2, 3)
+        )
     with pytest.raises(FindRecError, match="choose one of"):
         scan_backend("cpu", "cuda")
     with pytest.raises(FindRecError, match="mamba-ssm"):

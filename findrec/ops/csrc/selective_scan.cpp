@@ -2,13 +2,17 @@
 //
 // A unit of work is one row and one block of W channels; lanes are channels. States of a unit stay in cache for
 // the whole row, are written out at every kChunk steps only, and are recomputed from there in the backward pass.
-// Sums over channels (dB, dC) and rows (dA, dD) go through buffers that are added up in a fixed order, so
-// results do not depend on the number of threads.
+//
+// Sums over channels (dB, dC) and rows (dA, dD) are added up in place and in a fixed order: a unit waits until the
+// one before it has added its part. So there are no buffers to add up afterwards, and results do not depend on
+// the number of threads. Units are handed out in order, so whoever is waited for has been started.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -20,7 +24,7 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
-constexpr int64_t kChunk = 32;
+constexpr int64_t kChunk = 64;  // border states are 1/kChunk of all states: the main extra memory
 constexpr int kBlockBytes = kVectorBytes > 64 ? kVectorBytes : 64;  // channels of a unit
 constexpr int kRegs = kBlockBytes / kVectorBytes;
 
@@ -38,44 +42,47 @@ struct Simd<double> {
   static constexpr int kLanes = kVectorBytes / 8;
 };
 
-// e^x to about 1e-7 relative: x = n ln 2 + r, a polynomial for e^r fitted for least relative error on
-// |r| <= ln 2 / 2, and n added to the exponent's bits. Below -64 the result is e^-64: no slow denormals.
-inline Simd<float>::V vexp(Simd<float>::V x) {
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// 2^x to about 1e-7 relative: x = n + f, a polynomial for 2^f fitted for least relative error on |f| <= 1/2 with
+// 2^0 = 1 exactly, and n added to the exponent's bits. Below -92 the result is 2^-92: no slow denormals. Base 2
+// as its factor log2(e) can be multiplied into `A` once for all steps.
+inline Simd<float>::V vexp2(Simd<float>::V x) {
   using V = Simd<float>::V;
   using I = Simd<float>::I;
-  const V low = V{} - 64.0f, high = V{} + 88.0f, magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds
+  const V low = V{} - 92.0f, high = V{} + 127.0f, magic = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const V t = x * 1.44269504f + magic;
-  const V n = t - magic;
-  V r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
-  r = r + n * 2.12194440e-4f;
-  V p = r * 1.3814598367e-3f + 8.3687168981e-3f;
-  p = p * r + 4.1668388051e-2f;
-  p = p * r + 1.6666520632e-1f;
-  p = p * r + 4.9999993448e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const I bits = ((I)t << 23) + 0x3F800000;  // the magic number's own bits are shifted out
-  return p * (V)bits;
+  const V t = x + magic;
+  const V f = x - (t - magic);
+  V p = f * 1.5353358203e-4f + 1.3398878535e-3f;
+  p = p * f + 9.6184374061e-3f;
+  p = p * f + 5.5503324580e-2f;
+  p = p * f + 2.4022647913e-1f;
+  p = p * f + 6.9314720286e-1f;
+  p = p * f + 1.0f;
+  return (V)((I)p + ((I)t << 23));  // the magic number's own bits are shifted out
 }
 
-inline Simd<double>::V vexp(Simd<double>::V x) {
-  for (int k = 0; k < Simd<double>::kLanes; ++k) x[k] = std::exp(x[k]);
+inline Simd<double>::V vexp2(Simd<double>::V x) {
+  for (int k = 0; k < Simd<double>::kLanes; ++k) x[k] = std::exp2(x[k]);
   return x;
 }
+
+inline Simd<float>::V sigmoid(Simd<float>::V x) { return 1 / (vexp2(x * static_cast<float>(-kLog2e)) + 1); }
+inline Simd<double>::V sigmoid(Simd<double>::V x) { return 1 / (vexp2(x * -kLog2e) + 1); }
 
 }  // namespace
 
 // All tensors of a call. Steps are the strides in elements between rows and between steps of an input; the last
-// dimension is dense. What is not given is null. `A`, states and borders have channels last.
+// dimension is dense. What is not given or not wanted is null. `A`, states and borders have channels last.
 extern "C" struct ScanArgs {
   int64_t rows, steps, channels, states, threads;
-  int64_t u_row, u_step, delta_row, delta_step, z_row, z_step, B_row, B_step, C_row, C_step;
-  const void *u, *delta, *A, *B, *C, *D, *z, *first;       // first [rows, N, channels]
-  void *y, *last, *borders;                                // borders [rows, chunks, N, channels]
-  const void *dy, *dlast;                                  // dense
-  void *du, *ddelta, *dA, *dB, *dC, *dD, *dz, *dfirst;     // dense; dA [N, channels]
-  void *part_BC, *part_A, *part_D;  // [blocks, rows, steps, 2, N], [rows, N, channels], [rows, channels]
+  int64_t u_row, u_step, delta_row, delta_step, z_row, z_step, B_row, B_step, C_row, C_step, dy_row, dy_step;
+  const void *u, *delta, *A, *B, *C, *D, *z, *first;    // first [rows, N, channels]
+  void *y, *last, *borders;                             // borders [rows, chunks - 1, N, channels]
+  const void *dy, *dlast;                               // dlast [rows, N, channels]
+  void *du, *ddelta, *dA, *dB, *dC, *dD, *dz, *dfirst;  // dense; dA [N, channels]
 };
 
 namespace {
@@ -106,9 +113,38 @@ inline int64_t num_blocks(const ScanArgs& a) {
 
 inline int64_t num_chunks(const ScanArgs& a) { return (a.steps + kChunk - 1) / kChunk; }
 
+// The state before a chunk, for a block that starts at channel c0. The first chunk starts from what was given.
+template <typename T>
+inline T* border(const ScanArgs& a, int64_t b, int64_t chunk, int64_t c0) {
+  return static_cast<T*>(a.borders) + (b * (num_chunks(a) - 1) + chunk - 1) * a.states * a.channels + c0;
+}
+
 template <typename T>
 inline const T* at(const void* base, int64_t row, int64_t row_stride, int64_t step, int64_t step_stride) {
   return static_cast<const T*>(base) + row * row_stride + step * step_stride;
+}
+
+// `to` [N, kRegs] from `from` [N, channels], or zeros when that is null.
+template <typename T>
+inline void load_states(const ScanArgs& a, typename Simd<T>::V* to, const T* from, int lanes) {
+  for (int64_t n = 0; n < a.states; ++n) {
+    if (from) {
+      Block<T>::load(to + n * kRegs, from + n * a.channels, lanes);
+    } else {
+      for (int r = 0; r < kRegs; ++r) to[n * kRegs + r] = typename Simd<T>::V{};
+    }
+  }
+}
+
+template <typename T>
+inline void store_states(const ScanArgs& a, T* to, const typename Simd<T>::V* from, int lanes) {
+  for (int64_t n = 0; n < a.states; ++n) Block<T>::store(to + n * a.channels, from + n * kRegs, lanes);
+}
+
+// Of a tensor [rows, N, channels]; null stays null.
+template <typename T>
+inline T* states_of(const ScanArgs& a, const void* base, int64_t b, int64_t c0) {
+  return base ? const_cast<T*>(static_cast<const T*>(base)) + b * a.states * a.channels + c0 : nullptr;
 }
 
 // kN: number of states when known while compiling, else 0.
@@ -118,22 +154,14 @@ void forward_unit(const ScanArgs& a, int64_t b, int64_t block, typename Simd<T>:
   using V = typename K::V;
   const int64_t N = kN ? kN : a.states, c0 = block * K::kWidth;
   const int lanes = static_cast<int>(std::min<int64_t>(K::kWidth, a.channels - c0));
-  V* A = state + N * kRegs;
+  V* A = state + N * kRegs;  // times log2(e)
   V D[kRegs] = {};
   if (a.D) K::load(D, static_cast<const T*>(a.D) + c0, lanes);
-  for (int64_t n = 0; n < N; ++n) {
-    K::load(A + n * kRegs, static_cast<const T*>(a.A) + n * a.channels + c0, lanes);
-    if (a.first) {
-      K::load(state + n * kRegs, static_cast<const T*>(a.first) + (b * N + n) * a.channels + c0, lanes);
-    } else {
-      for (int r = 0; r < kRegs; ++r) state[n * kRegs + r] = V{};
-    }
-  }
+  load_states<T>(a, A, static_cast<const T*>(a.A) + c0, lanes);
+  load_states<T>(a, state, states_of<T>(a, a.first, b, c0), lanes);
+  for (int64_t i = 0; i < N * kRegs; ++i) A[i] *= static_cast<T>(kLog2e);
   for (int64_t l = 0; l < a.steps; ++l) {
-    if (l % kChunk == 0) {
-      T* border = static_cast<T*>(a.borders) + (b * num_chunks(a) + l / kChunk) * N * a.channels + c0;
-      for (int64_t n = 0; n < N; ++n) K::store(border + n * a.channels, state + n * kRegs, lanes);
-    }
+    if (a.borders && l && l % kChunk == 0) store_states<T>(a, border<T>(a, b, l / kChunk, c0), state, lanes);
     V dt[kRegs], x[kRegs], dx[kRegs], y[kRegs];
     K::load(dt, at<T>(a.delta, b, a.delta_row, l, a.delta_step) + c0, lanes);
     K::load(x, at<T>(a.u, b, a.u_row, l, a.u_step) + c0, lanes);
@@ -143,19 +171,18 @@ void forward_unit(const ScanArgs& a, int64_t b, int64_t block, typename Simd<T>:
     for (int64_t n = 0; n < N; ++n) {
       for (int r = 0; r < kRegs; ++r) {
         V& h = state[n * kRegs + r];
-        h = vexp(dt[r] * A[n * kRegs + r]) * h + dx[r] * B[n];
+        h = vexp2(dt[r] * A[n * kRegs + r]) * h + dx[r] * B[n];
         y[r] += h * C[n];
       }
     }
     if (a.z) {
       V z[kRegs];
       K::load(z, at<T>(a.z, b, a.z_row, l, a.z_step) + c0, lanes);
-      for (int r = 0; r < kRegs; ++r) y[r] *= z[r] / (vexp(-z[r]) + 1);
+      for (int r = 0; r < kRegs; ++r) y[r] *= z[r] * sigmoid(z[r]);
     }
     K::store(static_cast<T*>(a.y) + (b * a.steps + l) * a.channels + c0, y, lanes);
   }
-  for (int64_t n = 0; n < N; ++n)
-    K::store(static_cast<T*>(a.last) + (b * N + n) * a.channels + c0, state + n * kRegs, lanes);
+  if (a.last) store_states<T>(a, states_of<T>(a, a.last, b, c0), state, lanes);
 }
 
 // Buffers of a backward unit, one set for each thread.
@@ -168,40 +195,50 @@ struct Workspace {
   std::vector<V> states, decays, sum_B, sum_C, carry, A, dA;
 };
 
-// Lane sums of `count` vectors, strided by 2N into the partial dB/dC buffer.
-template <typename T>
-inline void sum_lanes(const typename Simd<T>::V* from, T* to, int64_t steps, int64_t N) {
-  constexpr int kLanes = Simd<T>::kLanes;
-  for (int64_t l = 0; l < steps; ++l) {
-    for (int64_t n = 0; n < N; ++n) {
-      const typename Simd<T>::V v = from[l * N + n];
-      T half[kLanes / 2];
-      for (int k = 0; k < kLanes / 2; ++k) half[k] = v[k] + v[k + kLanes / 2];
-      T total = half[0];
-      for (int k = 1; k < kLanes / 2; ++k) total += half[k];
-      to[l * 2 * N + n] = total;
-    }
+// How many chunks each unit has added to dB and dC, plus one when it has added to dA and dD too.
+struct Progress {
+  explicit Progress(int64_t units) : done(units) {}
+  std::vector<std::atomic<int64_t>> done;
+
+  void wait_for(int64_t unit, int64_t count) {
+    for (int spins = 0; done[unit].load(std::memory_order_acquire) < count; ++spins)
+      if (spins > 1000) std::this_thread::yield();  // its thread may not be running
   }
+  void advance(int64_t unit) { done[unit].fetch_add(1, std::memory_order_release); }
+};
+
+template <typename T>
+inline T sum_lanes(typename Simd<T>::V v) {
+  constexpr int kHalf = Simd<T>::kLanes / 2;
+  T half[kHalf];
+  for (int k = 0; k < kHalf; ++k) half[k] = v[k] + v[k + kHalf];
+  T total = half[0];
+  for (int k = 1; k < kHalf; ++k) total += half[k];
+  return total;
+}
+
+template <typename T>
+inline void put(T* to, T value, bool add) {
+  *to = add ? *to + value : value;
 }
 
 template <typename T, int kN>
-void backward_unit(const ScanArgs& a, int64_t b, int64_t block, Workspace<T>& w) {
+void backward_unit(const ScanArgs& a, int64_t b, int64_t block, Workspace<T>& w, Progress& progress) {
   using K = Block<T>;
   using V = typename K::V;
   const int64_t N = kN ? kN : a.states, c0 = block * K::kWidth;
   const int lanes = static_cast<int>(std::min<int64_t>(K::kWidth, a.channels - c0));
+  const int64_t blocks = num_blocks<T>(a), chunks = num_chunks(a), unit = b * blocks + block;
   V *const A = w.A.data(), *const carry = w.carry.data(), *const dA = w.dA.data();
   V D[kRegs] = {}, dD[kRegs] = {};
   if (a.D) K::load(D, static_cast<const T*>(a.D) + c0, lanes);
-  for (int64_t n = 0; n < N; ++n) {
-    K::load(A + n * kRegs, static_cast<const T*>(a.A) + n * a.channels + c0, lanes);
-    K::load(carry + n * kRegs, static_cast<const T*>(a.dlast) + (b * N + n) * a.channels + c0, lanes);
-    for (int r = 0; r < kRegs; ++r) dA[n * kRegs + r] = V{};
-  }
-  for (int64_t chunk = num_chunks(a) - 1; chunk >= 0; --chunk) {
+  load_states<T>(a, A, static_cast<const T*>(a.A) + c0, lanes);
+  load_states<T>(a, carry, states_of<T>(a, a.dlast, b, c0), lanes);
+  load_states<T>(a, dA, static_cast<const T*>(nullptr), lanes);
+  for (int64_t k = 0; k < N * kRegs; ++k) A[k] *= static_cast<T>(kLog2e);
+  for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
     const int64_t l0 = chunk * kChunk, steps = std::min(kChunk, a.steps - l0);
-    const T* border = static_cast<const T*>(a.borders) + (b * num_chunks(a) + chunk) * N * a.channels + c0;
-    for (int64_t n = 0; n < N; ++n) K::load(w.states.data() + n * kRegs, border + n * a.channels, lanes);
+    load_states<T>(a, w.states.data(), chunk ? border<T>(a, b, chunk, c0) : states_of<T>(a, a.first, b, c0), lanes);
     for (int64_t s = 0; s < steps; ++s) {
       V dt[kRegs], dx[kRegs];
       K::load(dt, at<T>(a.delta, b, a.delta_row, l0 + s, a.delta_step) + c0, lanes);
@@ -214,7 +251,7 @@ void backward_unit(const ScanArgs& a, int64_t b, int64_t block, Workspace<T>& w)
       for (int64_t n = 0; n < N; ++n) {
         for (int r = 0; r < kRegs; ++r) {
           const int64_t i = n * kRegs + r;
-          decay[i] = vexp(dt[r] * A[i]);
+          decay[i] = vexp2(dt[r] * A[i]);
           after[i] = decay[i] * before[i] + dx[r] * B[n];
         }
       }
@@ -225,10 +262,10 @@ void backward_unit(const ScanArgs& a, int64_t b, int64_t block, Workspace<T>& w)
       V y[kRegs], from_input[kRegs], ddelta[kRegs];  // y before the gate; gradients of delta u and delta
       K::load(dt, at<T>(a.delta, b, a.delta_row, l, a.delta_step) + c0, lanes);
       K::load(x, at<T>(a.u, b, a.u_row, l, a.u_step) + c0, lanes);
-      K::load(dy, static_cast<const T*>(a.dy) + out, lanes);
+      K::load(dy, at<T>(a.dy, b, a.dy_row, l, a.dy_step) + c0, lanes);
       if (a.z) K::load(z, at<T>(a.z, b, a.z_row, l, a.z_step) + c0, lanes);
       for (int r = 0; r < kRegs; ++r) {
-        gate[r] = a.z ? 1 / (vexp(-z[r]) + 1) : V{} + 1;
+        gate[r] = a.z ? sigmoid(z[r]) : V{} + 1;
         g[r] = a.z ? dy[r] * z[r] * gate[r] : dy[r];
         dD[r] += g[r] * x[r];
         dx[r] = dt[r] * x[r];
@@ -262,7 +299,7 @@ void backward_unit(const ScanArgs& a, int64_t b, int64_t block, Workspace<T>& w)
       V du[kRegs];
       for (int r = 0; r < kRegs; ++r) {
         du[r] = g[r] * D[r] + from_input[r] * dt[r];
-        ddelta[r] += from_input[r] * x[r];
+        ddelta[r] = ddelta[r] * static_cast<T>(kLn2) + from_input[r] * x[r];  // A was in base 2
       }
       K::store(static_cast<T*>(a.du) + out, du, lanes);
       K::store(static_cast<T*>(a.ddelta) + out, ddelta, lanes);
@@ -271,16 +308,29 @@ void backward_unit(const ScanArgs& a, int64_t b, int64_t block, Workspace<T>& w)
         K::store(static_cast<T*>(a.dz) + out, y, lanes);
       }
     }
-    T* part = static_cast<T*>(a.part_BC) + ((block * a.rows + b) * a.steps + l0) * 2 * N;
-    sum_lanes<T>(w.sum_B.data(), part, steps, N);
-    sum_lanes<T>(w.sum_C.data(), part + N, steps, N);
+    // Sum over the lanes, then wait: what others wait for is short.
+    T *sum_B = reinterpret_cast<T*>(w.sum_B.data()), *sum_C = reinterpret_cast<T*>(w.sum_C.data());
+    for (int64_t k = 0; k < steps * N; ++k) {
+      sum_B[k] = sum_lanes<T>(w.sum_B[k]);
+      sum_C[k] = sum_lanes<T>(w.sum_C[k]);
+    }
+    T* dB = static_cast<T*>(a.dB) + (b * a.steps + l0) * N;
+    T* dC = static_cast<T*>(a.dC) + (b * a.steps + l0) * N;
+    if (block) progress.wait_for(unit - 1, chunks - chunk);
+    for (int64_t k = 0; k < steps * N; ++k) {
+      put(dB + k, sum_B[k], block > 0);
+      put(dC + k, sum_C[k], block > 0);
+    }
+    progress.advance(unit);
   }
-  for (int64_t n = 0; n < N; ++n) {
-    const int64_t to = (b * N + n) * a.channels + c0;
-    K::store(static_cast<T*>(a.part_A) + to, dA + n * kRegs, lanes);
-    K::store(static_cast<T*>(a.dfirst) + to, carry + n * kRegs, lanes);
-  }
-  K::store(static_cast<T*>(a.part_D) + b * a.channels + c0, dD, lanes);
+  if (a.dfirst) store_states<T>(a, states_of<T>(a, a.dfirst, b, c0), carry, lanes);
+  if (b) progress.wait_for(unit - blocks, chunks + 1);
+  const T *row_dA = reinterpret_cast<const T*>(dA), *row_dD = reinterpret_cast<const T*>(dD);
+  for (int64_t n = 0; n < N; ++n)
+    for (int c = 0; c < lanes; ++c)
+      put(static_cast<T*>(a.dA) + n * a.channels + c0 + c, row_dA[n * K::kWidth + c], b > 0);
+  for (int c = 0; c < lanes; ++c) put(static_cast<T*>(a.dD) + c0 + c, row_dD[c], b > 0);
+  progress.advance(unit);
 }
 
 template <typename T, int kN>
@@ -289,40 +339,21 @@ void forward(const ScanArgs& a) {
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
   {
     std::vector<typename Simd<T>::V> buffer(2 * a.states * kRegs);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < a.rows * blocks; ++i) forward_unit<T, kN>(a, i / blocks, i % blocks, buffer.data());
   }
 }
 
 template <typename T, int kN>
 void backward(const ScanArgs& a) {
-  const int64_t blocks = num_blocks<T>(a), N = a.states, places = a.rows * a.steps;
+  const int64_t blocks = num_blocks<T>(a), units = a.rows * blocks;
+  Progress progress(units);
+  std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(static_cast<int>(a.threads))
   {
-    Workspace<T> workspace(N);
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.rows * blocks; ++i) backward_unit<T, kN>(a, i / blocks, i % blocks, workspace);
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < places; ++i) {
-      T *dB = static_cast<T*>(a.dB) + i * N, *dC = static_cast<T*>(a.dC) + i * N;
-      std::fill(dB, dB + N, T(0));
-      std::fill(dC, dC + N, T(0));
-      for (int64_t block = 0; block < blocks; ++block) {
-        const T* part = static_cast<const T*>(a.part_BC) + (block * places + i) * 2 * N;
-        for (int64_t n = 0; n < N; ++n) dB[n] += part[n], dC[n] += part[N + n];
-      }
-    }
-#pragma omp for schedule(static) nowait
-    for (int64_t n = 0; n < N + 1; ++n) {  // the last turn adds up dD
-      const bool skip = n == N;
-      T* to = skip ? static_cast<T*>(a.dD) : static_cast<T*>(a.dA) + n * a.channels;
-      std::fill(to, to + a.channels, T(0));
-      for (int64_t b = 0; b < a.rows; ++b) {
-        const T* part = skip ? static_cast<const T*>(a.part_D) + b * a.channels
-                             : static_cast<const T*>(a.part_A) + (b * N + n) * a.channels;
-        for (int64_t c = 0; c < a.channels; ++c) to[c] += part[c];
-      }
-    }
+    Workspace<T> workspace(a.states);
+    for (int64_t i = next.fetch_add(1); i < units; i = next.fetch_add(1))
+      backward_unit<T, kN>(a, i / blocks, i % blocks, workspace, progress);
   }
 }
 
@@ -330,7 +361,6 @@ void backward(const ScanArgs& a) {
 
 extern "C" {
 int64_t scan_chunk() { return kChunk; }
-int64_t scan_block(int is_double) { return is_double ? Block<double>::kWidth : Block<float>::kWidth; }
 void scan_forward(const ScanArgs* a, int is_double) {
   if (is_double) forward<double, 0>(*a);
   else if (a->states == 16) forward<float, 16>(*a);
