@@ -8,7 +8,7 @@ of `stein_discrepancy` is
 
     RBF:  k = exp(-r2/2)                 u = k (P + C + D - r2)               a = b = k    c = -u/2 - k
     IMQ:  p = 1/(1 + r2), k = sqrt(p)    u = k (P + p (C + D - 3 + 3p))       a = k        b = k p
-                                                                              c = -b/2 (P + 3p (C + D - 3 + 5p))
+          c = -b/2 (P + 3p (C + D - 3 + 5p))
 
 and the sum over ordered pairs of different rows has, all these matrices being symmetric, the gradient
 
@@ -31,14 +31,14 @@ Slopes: TypeAlias = tuple[Tensor, Tensor, Tensor]  # a, b, c
 
 
 def langevin_sum(X_nD: Tensor, S_nD: Tensor, kernel: str) -> Tensor:
-    """`sum_{i != j} u(x_i, x_j)` for scores `S_nD` and kernel "rbf" or "imq"; differentiable once, in both."""
-    total: Tensor = _LangevinSum.apply(X_nD, S_nD, kernel)
+    """`sum_{i != j} u(x_i, x_j)`, scores `S_nD` and kernel "rbf" or "imq"; differentiable once, in both."""
+    total: Tensor = _LangevinSum.apply(X_nD, S_nD, kernel)  # type: ignore[no-untyped-call]
     return total
 
 
 def rbf_sum(X_nD: Tensor, Y_mD: Tensor) -> Tensor:
     """`sum_ij exp(-|x_i - y_j|^2 / 2)`; differentiable once, in both."""
-    total: Tensor = _RbfSum.apply(X_nD, Y_mD)
+    total: Tensor = _RbfSum.apply(X_nD, Y_mD)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -73,7 +73,7 @@ class _LangevinSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad_XS,) = ctx.saved_tensors
         grad_X, grad_S = (2 * grad * grad_XS).chunk(2, dim=1)
@@ -100,7 +100,7 @@ def _imq(r2: Tensor, P: Tensor, C: Tensor) -> tuple[Tensor, Slopes]:
 
 
 def _add_slopes(grad_XS: Tensor, XS: Tensor, rows: slice, columns: slice, slopes: Slopes) -> None:
-    """Add to `grad_XS[rows]` what pairs of `rows` with `columns` give: half the gradient of the module's text."""
+    """Add to `grad_XS[rows]` what pairs of `rows` with `columns` give: half the gradient above."""
     a, b, c = slopes
     width = XS.shape[1] // 2
     X, S = XS[:, :width], XS[:, width:]
@@ -129,7 +129,7 @@ class _RbfSum(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         grad_X, grad_Y = ctx.saved_tensors
         return grad * grad_X, grad * grad_Y

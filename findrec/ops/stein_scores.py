@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def gaussian_score(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
-    """Score at `Z_nD` of a normal law with the mean of `A_mD` and its covariance shrunk towards a multiple of I.
+    """Score at `Z_nD` of a normal law: mean of `A_mD`, its covariance shrunk towards a multiple of I.
 
     The shrinkage is the oracle approximating one (Chen, Wiesel, Eldar & Hero 2010, eq. 23).
     """
