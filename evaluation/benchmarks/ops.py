@@ -3,8 +3,16 @@
 python evaluation/benchmarks/ops.py [--json FILE] [--runs N]
 """
 
+from findrec.bench.attention import bench_attention
+from findrec.bench.routing import bench_routing
 from findrec.bench.rows import parse_arguments, publish
 from findrec.bench.scan import bench_scan
+from findrec.bench.stein import bench_stein
 
 if __name__ == "__main__":
-    publish(bench_scan(runs=parse_arguments().runs))
+    runs = parse_arguments().runs
+    rows = bench_scan(runs=runs)
+    rows += bench_stein(runs=runs)
+    rows += bench_attention(runs=runs)
+    rows += bench_routing(runs=runs)
+    publish(rows)

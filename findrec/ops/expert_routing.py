@@ -50,7 +50,8 @@ def expert_routing(
 ) -> Routed:
     """`sum_e gate_e GELU(x W_e + b_e)` for each head, gates = softmax(logits / temperature).
 
-    With `top_k` only the largest k gates count, renormalised to sum to 1. f_e, the share of positions whose
+    With `top_k` only the largest k gates count, renormalised to sum to 1 (so with `top_k=1` the gate is the
+    constant 1, and the router learns from the two terms alone). f_e, the share of positions whose
     first choice is expert e, is a constant; P_e, the mean gate before `top_k`, carries the gradient, so going
     down the balance term takes load from the fullest expert. Zero positions give zero terms.
     Raises `ValueError` for a `top_k` outside 1..E or an unknown `impl`.
