@@ -3,10 +3,18 @@
 python evaluation/benchmarks/ops.py [--json FILE] [--runs N]
 """
 
+from findrec.bench.attention import bench_attention
 from findrec.bench.cross_entropy import bench_cross_entropy
+from findrec.bench.routing import bench_routing
 from findrec.bench.rows import parse_arguments, publish
 from findrec.bench.scan import bench_scan
+from findrec.bench.stein import bench_stein
 
 if __name__ == "__main__":
     runs = parse_arguments().runs
-    publish(bench_scan(runs=runs) + bench_cross_entropy(runs=runs))
+    rows = bench_scan(runs=runs)
+    rows += bench_cross_entropy(runs=runs)
+    rows += bench_stein(runs=runs)
+    rows += bench_attention(runs=runs)
+    rows += bench_routing(runs=runs)
+    publish(rows)

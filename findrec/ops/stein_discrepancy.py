@@ -2,15 +2,22 @@
 
 The Stein discrepancy (Liu, Lee & Jordan 2016; Chwialkowski, Strathmann & Gretton 2016) compares the sample Z
 with ONE density, through that density's score s = grad log p, here taken from a reference sample A without
-training anything. With x, y two rows of Z, k their kernel, r2 = |x - y|^2, the Langevin-Stein kernel is
+training anything (`stein_scores`). With x, y two rows of Z, k their kernel, r2 = |x - y|^2, the
+Langevin-Stein kernel is
 
     u(x, y) = k s(x).s(y) + s(x).grad_y k + s(y).grad_x k + trace(grad_x grad_y k)
     RBF:  k = exp(-r2 / 2h^2)         u = k [ s.s' + (x-y).(s-s')/h^2 + D/h^2 - r2/h^4 ]
     IMQ:  k = q^-1/2, q = 1 + r2/h^2  u = k s.s' + q^-3/2 [ (x-y).(s-s') + D ]/h^2 - 3 q^-5/2 r2/h^4
 
-and KSD^2 is its mean over pairs of different rows (unbiased: it may dip below 0 near equality). Everything
-is matrix products of n x D blocks; memory is a few n x n buffers. Work in float32, never autocast.
+and KSD^2 is its mean over pairs of different rows (unbiased: it may dip below 0 near equality). All work is
+matrix products of n x D blocks, in float32 or float64 even under autocast.
 
+| impl        | what                                                                        | memory         |
+|-------------|-----------------------------------------------------------------------------|----------------|
+| `reference` | the formulas above on whole n x n matrices, under autograd                  | ~20 n x n      |
+| `tiled`     | value and hand-derived gradient in one pass over row tiles (`_pair_sums`)   | O(n) + a score |
+
+`auto` is `tiled`. Its gradient is a constant to autograd: for second derivatives take `reference`.
 Shape letters: n rows of the sample, m rows of the reference, D width.
 """
 
@@ -21,8 +28,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from findrec.ops._pair_sums import langevin_sum, rbf_sum
+from findrec.ops.stein_scores import gaussian_score, kde_score
+
 Score = Literal["gaussian", "kde"]
 Kernel = Literal["rbf", "imq"]
+Impl = Literal["auto", "reference", "tiled"]
 _BANDWIDTH_ROWS = 256  # of each sample: the median needs no more
 
 
@@ -33,6 +44,7 @@ def stein_discrepancy(
     score: Score = "gaussian",
     kernel: Kernel = "rbf",
     bandwidth2: Tensor | float | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Squared Stein discrepancy of sample `Z_nD` from the law of `A_mD`, times tau^2 / D; a scalar.
 
@@ -40,96 +52,71 @@ def stein_discrepancy(
     of a size that does not grow with D. `score="gaussian"` is that of a normal law with shrunk covariance,
     `"kde"` that of a kernel density estimate with the reference's own spread. `bandwidth2` (h^2) is the
     median heuristic over both samples unless given. Gradients reach `Z_nD` only: the reference, its score
-    and the bandwidth are constants. Zero for fewer than two rows of either. Raises `ValueError` for unknown
-    names or widths that differ.
+    and the bandwidth are constants. Zero for fewer than two rows of either. Half-precision samples are
+    compared in float32. Raises `ValueError` for unknown names or widths that differ.
     """
-    _check(Z_nD, A_mD)
-    if len(Z_nD) < 2 or len(A_mD) < 2:
-        return Z_nD.sum() * 0.0
-    reference_mD = A_mD.detach()
-    n, width = Z_nD.shape
-    tau2 = reference_mD.var(0, correction=0).mean().clamp(min=1e-12)
-    if score == "gaussian":
-        S_nD = gaussian_score(Z_nD, reference_mD)
-    elif score == "kde":
-        S_nD = kde_score(Z_nD, reference_mD)
-    else:
+    _check(Z_nD, A_mD, impl)
+    if score not in ("gaussian", "kde"):
         raise ValueError(f"score {score!r} is unknown: 'gaussian' or 'kde'")
-    h2 = median_bandwidth2(Z_nD, reference_mD) if bandwidth2 is None else bandwidth2
+    if kernel not in ("rbf", "imq"):
+        raise ValueError(f"kernel {kernel!r} is unknown: 'rbf' or 'imq'")
+    with torch.autocast(Z_nD.device.type, enabled=False):
+        Z_nD, reference_mD = _in_one_precision(Z_nD, A_mD)
+        n, width = Z_nD.shape
+        if n < 2 or len(reference_mD) < 2:
+            return Z_nD.sum() * 0.0
+        tau2 = reference_mD.var(0, correction=0).mean().clamp(min=1e-12)
+        S_nD = (gaussian_score if score == "gaussian" else kde_score)(Z_nD, reference_mD)
+        h2 = _bandwidth2(Z_nD, reference_mD, bandwidth2)
+        if impl == "reference":
+            total = _dense_langevin_sum(Z_nD, S_nD, h2, kernel)
+        else:
+            # In units of h; u does not feel a shift of the sample, and near 0 distances are more exact.
+            h = h2.sqrt()
+            total = langevin_sum((Z_nD - Z_nD.detach().mean(0)) / h, S_nD * h, kernel) / h2
+        return total * (tau2 / width) / (n * (n - 1))
+
+
+def _dense_langevin_sum(Z_nD: Tensor, S_nD: Tensor, h2: Tensor, kernel: Kernel) -> Tensor:
+    width = Z_nD.shape[1]
     cross_nn = Z_nD @ S_nD.t()
     own_n = cross_nn.diagonal()
     shift_nn = own_n[:, None] + own_n[None] - cross_nn - cross_nn.t()  # (x - y).(s - s')
     score_nn = S_nD @ S_nD.t()
     r2_nn = _squared_distances(Z_nD, Z_nD)
     if kernel == "rbf":
-        k_nn = torch.exp(-r2_nn / (2 * h2))
-        u_nn = k_nn * (score_nn + (shift_nn + width - r2_nn / h2) / h2)
-    elif kernel == "imq":
-        q_nn = 1 + r2_nn / h2
-        k_nn = q_nn.rsqrt()
-        u_nn = k_nn * (score_nn + ((shift_nn + width) - 3 * r2_nn / (h2 * q_nn)) / (h2 * q_nn))
+        u_nn = torch.exp(-r2_nn / (2 * h2)) * (score_nn + (shift_nn + width - r2_nn / h2) / h2)
     else:
-        raise ValueError(f"kernel {kernel!r} is unknown: 'rbf' or 'imq'")
-    total = u_nn.sum() - u_nn.diagonal().sum()
-    return total * (tau2 / width) / (n * (n - 1))
+        q_nn = 1 + r2_nn / h2
+        u_nn = q_nn.rsqrt() * (score_nn + ((shift_nn + width) - 3 * r2_nn / (h2 * q_nn)) / (h2 * q_nn))
+    return u_nn.sum() - u_nn.diagonal().sum()
 
 
-def mmd(Z_nD: Tensor, A_mD: Tensor, *, bandwidth2: Tensor | float | None = None) -> Tensor:
+def mmd(
+    Z_nD: Tensor, A_mD: Tensor, *, bandwidth2: Tensor | float | None = None, impl: Impl = "auto"
+) -> Tensor:
     """Squared maximum mean discrepancy with an RBF kernel, unbiased (Gretton et al. 2012, lemma 6); a scalar.
 
-    The control for `stein_discrepancy`: the same kernel and bandwidth, no score. Gradients reach `Z_nD` only.
+    The control for `stein_discrepancy`: the same kernel, bandwidth and precision, no score. Gradients reach
+    `Z_nD` only. Zero for fewer than two rows of either. Raises `ValueError` as `stein_discrepancy` does.
     """
-    _check(Z_nD, A_mD)
-    n, m = len(Z_nD), len(A_mD)
-    if n < 2 or m < 2:
-        return Z_nD.sum() * 0.0
-    reference_mD = A_mD.detach()
-    h2 = median_bandwidth2(Z_nD, reference_mD) if bandwidth2 is None else bandwidth2
-
-    def mean_kernel(x: Tensor, y: Tensor, pairs: int, left_out: int) -> Tensor:
-        return (torch.exp(-_squared_distances(x, y) / (2 * h2)).sum() - left_out) / pairs
-
-    within_Z = mean_kernel(Z_nD, Z_nD, n * (n - 1), n)  # k(x, x) = 1
-    within_A = mean_kernel(reference_mD, reference_mD, m * (m - 1), m)
-    return within_Z + within_A - 2 * mean_kernel(Z_nD, reference_mD, n * m, 0)
-
-
-def gaussian_score(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
-    """Score at Z of a normal law with the mean of A and its covariance shrunk towards a multiple of I.
-
-    The shrinkage is the oracle approximating one (Chen, Wiesel, Eldar & Hero 2010, eq. 23).
-    """
-    m, width = A_mD.shape
-    mean_D = A_mD.mean(0)
-    centred_mD = A_mD - mean_D
-    cov_DD = centred_mD.t() @ centred_mD / m
-    trace, trace_of_square = cov_DD.diagonal().sum(), cov_DD.square().sum()
-    above = (1 - 2 / width) * trace_of_square + trace**2
-    below = (m + 1 - 2 / width) * (trace_of_square - trace**2 / width)
-    rho = (above / below.clamp(min=1e-12)).clamp(max=1.0)
-    eye_DD = torch.eye(width, dtype=A_mD.dtype, device=A_mD.device)
-    # The last term keeps a reference without any spread (all rows equal) invertible.
-    shrunk_DD = (1 - rho) * cov_DD + (rho * trace / width + 1e-6) * eye_DD
-    precision_DD = torch.cholesky_inverse(torch.linalg.cholesky(shrunk_DD))
-    score_nD: Tensor = (mean_D - Z_nD) @ precision_DD
-    return score_nD
+    _check(Z_nD, A_mD, impl)
+    with torch.autocast(Z_nD.device.type, enabled=False):
+        Z_nD, reference_mD = _in_one_precision(Z_nD, A_mD)
+        n, m = len(Z_nD), len(reference_mD)
+        if n < 2 or m < 2:
+            return Z_nD.sum() * 0.0
+        h2 = _bandwidth2(Z_nD, reference_mD, bandwidth2)
+        middle_D, h = reference_mD.mean(0), h2.sqrt()
+        X_nD, Y_mD = (Z_nD - middle_D) / h, (reference_mD - middle_D) / h
+        kernel_sum = _dense_rbf_sum if impl == "reference" else rbf_sum
+        within_Z = (kernel_sum(X_nD, X_nD) - n) / (n * (n - 1))  # k(x, x) = 1
+        within_A = (kernel_sum(Y_mD, Y_mD) - m) / (m * (m - 1))
+        return within_Z + within_A - 2 * kernel_sum(X_nD, Y_mD) / (n * m)
 
 
-def kde_score(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
-    """Score at Z of a mixture of normals around A that is as wide as A itself.
-
-    A plain kernel estimate is wider than its sample by the kernel's variance c v. Here the centres are first
-    drawn towards the mean by sqrt(1 - c), so the mixture keeps the mean variance v of A. c is the square of
-    Silverman's factor, (4 / ((D + 2) m))^(2 / (D + 4)).
-    """
-    m, width = A_mD.shape
-    mean_D = A_mD.mean(0)
-    variance = A_mD.var(0, correction=0).mean().clamp(min=1e-12)
-    c = min(1.0, (4 / ((width + 2) * m)) ** (2 / (width + 4)))
-    centre_mD = mean_D + (1 - c) ** 0.5 * (A_mD - mean_D)
-    weight_nm = torch.softmax(-_squared_distances(Z_nD, centre_mD) / (2 * c * variance), dim=1)
-    score_nD: Tensor = (weight_nm @ centre_mD - Z_nD) / (c * variance)
-    return score_nD
+def _dense_rbf_sum(X_nD: Tensor, Y_mD: Tensor) -> Tensor:
+    return torch.exp(_squared_distances(X_nD, Y_mD) / -2).sum()
 
 
 @torch.no_grad()
@@ -145,14 +132,28 @@ def median_bandwidth2(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
     return (median / 2).clamp(min=1e-12)
 
 
+def _bandwidth2(Z_nD: Tensor, A_mD: Tensor, given: Tensor | float | None) -> Tensor:
+    if given is None:
+        return median_bandwidth2(Z_nD, A_mD)
+    return torch.as_tensor(given, dtype=Z_nD.dtype, device=Z_nD.device).detach()
+
+
+def _in_one_precision(Z_nD: Tensor, A_mD: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64 when the sample is, else in float32; the reference without gradient."""
+    dtype = torch.float64 if Z_nD.dtype == torch.float64 else torch.float32
+    return Z_nD.to(dtype), A_mD.detach().to(dtype)
+
+
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     r2 = x.square().sum(1)[:, None] + y.square().sum(1)[None] - 2 * (x @ y.t())
     return r2.clamp(min=0)
 
 
-def _check(Z_nD: Tensor, A_mD: Tensor) -> None:
+def _check(Z_nD: Tensor, A_mD: Tensor, impl: str) -> None:
     if Z_nD.ndim != 2 or A_mD.ndim != 2 or Z_nD.shape[1] != A_mD.shape[1]:
         raise ValueError(
             f"two samples [n, D] and [m, D] of one width are compared, not {tuple(Z_nD.shape)} "
             f"and {tuple(A_mD.shape)}"
         )
+    if impl not in ("auto", "reference", "tiled"):
+        raise ValueError(f"implementation {impl!r} is unknown: 'auto', 'reference' or 'tiled'")

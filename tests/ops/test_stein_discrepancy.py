@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from findrec.ops.stein_discrepancy import gaussian_score, kde_score, mmd, stein_discrepancy
+from findrec.bench.memory import peak_bytes
+from findrec.bench.stein import make_run
+from findrec.ops import _pair_sums
+from findrec.ops.stein_discrepancy import mmd, stein_discrepancy
+from findrec.ops.stein_scores import gaussian_score, kde_score
 
 SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"gaussian": gaussian_score, "kde": kde_score}
 
@@ -27,17 +32,77 @@ def langevin_stein(kernel: str, x: Tensor, y: Tensor, sx: Tensor, sy: Tensor, h2
     return (k * (sx @ sy) + sx @ ky + sy @ kx + trace).detach()
 
 
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("kernel", ["rbf", "imq"])
 @pytest.mark.parametrize("score", ["gaussian", "kde"])
-def test_equals_the_definition(kernel: str, score: str) -> None:
+def test_equals_the_definition(kernel: str, score: str, impl: str) -> None:
     torch.manual_seed(0)
     Z, A = torch.randn(7, 5).double() * 1.3 + 0.2, torch.randn(11, 5).double()
     S, h2 = SCORES[score](Z, A), 2.7
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
     total = sum(langevin_stein(kernel, Z[i], Z[j], S[i], S[j], h2) for i, j in pairs)
     expected = total / len(pairs) * A.var(0, correction=0).mean() / 5
-    found = stein_discrepancy(Z, A, score=score, kernel=kernel, bandwidth2=h2)  # type: ignore[arg-type]
-    assert found.item() == pytest.approx(float(expected), rel=1e-10)
+    options = {"score": score, "kernel": kernel, "bandwidth2": h2, "impl": impl}
+    assert stein_discrepancy(Z, A, **options).item() == pytest.approx(float(expected), rel=1e-10)  # type: ignore[arg-type]
+
+
+MEASURES: dict[str, Callable[..., Tensor]] = {
+    **{
+        f"{score} {kernel}": partial(stein_discrepancy, score=score, kernel=kernel)  # type: ignore[arg-type]
+        for score in SCORES
+        for kernel in ("rbf", "imq")
+    },
+    "mmd": mmd,
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 1), (3, 2, 5), (2, 9, 4), (17, 30, 3), (600, 257, 8)], ids=str)
+def test_implementations_agree(
+    shape: tuple[int, int, int], dtype: torch.dtype, measure: Callable[..., Tensor]
+) -> None:
+    """Value and gradient, against the reference in float64; the largest shape is no multiple of a tile."""
+    torch.manual_seed(0)
+    n, m, width = shape
+    Z, A = (1.3 * torch.randn(n, width) + 5).to(dtype), (torch.randn(m, width) + 5).to(dtype)
+    exact = Z.double().requires_grad_()
+    expected = measure(exact, A.double(), impl="reference")
+    (expected_grad,) = torch.autograd.grad(expected, exact)
+    tolerance = 1e-9 if dtype == torch.float64 else 2e-4
+    for impl in ("reference", "tiled"):
+        own = Z.clone().requires_grad_()
+        found = measure(own, A, impl=impl)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert found.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
+        (grad,) = torch.autograd.grad(found, own)
+        tolerated = max(tolerance, torch.finfo(dtype).eps) * float(expected_grad.abs().max())
+        assert (grad.double() - expected_grad).abs().max() <= tolerated
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_gradient_is_that_of_finite_differences(
+    measure: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pair_sums, "TILE", 3)
+    torch.manual_seed(0)
+    Z, A = torch.randn(7, 3).double().requires_grad_(), torch.randn(5, 3).double()
+    assert torch.autograd.gradcheck(lambda Z: measure(Z, A, bandwidth2=2.0), Z)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_autocast_changes_nothing(measure: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    Z, A = torch.randn(40, 6), torch.randn(30, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = measure(Z, A)
+    assert torch.equal(cast, measure(Z, A))
+
+
+@pytest.mark.slow
+def test_memory_of_the_tiled_pass_is_far_below_one_matrix_of_pairs() -> None:
+    n = 4096
+    assert peak_bytes(make_run, "tiled", (n, 64)) < 4 * n * n
 
 
 @pytest.mark.parametrize("score", ["gaussian", "kde"])
@@ -122,3 +187,6 @@ def test_too_few_rows_and_degenerate_references() -> None:
         mmd(torch.randn(3, 4), torch.randn(3, 5))
     with pytest.raises(ValueError, match="unknown"):
         stein_discrepancy(torch.randn(3, 4), torch.randn(3, 4), score="free")  # type: ignore[arg-type]
+    for name in ("kernel", "impl"):
+        with pytest.raises(ValueError, match="'other' is unknown"):
+            stein_discrepancy(torch.randn(3, 4), torch.randn(3, 4), **{name: "other"})  # type: ignore[arg-type]

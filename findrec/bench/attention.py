@@ -1,0 +1,45 @@
+"""Cross-modal attention over a window against that over the whole history, both by torch's fused kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from findrec.bench.compare import compare
+from findrec.bench.rows import Row
+from findrec.ops.cross_modal_attention import cross_modal_attention
+from findrec.progress import progress
+
+WINDOW = 256
+IMPLS = ("full", f"window {WINDOW}")
+SHAPES = ((1, 1, 1024, 4, 16), (1, 1, 4096, 4, 16), (1, 1, 16_384, 4, 16))  # M, B, L, H, h
+LONG = 16_384  # steps from which three runs must do: the baseline takes seconds for one
+
+
+def make_run(impl: str, shape: tuple[int, int, int, int, int], device: str = "cpu") -> Callable[[], None]:
+    """A function that does one forward and one backward pass of `impl` on fixed random inputs."""
+    num_modal, rows, length, heads, width = shape
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randn(rows, length, 3, heads, width, generator=generator).to(device).requires_grad_()
+    modal = torch.randn(num_modal, rows, length, 3, heads, width, generator=generator).to(device)
+    modal.requires_grad_()
+    grads = [torch.ones_like(modal[:, :, :, 0]) for _ in range(2)]
+
+    def run() -> None:
+        read = cross_modal_attention(ids, modal, window=None if impl == "full" else WINDOW)
+        torch.autograd.grad(read, (ids, modal), grads)
+
+    return run
+
+
+def bench_attention(shapes: Sequence[tuple[int, int, int, int, int]] = SHAPES, runs: int = 11) -> list[Row]:
+    """Rows of the full and the windowed attention at each `(M, B, L, H, h)`."""
+    rows = []
+    with progress("cross-modal attention", total=len(shapes), unit="shapes") as bar:
+        for shape in shapes:
+            label = "M{} B{} L{} H{} h{}".format(*shape)
+            turns = min(runs, 3) if shape[2] >= LONG else runs
+            rows += compare("cross_modal_attention", label, make_run, IMPLS, shape, runs=turns)
+            bar.advance()
+    return rows
