@@ -47,12 +47,17 @@ class StreamConfig(Section):
 class AlignConfig(Section):
     """Alignment of each modality's latents to the ID stream (specs: IICM)."""
 
-    kind: Literal["stein", "mmd", "none"] = "stein"
+    # mmd: the control. legacy: the wrong term of the public code, to show what it does.
+    kind: Literal["stein", "mmd", "legacy", "none"] = "stein"
     score: Literal["gaussian", "kde"] = "gaussian"
+    kernel: Literal["rbf", "imq"] = "rbf"
     weight: float = Field(0.1, ge=0)
+    paired_weight: float = Field(0.0, ge=0)  # InfoNCE between an item's latent and its own ID vector
+    paired_temperature: float = Field(0.1, gt=0)
     kl_weight: float = Field(0.01, ge=0)
     free_bits: float = Field(0.05, ge=0)
-    rows: int = Field(512, ge=8)  # latents of one microbatch the discrepancy is estimated from
+    rows: int = Field(512, ge=8)  # latents of one microbatch the terms are estimated from
+    diagnose_every: int = Field(20, ge=0)  # steps between measurements of the alignment; 0: never
 
 
 class RoutingConfig(Section):
@@ -60,6 +65,7 @@ class RoutingConfig(Section):
 
     kind: Literal["learned", "mean"] = "learned"  # mean: all experts weigh the same, no router
     heads: int = Field(4, ge=1)
+    window: int = Field(1024, ge=0)  # latest events that attention sees, keeping its cost linear; 0: all
     experts: int = Field(4, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = None  # None: dense

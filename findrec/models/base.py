@@ -38,6 +38,7 @@ class SequenceModel(nn.Module, ABC):
     """
 
     content_scores = False  # whether `item_transform` does anything
+    diagnosing = False  # whether the next training passes shall measure what is dear to measure too
 
     @abstractmethod
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:

@@ -23,9 +23,10 @@ from torch.nn import functional as F
 from findrec.config import ModelConfig, RoutingConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
+from findrec.models.alignment import Alignment, diagnose_alignment
 from findrec.models.base import Out, SequenceModel, Term
 from findrec.models.item_side import ItemSide
-from findrec.models.latents import Latents, ModalEncoder, align_term, prior_term
+from findrec.models.latents import Latents, ModalEncoder
 from findrec.models.layers import Dropout, Inputs, LayerScale, Moment, asked_rows
 from findrec.models.repeat import RepeatHead
 from findrec.models.streams import build_stream
@@ -50,6 +51,7 @@ class FindRec(SequenceModel):
         self.encoders = nn.ModuleDict(
             {name: ModalEncoder(width, dim, config.dropout) for name, width in feature_dims.items()}
         )
+        self.alignment = Alignment(config.align, list(feature_dims), dim)
         self.control = Control(config, len(feature_dims)) if feature_dims else None
         where = config.items.features if feature_dims else "none"
         self.item_side = None if where == "none" else ItemSide(feature_dims, dim, config.items.id_dropout)
@@ -60,7 +62,7 @@ class FindRec(SequenceModel):
         self.repeat_head = RepeatHead(dim) if repeat else None
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
-        """See `SequenceModel`. Auxiliary terms: `stein_<name>` (or `mmd_`), `kl_<name>`, `balance`, `z`."""
+        """See `SequenceModel`. Auxiliary terms: those of `Alignment`, and `balance` and `z` of the router."""
         rows_Ud = x_items
         if self.item_side is not None and self.content_inputs:
             rows_Ud = self.item_side(rows_Ud, features)
@@ -73,8 +75,11 @@ class FindRec(SequenceModel):
             correction_Td, routed = self.control(batch, id_BLd, h_Td, list(latents.values()))
             h_Td = h_Td + correction_Td
             if self.training:
-                aux = self._terms(latents, x_items, routed)
-                diagnostics = _diagnose(latents, routed)
+                aux = self.alignment(latents, x_items) | _routing_terms(routed, self.config.routing)
+                measured = _measure_routing(routed)
+                if self.diagnosing:
+                    measured |= diagnose_alignment(latents, x_items, self.config.align.rows)
+                diagnostics = _numbers(measured)
         if self.moment is not None:
             h_Td = self.moment(h_Td, batch)
         h_Td = self.norm(h_Td)
@@ -86,19 +91,6 @@ class FindRec(SequenceModel):
             return rows
         whole: Tensor = self.item_side(rows, features)
         return whole
-
-    def _terms(self, latents: Mapping[str, Latents], x_items: Tensor, routed: Routed) -> dict[str, Term]:
-        align, routing = self.config.align, self.config.routing
-        terms = {}
-        for name, latent in latents.items():
-            if align.kind != "none":
-                terms[f"{align.kind}_{name}"] = align_term(latent, x_items, align)
-            terms[f"kl_{name}"] = prior_term(latent, align)
-        if routing.kind == "mean":
-            return terms
-        terms["balance"] = Term(routing.balance_weight * routed.balance, routed.balance.detach())
-        terms["z"] = Term(routing.z_weight * routed.z, routed.z.detach())
-        return terms
 
 
 class Control(nn.Module):
@@ -135,7 +127,9 @@ class Control(nn.Module):
         modal_Ud = [norm(latent.z_Ud) for norm, latent in zip(self.norm_modal, latents, strict=True)]
         modal_UX = [project(modal) for project, modal in zip(self.qkv_modal, modal_Ud, strict=True)]
         modal_qkv = torch.stack([F.embedding(batch.index, x) for x in modal_UX])
-        reads_id, reads_modal = cross_modal_attention(id_qkv, modal_qkv.view(-1, b, length, 3, *split))
+        reads_id, reads_modal = cross_modal_attention(
+            id_qkv, modal_qkv.view(-1, b, length, 3, *split), window=self.routing.window or None
+        )
 
         item_T = batch.index.flatten().index_select(0, batch.position)
         parts = []
@@ -184,17 +178,26 @@ class HeadExperts(nn.Module):
         )
 
 
+def _routing_terms(routed: Routed, config: RoutingConfig) -> dict[str, Term]:
+    if config.kind == "mean":
+        return {}
+    return {
+        "balance": Term(config.balance_weight * routed.balance, routed.balance.detach()),
+        "z": Term(config.z_weight * routed.z, routed.z.detach()),
+    }
+
+
 @torch.no_grad()
-def _diagnose(latents: Mapping[str, Latents], routed: Routed) -> dict[str, float]:
-    """Mean gate entropy (ln E when even), the largest mean gate of an expert, the spread of the latents."""
+def _measure_routing(routed: Routed) -> dict[str, Tensor]:
+    """Mean gate entropy (ln E when even), the largest mean gate of an expert."""
     gates_THE = routed.gates_THE
     count = max(1, gates_THE.shape[0] * gates_THE.shape[1])
-    values = {
-        "gate_entropy": -(gates_THE * gates_THE.clamp(min=1e-9).log()).sum() / count,
-        "expert_load_max": (gates_THE.sum((0, 1)) / count).max(),
-    }
-    for name, latent in latents.items():
-        rows = latent.mean_nd
-        values[f"latent_std_{name}"] = rows.std(0).mean() if len(rows) > 1 else rows.new_zeros(())
+    measured = {"gate_entropy": -(gates_THE * gates_THE.clamp(min=1e-9).log()).sum() / count}
+    if gates_THE.shape[2] > 1:
+        measured["expert_load_max"] = (gates_THE.sum((0, 1)) / count).max()
+    return measured
+
+
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
     numbers = torch.stack([value.float() for value in values.values()]).tolist()  # one transfer for all
     return dict(zip(values, numbers, strict=True))

@@ -1,6 +1,6 @@
-"""Gaussian latents of one modality: encoder, prior term and alignment to the ID stream.
+"""Gaussian latents of one modality. Items are encoded once each, however often they occur in a batch.
 
-Items are encoded once each, however often they occur in a batch. Shape letters: U distinct items of a batch,
+Shape letters: U distinct items of a batch,
 M width of the features, d width of the latents (that of the item table), n items that have the modality.
 """
 
@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from findrec.config import AlignConfig
 from findrec.datasets.batch import ModalRows
-from findrec.models.base import Term
 from findrec.models.layers import Dropout
-from findrec.ops.stein_discrepancy import mmd, stein_discrepancy
 
 LOGVAR_RANGE = (-8.0, 4.0)
 FIRST_LOGVAR = -2.0  # noise starts well below the spread of the means, so content gets through
@@ -57,35 +54,3 @@ class ModalEncoder(nn.Module):
             z_nd = z_nd + torch.randn_like(z_nd) * torch.exp(0.5 * logvar_nd)
         z_Ud = self.missing.to(z_nd.dtype).expand(len(rows.present), -1).index_copy(0, there_n, z_nd)
         return Latents(z_Ud, mean_nd, logvar_nd, there_n)
-
-
-def prior_term(latents: Latents, config: AlignConfig) -> Term:
-    """KL(N(mean, var) || N(0, I)): mean over items, then over dimensions, each at least `free_bits`."""
-    mean, logvar = latents.mean_nd, latents.logvar_nd
-    kl_nd = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-    kl_d = kl_nd.sum(0) / max(1, len(kl_nd))
-    return Term(config.kl_weight * kl_d.clamp(min=config.free_bits).mean(), kl_d.detach().mean())
-
-
-def align_term(latents: Latents, x_items_Ud: Tensor, config: AlignConfig) -> Term:
-    """Discrepancy of the latents from the ID vectors of the same items, at most `config.rows` of them.
-
-    The reference is the item-table rows as they enter the ID stream, without gradient, shifted to mean zero
-    and divided by one number to unit mean variance: units go, the shape of their covariance stays. Latents
-    have the table's width, so no projection is needed that could be learned to make the term vanish. The
-    scale agrees with the N(0, I) prior, so the two terms do not pull apart.
-    """
-    there_n = latents.there_n
-    if len(there_n) > config.rows:
-        there_n = there_n[torch.randperm(len(there_n))[: config.rows].to(there_n.device)]
-    z_nd = latents.z_Ud[there_n].float()
-    with torch.no_grad():
-        reference_nd = x_items_Ud[there_n].float()
-        reference_nd = reference_nd - reference_nd.mean(0) if len(there_n) else reference_nd
-        spread = reference_nd.square().mean().sqrt() if len(there_n) else reference_nd.new_ones(())
-        reference_nd = reference_nd / spread.clamp(min=1e-8)
-    if config.kind == "mmd":
-        value = mmd(z_nd, reference_nd)
-    else:
-        value = stein_discrepancy(z_nd, reference_nd, score=config.score)
-    return Term(config.weight * value, value.detach())

@@ -25,6 +25,7 @@ from findrec.datasets.plan import Windows, cut_prefixes, cut_windows, plan_epoch
 from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
+from findrec.training.alarms import Alarms
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
@@ -67,11 +68,12 @@ def run_training(
     state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_resume is not None:
         on_resume(state.step)
+    alarms = Alarms()
     left = int(windows.targets.sum()) * (training.epochs - state.epoch)
     with progress(config.model.name, left, "targets", show=worker.leads) as bar:
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = _run_epoch(
-                config, folder, windows, tower, table, state, catalogue, worker, log, bar
+                config, folder, windows, tower, table, state, catalogue, worker, log, bar, alarms
             )
             ends = state.epoch == training.epochs
             if state.epoch % training.eval_every == 0 or ends:
@@ -112,6 +114,7 @@ def _run_epoch(
     worker: Worker,
     log: StepLog | None,
     bar: Bar,
+    alarms: Alarms,
 ) -> tuple[TrainState, dict[str, float]]:
     training = config.training
     plan = plan_epoch(
@@ -133,6 +136,8 @@ def _run_epoch(
             waited = time.perf_counter() - mark
             num_targets = int(plan.targets[index])
             shares = []
+            every = config.model.align.diagnose_every
+            tower.model.diagnosing = every > 0 and step % every == 0
             for microbatch, batch in microbatches:
                 batch = batch.to(worker.device)
                 share = microbatch_loss(
@@ -166,8 +171,10 @@ def _run_epoch(
                 loss=f"{values['train/loss']:.4f}",
                 data_wait=f"{sums['waited'] / sums['seconds']:.1%}",
             )
-            if worker.leads and log is not None:
-                log.log(step, state.epoch, values)
+            if worker.leads:
+                alarms.check(step, values)
+                if log is not None:
+                    log.log(step, state.epoch, values)
     epoch_values = {
         "train/epoch_loss": sums["loss"] / sums["targets"],
         "train/epoch_targets_per_s": sums["targets"] / sums["seconds"],

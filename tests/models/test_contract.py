@@ -21,6 +21,8 @@ CHANGES: dict[str, dict[str, object]] = {  # of the model's configuration, beyon
     "gru": {"stream": {"kind": "gru"}},
     "transformer": {"stream": {"kind": "transformer"}},
     "mean": {"routing": {"kind": "mean"}},
+    "legacy": {"align": {"kind": "legacy", "paired_weight": 0.1}},
+    "window": {"routing": {"window": 5}},
     "content": {"items": {"features": "both"}},
 }
 VARIANTS = [
