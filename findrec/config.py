@@ -88,6 +88,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.2, ge=0, lt=1)
     modalities: list[str] | Literal["all"] = "all"
     gaps: bool = False  # log-bucketed time gaps as an input
+    events: bool = False  # types of events (view, purchase, ...) as an input, where the data has them
     wait: bool = False  # knows the time of asking: log-bucketed seconds since the last event
     repeat: bool = True  # own-item head: learns if met items come again (groceries) or never do (films)
     layers: int = Field(2, ge=1)  # SASRec blocks

@@ -27,6 +27,7 @@ class Batch:
     target: Tensor  # [T] int64, the item that follows each position; empty at evaluation
     ids: Tensor  # [U] int64, distinct ids in `item`, ascending; ids[0] == 0 (padding) always
     index: Tensor  # [B, L] int64, place of each item in `ids`
+    event: Tensor | None = None  # [B, L] int64, 2 + code of the event's type; 1 unknown, 0 padding
     wait: Tensor | None = None  # [T] int64, log2 bucket of the seconds from a position to when it is asked
 
     @staticmethod
@@ -37,6 +38,7 @@ class Batch:
         position: Tensor,
         target: Tensor,
         gap: Tensor | None = None,
+        event: Tensor | None = None,
         wait: Tensor | None = None,
     ) -> Batch:
         """Fill in `ids` and `index` from `item`."""
@@ -51,6 +53,7 @@ class Batch:
             target=target,
             ids=ids,
             index=index[1:].view_as(item),
+            event=event,
             wait=wait,
         )
 

@@ -45,19 +45,36 @@ def gap_buckets(timestamp: Int64Array, offset: Int64Array) -> Int64Array:
     return bucket
 
 
-def _padded(histories: Histories) -> tuple[Tensor, Tensor, Tensor, Int64Array]:
-    """`item [B, L]`, `gap [B, L]`, `length [B]` and `place [N]`, each event's flat index `b * L + l`."""
+@dataclass(frozen=True)
+class _Padded:
+    """Histories as the model sees them; `[B, L]` unless said otherwise."""
+
+    item: Tensor
+    gap: Tensor
+    event: Tensor | None
+    length: Tensor  # [B]
+    place: Int64Array  # [N], each event's flat index b * L + l
+
+
+def _padded(histories: Histories) -> _Padded:
     offset = histories.offset
     length = np.diff(offset)
     width = int(length.max())
     row = np.repeat(np.arange(len(length)), length)
     place = row * width + np.arange(offset[-1]) - offset[row]
-    padded: list[Tensor] = []
-    for values in (histories.item, gap_buckets(histories.timestamp, offset)):
+
+    def spread(values: Int64Array) -> Tensor:
         flat: NDArray[np.int64] = np.zeros(len(length) * width, dtype=np.int64)
         flat[place] = values
-        padded.append(torch.from_numpy(flat.reshape(len(length), width)))
-    return padded[0], padded[1], torch.from_numpy(length), place
+        return torch.from_numpy(flat.reshape(len(length), width))
+
+    return _Padded(
+        item=spread(histories.item),
+        gap=spread(gap_buckets(histories.timestamp, offset)),
+        event=None if histories.event is None else spread(histories.event + 2),  # 0 padding, 1 unknown
+        length=torch.from_numpy(length),
+        place=place,
+    )
 
 
 def _hashed(seed: int, user: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:
@@ -79,14 +96,14 @@ def shuffled_ties(folder: DataFolder, users: Int64Array, seed: int) -> Histories
     row = np.repeat(np.arange(len(users)), np.diff(whole.offset))
     place = np.arange(len(row)) - whole.offset[row]
     order = np.lexsort((_hashed(seed, users[row], place), whole.timestamp, row))
-    return Histories(item=whole.item[order], timestamp=whole.timestamp, offset=whole.offset)
+    return whole.take(order, whole.offset)
 
 
 def _slices(histories: Histories, start: Int64Array, stop: Int64Array) -> Histories:
     offset = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
     row = np.repeat(np.arange(len(start)), stop - start)
     place = np.arange(len(row)) - offset[row] + start[row] + histories.offset[row]
-    return Histories(item=histories.item[place], timestamp=histories.timestamp[place], offset=offset)
+    return histories.take(place, offset)
 
 
 def train_batch(
@@ -103,23 +120,20 @@ def train_batch(
     ends = whole.offset[1:]
     shown = np.ones(len(whole.item), dtype=bool)
     shown[ends - 1] = False
-    inputs = Histories(
-        item=whole.item[shown],
-        timestamp=whole.timestamp[shown],
-        offset=whole.offset - np.arange(len(whole.offset)),
-    )
-    item, gap, length, place = _padded(inputs)
+    inputs = whole.take(shown.nonzero()[0], whole.offset - np.arange(len(whole.offset)))
+    padded = _padded(inputs)
     row = np.repeat(np.arange(len(chosen)), np.diff(inputs.offset))
     event = np.arange(len(row)) - inputs.offset[row] + start[row]  # place of each input in its history
     asked = event + 1 >= windows.first_target[chosen][row]
     later = np.delete(np.arange(len(whole.item)), whole.offset[:-1])[asked]  # the event after each position
     return Batch.build(
-        item=item,
-        length=length,
+        item=padded.item,
+        length=padded.length,
         user=torch.from_numpy(user),
-        position=torch.from_numpy(place[asked]),
+        position=torch.from_numpy(padded.place[asked]),
         target=torch.from_numpy(whole.item[later]),
-        gap=gap,
+        gap=padded.gap,
+        event=padded.event,
         wait=torch.from_numpy(gap_buckets(whole.timestamp, whole.offset)[later]),
     )
 
@@ -154,15 +168,16 @@ def evaluation_batch(
     """
     first, last = _cuts(folder, split)
     start = np.maximum(first[users] - max_length, 0)
-    item, gap, length, _ = _padded(folder.histories(users, start, first[users]))
+    padded = _padded(folder.histories(users, start, first[users]))
     turn = folder.histories(users, first[users] - 1, first[users] + 1)  # last event shown, first asked for
     batch = Batch.build(
-        item=item,
-        length=length,
+        item=padded.item,
+        length=padded.length,
         user=torch.from_numpy(users.astype(np.int64)),
-        position=torch.arange(len(users)) * item.shape[1] + length - 1,
+        position=torch.arange(len(users)) * padded.item.shape[1] + padded.length - 1,
         target=torch.zeros(0, dtype=torch.int64),
-        gap=gap,
+        gap=padded.gap,
+        event=padded.event,
         wait=torch.from_numpy(gap_buckets(turn.timestamp, turn.offset)[1::2]),
     )
     targets = folder.histories(users, first[users], last[users])

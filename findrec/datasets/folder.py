@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from findrec.datasets.features import FeatureTable
 from findrec.datasets.manifest import Manifest, how_to_mend, read_manifest, sha256_file
@@ -25,6 +26,12 @@ class Histories:
     item: Int64Array  # [N] 1-based ids
     timestamp: Int64Array  # [N] seconds
     offset: Int64Array  # [R+1]
+    event: Int64Array | None = None  # [N] codes of `Manifest.event_types`, -1 unknown; None: no such column
+
+    def take(self, place: NDArray[np.intp], offset: Int64Array) -> Histories:
+        """The events at `place`, cut into users by `offset`."""
+        event = None if self.event is None else self.event[place]
+        return Histories(self.item[place], self.timestamp[place], offset, event)
 
 
 def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
@@ -150,10 +157,13 @@ class DataFolder:
         offset = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
         item = np.empty(offset[-1], dtype=np.int64)
         timestamp = np.empty(offset[-1], dtype=np.int64)
+        event = np.empty(offset[-1], dtype=np.int64) if self.manifest.event_types else None
         for r, user in enumerate(rows):
             sample = self._reader(int(self._shard[user])).samples[self._member[user]]
             base = sample["offset"][self._row[user]]
             cut = slice(base + start[r], base + stop[r])
             item[offset[r] : offset[r + 1]] = sample["item"][cut]
             timestamp[offset[r] : offset[r + 1]] = sample["timestamp"][cut]
-        return Histories(item=item, timestamp=timestamp, offset=offset)
+            if event is not None:
+                event[offset[r] : offset[r + 1]] = sample["event"][cut]
+        return Histories(item, timestamp, offset, event)

@@ -19,7 +19,11 @@ from findrec.errors import FindRecError
 
 
 def _blocks(
-    histories: Sequence[Sequence[int]], timestamps: Sequence[Sequence[int]] | None, users_per_member: int
+    histories: Sequence[Sequence[int]],
+    timestamps: Sequence[Sequence[int]] | None,
+    events: Sequence[Sequence[str]] | None,
+    types: list[str],
+    users_per_member: int,
 ) -> Iterator[Block]:
     for begin in range(0, len(histories), users_per_member):
         some = [np.asarray(h, dtype=np.int64) for h in histories[begin : begin + users_per_member]]
@@ -28,7 +32,11 @@ def _blocks(
             times = [60 * np.arange(n, dtype=np.int64) for n in length]
         else:
             times = [np.asarray(t, dtype=np.int64) for t in timestamps[begin : begin + users_per_member]]
-        yield Block({"item": np.concatenate(some), "timestamp": np.concatenate(times)}, length)
+        columns = {"item": np.concatenate(some), "timestamp": np.concatenate(times)}
+        if events is not None:
+            names = [name for user in events[begin : begin + users_per_member] for name in user]
+            columns["event"] = np.searchsorted(types, names)
+        yield Block(columns, length)
 
 
 def _feature(modality: str, values: NDArray[Any], num_items: int) -> FeatureInput:
@@ -51,6 +59,7 @@ def write_data_folder(
     texts: Sequence[str] | None = None,
     features: Mapping[str, NDArray[Any]] | None = None,
     *,
+    events: Sequence[Sequence[str]] | None = None,
     num_items: int | None = None,
     unit: Literal["event", "timestamp"] = "event",
     users_per_member: int = USERS_PER_MEMBER,
@@ -59,14 +68,18 @@ def write_data_folder(
     """Write histories of 1-based item ids as a data folder (leave-one-out split) and open it.
 
     `histories[u]` is user row u, oldest event first; `timestamps` (seconds, never decreasing; default one
-    event a minute) has the same shape. `texts[v - 1]` describes item v and is stored, not encoded.
-    `features[m]` is `[V, D]` or `[V+1, D]` with a padding row; rows with NaN count as missing. `num_items`
-    is V (default: the largest id). Raises `FindRecError` for empty or inconsistent input.
+    event a minute) and `events` (names of types) have the same shape. `texts[v - 1]` describes item v and is
+    stored, not encoded. `features[m]` is `[V, D]` or `[V+1, D]` with a padding row; rows with NaN count as
+    missing. `num_items` is V (default: the largest id). Raises `FindRecError` for empty or inconsistent
+    input.
     """
     if not len(histories) or any(len(h) == 0 for h in histories):
         raise FindRecError("every user needs at least one event")
     if timestamps is not None and [len(t) for t in timestamps] != [len(h) for h in histories]:
         raise FindRecError("timestamps must have the lengths of the histories")
+    if events is not None and [len(e) for e in events] != [len(h) for h in histories]:
+        raise FindRecError("events must have the lengths of the histories")
+    types = sorted({name for user in events or () for name in user})
     num_items = num_items or max(int(np.max(h)) for h in histories)
     if texts is not None and len(texts) != num_items:
         raise FindRecError(f"{len(texts)} texts for {num_items} items: give one for each of the ids 1..V")
@@ -85,7 +98,8 @@ def write_data_folder(
         split=Split(unit=unit),
         users=pa.array([str(u) for u in range(len(histories))]),
         items=items,
-        blocks=_blocks(histories, timestamps, users_per_member),
+        blocks=_blocks(histories, timestamps, events, types, users_per_member),
+        event_types=types,
         features=[_feature(name, values, num_items) for name, values in (features or {}).items()],
     )
     write_folder(Path(path), given, shard_bytes=shard_bytes)

@@ -38,7 +38,13 @@ class FindRec(SequenceModel):
     """The whole network. Without any modality it is the ID stream alone."""
 
     def __init__(
-        self, config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
+        self,
+        config: ModelConfig,
+        *,
+        feature_dims: Mapping[str, int],
+        repeat: bool,
+        max_length: int,
+        num_event_types: int = 0,
     ) -> None:
         """`max_length` limits the Transformer stream alone, which learns positions. Raises `FindRecError`
         when heads do not divide the width.
@@ -46,7 +52,7 @@ class FindRec(SequenceModel):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.inputs = Inputs(dim, config.dropout, gaps=config.gaps)
+        self.inputs = Inputs(dim, config.dropout, gaps=config.gaps, num_event_types=num_event_types)
         self.stream = build_stream(dim, config.dropout, config.stream, max_length)
         self.encoders = nn.ModuleDict(
             {name: ModalEncoder(width, dim, config.dropout) for name, width in feature_dims.items()}

@@ -34,31 +34,37 @@ class Dropout(nn.Module):
 
 
 class Inputs(nn.Module):
-    """Item-table rows (times sqrt(d)) at every event, plus an embedding of the time gap when asked for.
+    """Item-table rows (times sqrt(d)) at every event; embeddings of time gap and event type when asked for.
 
     The table starts small, so that scores start near zero; the factor gives the network inputs of a usual
     size (Vaswani et al. 2017, section 3.4).
     """
 
-    def __init__(self, dim: int, dropout: float, *, gaps: bool) -> None:
+    def __init__(self, dim: int, dropout: float, *, gaps: bool, num_event_types: int = 0) -> None:
+        """`num_event_types` 0: types are no input."""
         super().__init__()
         self.scale = dim**0.5
         self.dropout = Dropout(dropout)
         self.gap = nn.Embedding(NUM_GAP_BUCKETS, dim) if gaps else None
-        if self.gap is not None:
-            nn.init.normal_(self.gap.weight, std=0.1)
+        self.event = nn.Embedding(num_event_types + 2, dim) if num_event_types else None
+        for embedding in (self.gap, self.event):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.1)
 
     def forward(self, batch: Batch, x_items_Ud: Tensor) -> Tensor:
         """`[B, L, d]` inputs, without dropout: see `drop`."""
         x_BLd: Tensor = F.embedding(batch.index, x_items_Ud) * self.scale
-        if self.gap is None:
-            return x_BLd
-        if batch.gap is None:
-            raise FindRecError(
-                "model.gaps is true, but the data has no timestamps to take time gaps from; "
-                "set model.gaps=false"
-            )
-        x_BLd = x_BLd + self.gap(batch.gap.clamp(0, NUM_GAP_BUCKETS - 1))
+        if self.gap is not None:
+            if batch.gap is None:
+                raise FindRecError(
+                    "model.gaps is true, but the data has no timestamps to take time gaps from; "
+                    "set model.gaps=false"
+                )
+            x_BLd = x_BLd + self.gap(batch.gap.clamp(0, NUM_GAP_BUCKETS - 1))
+        if self.event is not None:
+            if batch.event is None:
+                raise ValueError("model.events needs batches that carry the types of events (Batch.event)")
+            x_BLd = x_BLd + self.event(batch.event)
         return x_BLd
 
     def drop(self, x_BLd: Tensor) -> Tensor:

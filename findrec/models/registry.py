@@ -16,7 +16,13 @@ class ModelClass(Protocol):
     """The constructor every model shares."""
 
     def __call__(
-        self, config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
+        self,
+        config: ModelConfig,
+        *,
+        feature_dims: Mapping[str, int],
+        repeat: bool,
+        max_length: int,
+        num_event_types: int = 0,
     ) -> SequenceModel: ...
 
 
@@ -24,17 +30,29 @@ MODELS: dict[str, ModelClass] = {"findrec": FindRec, "sasrec": SASRec}
 
 
 def build_model(
-    config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
+    config: ModelConfig,
+    *,
+    feature_dims: Mapping[str, int],
+    repeat: bool,
+    max_length: int,
+    num_event_types: int = 0,
 ) -> SequenceModel:
     """A new model, initialised from torch's global generator.
 
     `feature_dims` gives the width of each modality that is used (models of ids alone ignore it), `repeat`
-    asks for a repeat head, `max_length` is the longest history the model will be given, in events. Raises
-    `FindRecError` for a model that is not registered.
+    asks for a repeat head, `max_length` is the longest history the model will be given, in events;
+    `num_event_types` above 0 makes the type of each event an input. Raises `FindRecError` for a
+    model that is not registered.
     """
     if config.name not in MODELS:
         raise FindRecError(
             f"model.name={config.name!r} is not a model of this version{suggest(config.name, MODELS)} "
             f"(there: {', '.join(sorted(MODELS))})"
         )
-    return MODELS[config.name](config, feature_dims=feature_dims, repeat=repeat, max_length=max_length)
+    return MODELS[config.name](
+        config,
+        feature_dims=feature_dims,
+        repeat=repeat,
+        max_length=max_length,
+        num_event_types=num_event_types,
+    )

@@ -23,7 +23,13 @@ class SASRec(SequenceModel):
     """Item ids only; modalities are ignored."""
 
     def __init__(
-        self, config: ModelConfig, *, feature_dims: Mapping[str, int], repeat: bool, max_length: int
+        self,
+        config: ModelConfig,
+        *,
+        feature_dims: Mapping[str, int],
+        repeat: bool,
+        max_length: int,
+        num_event_types: int = 0,
     ) -> None:
         """Raises `FindRecError` when the heads do not divide the width. `feature_dims` is not used."""
         super().__init__()
@@ -33,7 +39,7 @@ class SASRec(SequenceModel):
                 "takes an equal part of the width; change one of them"
             )
         self.max_length = max_length
-        self.inputs = Inputs(config.dim, config.dropout, gaps=config.gaps)
+        self.inputs = Inputs(config.dim, config.dropout, gaps=config.gaps, num_event_types=num_event_types)
         self.position = nn.Embedding(max_length, config.dim)
         self.blocks = nn.ModuleList(
             [Block(config.dim, config.heads, config.dropout) for _ in range(config.layers)]

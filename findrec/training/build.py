@@ -29,9 +29,16 @@ def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
 def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
     """The network, initialised from torch's global generator (seed it first)."""
     dims = {name: folder.feature(name).dim for name in used_modalities(config, folder)}
+    types = folder.manifest.event_types
+    if config.model.events and not types:
+        raise FindRecError(
+            f"model.events is true, but {folder.path} has no types of events; set model.events=false, or "
+            "name a column `event` in the recipe"
+        )
     return build_model(
         config.model,
         feature_dims=dims,
+        num_event_types=len(types) if config.model.events else 0,
         repeat=config.model.repeat,
         max_length=config.data.max_length,
     )

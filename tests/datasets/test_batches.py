@@ -187,3 +187,32 @@ def test_wait_is_the_time_from_each_position_to_the_event_asked_for(tmp_path):
     for split, event in (("valid", 5), ("test", 6)):
         shown, _ = evaluation_batch(folder, split, np.array([0]), 10)
         assert shown.wait.tolist() == [1 + int(np.log2(1 + times[event] - times[event - 1]))]
+
+
+def test_event_types_go_with_their_events(tmp_path: Path) -> None:
+    """Each item says its own type, so a type that lost its event would be seen; ties are shuffled too."""
+    rng = np.random.default_rng(1)
+    histories = [rng.integers(1, 30, n).tolist() for n in rng.integers(3, 30, 25)]
+    times = [np.repeat(np.arange(-(-len(h) // 3)), 3)[: len(h)].tolist() for h in histories]
+    names = ["buy", "rate", "view"]
+    events = [[names[item % 3] for item in history] for history in histories]
+    folder = write_data_folder(tmp_path / "data", histories, times, events=events, num_items=30)
+    assert folder.manifest.event_types == names
+    windows, plan = planned(folder)
+    batches = [
+        train_batch(folder, windows, chosen, tie_seed=seed)
+        for step in plan.steps
+        for chosen in step
+        for seed in (None, 5)
+    ]
+    batches += [
+        evaluation_batch(folder, "test", users, 10)[0] for users in evaluation_blocks(folder, "test", 8)
+    ]
+    for batch in batches:
+        assert batch.event is not None
+        assert torch.equal(batch.event, torch.where(batch.item > 0, batch.item % 3 + 2, 0))
+
+
+def test_without_event_types_batches_carry_none(folder: DataFolder) -> None:
+    windows, plan = planned(folder)
+    assert train_batch(folder, windows, plan.steps[0][0]).event is None

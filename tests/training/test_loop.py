@@ -1,9 +1,11 @@
 """Training end to end on planted data, in one process: it learns, it repeats, it resumes bit for bit."""
 
+import numpy as np
 import pytest
 import torch
 from planted import make_config, planted_folder
 
+from findrec.datasets.memory import write_data_folder
 from findrec.errors import DivergedError, FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import rank_split, summarise
@@ -102,3 +104,37 @@ def test_divergence_stops_with_a_plain_message(folder, tmp_path):
     config = make_config(epochs=30, optim={"lr": 1e30, "clip_tower": 0.0})
     with pytest.raises(DivergedError, match="not finite at step"):
         train(config, folder, tmp_path)
+
+
+@pytest.mark.parametrize("switch", ["events", "gaps"])
+def test_types_of_events_and_time_gaps_are_read_when_switched_on(tmp_path, switch):
+    """The next item is told by the type of the last event, or by the gap before it, and by nothing else."""
+    rng = np.random.default_rng(0)
+    histories, times, events = [], [], []
+    for _ in range(120):
+        code = rng.integers(4, size=14)  # decides the item that follows
+        histories.append((np.append(rng.integers(4), code[:-1]) + 1).tolist())
+        events.append([f"type {c}" for c in code] if switch == "events" else ["seen"] * 14)
+        times.append(np.cumsum(10**code if switch == "gaps" else np.full(14, 60)).tolist())
+    folder = write_data_folder(tmp_path / "data", histories, times, events=events, num_items=4)
+    losses = {}
+    for on in (False, True):
+        config = make_config(epochs=25)
+        model = config.model.model_copy(update={switch: on, "repeat": False})
+        _, _, log, _ = train(config.model_copy(update={"model": model}), folder, tmp_path / str(on))
+        losses[on] = log.losses()[-1]
+    assert losses[False] > 1.2  # ln 4 = 1.386: nothing to go by
+    assert losses[True] < 0.3
+
+
+def test_event_types_that_the_data_does_not_have_are_refused(folder):
+    config = make_config()
+    model = config.model.model_copy(update={"events": True})
+    with pytest.raises(FindRecError, match=r"set model\.events=false"):
+        build_tower_model(config.model_copy(update={"model": model}), folder)
+
+
+def test_one_sample_for_each_prefix_learns_the_pattern_too(folder, tmp_path):
+    config = make_config(objective="last", epochs=3, tokens=512)
+    _, _, log, _ = train(config, folder, tmp_path)
+    assert log.losses()[-1] < 0.5 * log.losses()[0]
