@@ -8,7 +8,7 @@ Every implementation computes `sum_t (logsumexp_v s_tv - s_t,target)` with `s = 
 | `tiled`     | a tile of rows at a time; its gradients are formed in the forward pass, while its softmax  |
 |             | is at hand, so that nothing is computed twice and nothing of the size T x V is kept        |
 
-Forming gradients with the loss is the idea of Liger's fused linear cross-entropy (arXiv 2410.10989, 3.2).
+Forming gradients with the loss is the idea of Liger's fused linear cross-entropy (arXiv 2410.10989).
 The estimates from sampled negatives are in sampled_cross_entropy.py.
 
 Shape letters: T tokens, V catalogue size, d width, B users, N distinct items of a user's history, r rows of
@@ -158,30 +158,30 @@ def _walk(
     dbonus_TN = torch.empty_like(bonus_TN, dtype=dtype) if wanted[2] and bonus_TN is not None else None
     buffer = table.new_empty(tile, num_rows)
     loss = table.new_zeros((), dtype=torch.float64)
-    with torch.autocast(h_Td.device.type, enabled=False):
-        for start in range(0, num_tokens, tile):
-            rows = slice(start, min(start + tile, num_tokens))
-            h = h_Td[rows].to(dtype)
-            target = target_T[rows, None]
-            own_ids = ids_BN[row_T[rows]] if ids_BN is not None and row_T is not None else None
-            p = torch.mm(h, table.t(), out=buffer[: h.shape[0]])
-            if own_ids is not None and bonus_TN is not None:
-                p.scatter_add_(1, own_ids, bonus_TN[rows].to(dtype))
-            p.index_fill_(1, blocked, -torch.inf)
-            # From here on the one buffer turns from logits into exp(s - max), in place.
-            high = p.amax(1, keepdim=True)
-            target_logit = p.gather(1, target) - high
-            total = p.sub_(high).exp_().sum(1, keepdim=True)
-            loss += (total.log() - target_logit).sum(dtype=torch.float64)
-            # The softmax minus the target's one-hot, times `total`: dividing the narrow operands by it
-            # saves a pass over the tile.
-            p.scatter_add_(1, target, -total)
-            if dh_Td is not None:
-                torch.mm(p, table, out=dh_Td[rows]).div_(total)
-            if dtable_Vd is not None:
-                dtable_Vd.addmm_(p.t(), h / total)
-            if dbonus_TN is not None and own_ids is not None:
-                dbonus_TN[rows] = (p.gather(1, own_ids) / total).masked_fill_(own_ids == 0, 0.0)
+    # Products write into given tensors (`out=`, in place) also because autocast leaves such ones alone.
+    for start in range(0, num_tokens, tile):
+        rows = slice(start, min(start + tile, num_tokens))
+        h = h_Td[rows].to(dtype)
+        target = target_T[rows, None]
+        own_ids = ids_BN[row_T[rows]] if ids_BN is not None and row_T is not None else None
+        p = torch.mm(h, table.t(), out=buffer[: h.shape[0]])
+        if own_ids is not None and bonus_TN is not None:
+            p.scatter_add_(1, own_ids, bonus_TN[rows].to(dtype))
+        p.index_fill_(1, blocked, -torch.inf)
+        # From here on the one buffer turns from logits into exp(s - max), in place.
+        high = p.amax(1, keepdim=True)
+        target_logit = p.gather(1, target) - high
+        total = p.sub_(high).exp_().sum(1, keepdim=True)
+        loss += (total.log() - target_logit).sum(dtype=torch.float64)
+        # The softmax minus the target's one-hot, times `total`: dividing the narrow operands by it
+        # saves a pass over the tile.
+        p.scatter_add_(1, target, -total)
+        if dh_Td is not None:
+            torch.mm(p, table, out=dh_Td[rows]).div_(total)
+        if dtable_Vd is not None:
+            dtable_Vd.addmm_(p.t(), h / total)
+        if dbonus_TN is not None and own_ids is not None:
+            dbonus_TN[rows] = p.gather(1, own_ids).div_(total)
     return loss.to(dtype), (dh_Td, dtable_Vd, dbonus_TN)
 
 

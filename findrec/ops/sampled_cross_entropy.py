@@ -73,7 +73,7 @@ def generalised_bce(
     calibration: float = 0.75,
     own: OwnBonus | None = None,
 ) -> Tensor:
-    """Sum over tokens of gBCE (arXiv 2308.07192, eq. 9): `-mean(log sigmoid(s+)^beta, log(1 - sigmoid(s-)))`.
+    """Sum over tokens of gBCE (arXiv 2308.07192): `-mean(log sigmoid(s+)^beta, log(1 - sigmoid(s-)))`.
 
     The mean is over the target and the negatives that are not the target. With the sampling rate
     `alpha = S / (V - 1)` of distinct negatives drawn uniformly from `num_items` = V, and `calibration` t,

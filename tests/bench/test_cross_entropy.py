@@ -1,4 +1,4 @@
-"""The measured implementations compute the same as the baseline, and each gets a row with its memory."""
+"""What is measured computes the same as the baseline, and a row with its memory comes out for each."""
 
 from __future__ import annotations
 
