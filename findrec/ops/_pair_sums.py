@@ -1,7 +1,7 @@
 """Sums over all pairs of rows with their gradient: one pass over row tiles, no n x n buffer.
 
 Rows come in units of the bandwidth (r2 = |x - y|^2 needs no h). The gradient is found while the values of a
-tile are at hand, so the backward pass only scales it; memory is O(TILE n), whatever the width.
+tile are at hand, so the backward pass only scales it; memory is that of a few tiles and of the rows.
 
 With P = s.s', C = (x - y).(s - s'), D the width, a = du/dP, b = du/dC, c = du/dr2, the Langevin-Stein kernel
 of `stein_discrepancy` is
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 256  # rows at once: at n = 2048 the buffers of a tile stay in the processor's cache (128, 512 slower)
+TILE_ELEMENTS = 2**20  # pairs at once: five such buffers, whatever the number of rows
 
-Slopes: TypeAlias = tuple[Tensor, Tensor, Tensor]  # a, b, c
+Slopes: TypeAlias = tuple[Tensor, Tensor, Tensor]  # a, b, -c
 
 
 def langevin_sum(X_nD: Tensor, S_nD: Tensor, kernel: str) -> Tensor:
@@ -47,36 +47,43 @@ class _LangevinSum(torch.autograd.Function):
     def forward(ctx: Any, X_nD: Tensor, S_nD: Tensor, kernel: str) -> Tensor:
         n, width = X_nD.shape
         slopes_wanted = any(ctx.needs_input_grad)
-        XS, SX = torch.cat([X_nD, S_nD], 1), torch.cat([S_nD, X_nD], 1)
-        grad_XS = torch.zeros_like(XS)
-        square_n, own_n = X_nD.square().sum(1), (X_nD * S_nD).sum(1)
+        ones_n1 = X_nD.new_ones(n, 1)
+        square_n1 = X_nD.square().sum(1, keepdim=True)
+        own_n1 = (X_nD * S_nD).sum(1, keepdim=True)
+        # Columns of ones bring what depends on one row alone into the products, and sums out of them.
+        r2_left, r2_right = (
+            torch.cat([-2 * X_nD, square_n1, ones_n1], 1),
+            torch.cat([X_nD, ones_n1, square_n1], 1),
+        )
+        C_left = torch.cat([-X_nD, -S_nD, own_n1 + width, ones_n1], 1)  # the kernel's D comes along
+        C_right = torch.cat([S_nD, X_nD, ones_n1, own_n1], 1)
+        SX1 = C_right[:, :-1]
+        grad_SX = torch.zeros_like(C_right[:, :-2])
         total = X_nD.new_zeros(())
-        for start in range(0, n, TILE):
+        height = max(1, TILE_ELEMENTS // n)
+        for start in range(0, n, height):
             # Columns from the tile on: its own square holds both orders of a pair, what is right of it one.
-            stop = min(start + TILE, n)
+            stop = min(start + height, n)
             rows, columns, later = slice(start, stop), slice(start, n), slice(stop, n)
-            r2_tw = torch.addmm(square_n[columns], X_nD[rows], X_nD[columns].t(), alpha=-2)
-            r2_tw.add_(square_n[rows, None]).clamp_(min=0)
+            r2_tw = (r2_left[rows] @ r2_right[columns].t()).clamp_(min=0)
             P_tw = S_nD[rows] @ S_nD[columns].t()
-            # z.s' + s.z' is one product of twice the width. The kernel's D comes along.
-            C_tw = torch.addmm(own_n[columns] + width, XS[rows], SX[columns].t(), alpha=-1)
-            C_tw.add_(own_n[rows, None])
+            C_tw = C_left[rows] @ C_right[columns].t()
             u_tw, slopes = (_rbf if kernel == "rbf" else _imq)(r2_tw, P_tw, C_tw)
             u_tw.diagonal().zero_()
             total += 2 * u_tw.sum() - u_tw[:, : stop - start].sum()
             if slopes_wanted:
                 slopes[0].diagonal().zero_()  # b and c meet x_i - x_i = 0 there
-                _add_slopes(grad_XS, XS, rows, columns, slopes)
+                _add_slopes(grad_SX, SX1, rows, columns, slopes)
                 a, b, c = (x[:, stop - start :].t() for x in slopes)
-                _add_slopes(grad_XS, XS, later, rows, (a, b, c))
-        ctx.save_for_backward(grad_XS)
+                _add_slopes(grad_SX, SX1, later, rows, (a, b, c))
+        ctx.save_for_backward(grad_SX)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad_XS,) = ctx.saved_tensors
-        grad_X, grad_S = (2 * grad * grad_XS).chunk(2, dim=1)
+        (grad_SX,) = ctx.saved_tensors
+        grad_S, grad_X = (2 * grad * grad_SX).chunk(2, dim=1)
         return grad_X, grad_S, None
 
 
@@ -85,8 +92,7 @@ def _rbf(r2: Tensor, P: Tensor, C: Tensor) -> tuple[Tensor, Slopes]:
     w = P.add_(C).sub_(r2)
     k = r2.mul_(-0.5).exp_()
     u = w.mul_(k)
-    c = torch.add(k, u, alpha=0.5).neg_()
-    return u, (k, k, c)
+    return u, (k, k, torch.add(k, u, alpha=0.5))
 
 
 def _imq(r2: Tensor, P: Tensor, C: Tensor) -> tuple[Tensor, Slopes]:
@@ -95,18 +101,19 @@ def _imq(r2: Tensor, P: Tensor, C: Tensor) -> tuple[Tensor, Slopes]:
     b = k * p
     C.sub_(3)
     u = torch.add(C, p, alpha=3).mul_(p).add_(P).mul_(k)
-    c = C.add_(p, alpha=5).mul_(p).mul_(3).add_(P).mul_(b).mul_(-0.5)
-    return u, (k, b, c)
+    fall = P.addcmul_(C.add_(p, alpha=5), p, value=3).mul_(b).mul_(0.5)
+    return u, (k, b, fall)
 
 
-def _add_slopes(grad_XS: Tensor, XS: Tensor, rows: slice, columns: slice, slopes: Slopes) -> None:
-    """Add to `grad_XS[rows]` what pairs of `rows` with `columns` give: half the gradient above."""
-    a, b, c = slopes
-    width = XS.shape[1] // 2
-    X, S = XS[:, :width], XS[:, width:]
-    apart = b.sum(1, keepdim=True) * XS[rows] - b @ XS[columns]
-    grad_XS[rows, :width] += apart[:, width:] + 2 * (c.sum(1, keepdim=True) * X[rows] - c @ X[columns])
-    grad_XS[rows, width:] += apart[:, :width] + a @ S[columns]
+def _add_slopes(grad_SX: Tensor, SX1: Tensor, rows: slice, columns: slice, slopes: Slopes) -> None:
+    """Add to `grad_SX[rows]` what pairs of `rows` with `columns` give: half the gradient above."""
+    a, b, fall = slopes
+    width = grad_SX.shape[1] // 2
+    from_b, from_fall = b @ SX1[columns], fall @ SX1[columns, width:]
+    apart = from_b[:, -1:] * SX1[rows, :-1] - from_b[:, :-1]
+    near = from_fall[:, :-1] - from_fall[:, -1:] * SX1[rows, width:-1]
+    grad_SX[rows, :width] += apart[:, width:] + a @ SX1[columns, :width]
+    grad_SX[rows, width:] += apart[:, :width] + 2 * near
 
 
 class _RbfSum(torch.autograd.Function):
@@ -116,8 +123,9 @@ class _RbfSum(torch.autograd.Function):
         grad_X, grad_Y = torch.zeros_like(X_nD), torch.zeros_like(Y_mD)
         square_n, square_m = X_nD.square().sum(1), Y_mD.square().sum(1)
         total = X_nD.new_zeros(())
-        for start in range(0, len(X_nD), TILE):
-            rows = slice(start, start + TILE)
+        height = max(1, TILE_ELEMENTS // max(1, len(Y_mD)))
+        for start in range(0, len(X_nD), height):
+            rows = slice(start, start + height)
             k_tm = torch.addmm(square_m, X_nD[rows], Y_mD.t(), alpha=-2)
             k_tm.add_(square_n[rows, None]).clamp_(min=0).mul_(-0.5).exp_()
             total += k_tm.sum()
