@@ -1,4 +1,4 @@
-"""The published shape of FindRec (arXiv 2507.04651), as a baseline to measure against; nothing trains with it.
+"""The published shape of FindRec (arXiv 2507.04651), as a baseline to measure against.
 
 Written from a description of the circulating RecBole model, with its sizes: one target a sample (prefix
 augmentation), features gathered, projected and encoded at every position of every sample, a Python loop over
@@ -122,10 +122,7 @@ class HeadLoop(nn.Module):
         super().__init__()
         self.heads, self.head_width = heads, width // heads
         self.enter = nn.ModuleList(
-            [
-                nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Dropout(rate))
-                for _ in range(2)
-            ]
+            [nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Dropout(rate)) for _ in range(2)]
         )
         self.there, self.back = (
             nn.ModuleList(
