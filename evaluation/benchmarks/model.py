@@ -18,7 +18,7 @@ PARTS = ("published", "lengths", "peers")
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the rows here too")
-    parser.add_argument("--runs", type=int, default=5, help="timed steps of each (default 5)")
+    parser.add_argument("--runs", type=int, default=3, help="timed steps of each (default 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts (default all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration of ours")
     parser.add_argument("--setup-peers", action="store_true", help="make the peers' environment and stop")

@@ -168,7 +168,7 @@ def gather(tables: Mapping[str, Tensor], ids_U: Tensor) -> dict[str, ModalRows]:
 
 
 def bench_published(
-    runs: int = 5, overrides: Sequence[str] = (), shapes: Sequence[Shape] = PUBLISHED_SHAPES
+    runs: int = 3, overrides: Sequence[str] = (), shapes: Sequence[Shape] = PUBLISHED_SHAPES
 ) -> list[Row]:
     """Rows of the published shape and of FindRec with the exact and the sampled loss, at L = 50 and 200.
 
@@ -192,7 +192,7 @@ def bench_published(
 
 
 def bench_lengths(
-    runs: int = 5,
+    runs: int = 3,
     overrides: Sequence[str] = (),
     *,
     lengths: Sequence[int] = LENGTHS,
@@ -204,7 +204,7 @@ def bench_lengths(
 
     The sampled loss, so that the catalogue costs the same everywhere. Three variants: the ID stream alone;
     with the modality and its causal attention; and with the own-item head, whose work grows with the number
-    of distinct items of a history.
+    of distinct items of a history. `lengths` must hold 200.
     """
     scan_backend("cpu")
     variants = {
@@ -218,10 +218,12 @@ def bench_lengths(
             makers: dict[str, Maker] = {}
             for length in lengths:
                 shape = Shape(max(1, tokens // length), length, 64, items, features)
-                setting = [*keys, *SAMPLED, *overrides]
-                makers[f"L{length}"] = (str(shape), findrec_step, (shape, setting))
-            found = measure(LENGTH_OP, makers, f"L{FLAT_FROM}", runs)
-            rows += [Row(**{**vars(row), "impl": f"{variant} {row.impl}"}) for row in found]
+                makers[f"{variant} L{length}"] = (
+                    str(shape),
+                    findrec_step,
+                    (shape, [*keys, *SAMPLED, *overrides]),
+                )
+            rows += measure(LENGTH_OP, makers, f"{variant} L{FLAT_FROM}", runs)
             bar.advance()
     return rows
 
@@ -234,8 +236,7 @@ def measure(
 ) -> list[Row]:
     """Rows of alternating steps: `makers` maps an implementation to its shape, its maker and the arguments.
 
-    Times are divided by the targets a step reports. Without `baseline` among them the ratio is that to the
-    first one.
+    Times are divided by the targets a step reports. `baseline` is one of `makers`.
     """
     steps = {name: make(*arguments) for name, (_, make, arguments) in makers.items()}
     targets = {name: step() for name, step in steps.items()}  # also the warm-up
@@ -244,7 +245,6 @@ def measure(
         for name, timing in time_alternating(steps, runs=runs, warmup=0).items()
     }
     steps.clear()  # their memory is needed by the processes that measure peaks
-    baseline = baseline if baseline in timings else next(iter(timings))
     return [
         Row(
             op=op,

@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -221,7 +222,7 @@ class _OverError(Exception):
     """The level or the limit is reached."""
 
 
-def _train_ours(name: str, data: str, settings: Settings, overrides: list[str]) -> dict[str, object]:
+def _train_ours(name: str, data: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
     torch.set_num_threads(settings.threads)
     config = our_config(name, settings, overrides)
     folder = DataFolder.open(Path(data), verify=False)
@@ -256,13 +257,13 @@ def _train_ours(name: str, data: str, settings: Settings, overrides: list[str]) 
     return {"epochs": epochs, "peak_bytes": peak_rss_bytes()}
 
 
-def _trained(answer: dict[str, list[dict[str, float]]]) -> Trained:
+def _trained(answer: dict[str, Any]) -> Trained:
     epochs = [epoch for epoch in answer["epochs"] if epoch["targets"]]
     return Trained(
         seconds=tuple(epoch["seconds"] for epoch in epochs),
         targets=tuple(int(epoch["targets"]) for epoch in epochs),
         ndcg=tuple(epoch["ndcg"] for epoch in epochs),
-        peak_bytes=int(answer["peak_bytes"]),  # type: ignore[call-overload]
+        peak_bytes=int(answer["peak_bytes"]),
     )
 
 

@@ -112,7 +112,8 @@ class Published(nn.Module):
     def loss(self, item_BL: Tensor, length_B: Tensor, target_B: Tensor) -> Tensor:
         """Cross-entropy over all V + 1 rows of the ID table at one target a sample, plus the rest."""
         user_Bd, aux = self(item_BL, length_B)
-        return F.cross_entropy(user_Bd @ self.items.weight.t(), target_B) + aux
+        loss: Tensor = F.cross_entropy(user_Bd @ self.items.weight.t(), target_B) + aux
+        return loss
 
 
 class HeadLoop(nn.Module):
