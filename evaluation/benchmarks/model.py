@@ -9,7 +9,7 @@ from pathlib import Path
 
 from findrec.bench.model import bench_lengths, bench_published, print_rates
 from findrec.bench.peers import Settings, bench_peers, default_peers, setup_peers
-from findrec.bench.rows import publish
+from findrec.bench.rows import write_json
 from findrec.paths import resolve
 
 HERE = Path(__file__).resolve().parent
@@ -17,7 +17,7 @@ PARTS = ("published", "lengths", "peers")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the rows here too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
     parser.add_argument("--runs", type=int, default=3, help="timed steps of each (default 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts (default all)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration of ours")
@@ -33,5 +33,6 @@ if __name__ == "__main__":
     if "peers" in given.only:
         settings, worker = Settings(limit_s=given.limit_s), HERE / "peers" / "worker.py"
         rows += bench_peers(given.peers, worker, resolve(given.data), settings, given.set)
-    publish(rows, ["--json", given.json] if given.json else [])
     print_rates(rows)
+    if given.json:
+        write_json(rows, given.json)

@@ -5,7 +5,9 @@ learning rate, and the exact softmax loss; ours and RecTools with as many tokens
 step really trains: every position here and in RecTools (which keeps a user's last L + 1 events; here long
 histories are cut into windows), one for each prefix sample in RecBole. After each epoch the validation
 targets are ranked among the whole catalogue; that time is not on the clock. RecTools' catalogue lacks items
-that occur in no training event: a target among them counts as missed.
+that occur in no training event: a target among them counts as missed. Otherwise everyone keeps its own
+defaults: ours has an own-item head and shuffles events of one timestamp (`model.repeat=false` and
+`data.shuffle_ties=false` take them away), RecTools and RecBole have their own initialisation.
 
 Each of them runs in a process of its own with the same number of threads: ours here, the peers by
 `evaluation/benchmarks/peers/worker.py` in an environment of their own, as they need older libraries.
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 
 from findrec.bench.memory import peak_rss_bytes
+from findrec.bench.model import UNIT
 from findrec.bench.rows import Row
 from findrec.bench.timer import Timing
 from findrec.config import RunConfig, parse_config
@@ -40,7 +43,7 @@ from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
 
-RATE_OP = "training, 1,000 targets"
+RATE_OP = f"training, {UNIT}"
 PEERS = ("rectools", "recbole")
 OURS = ("sasrec", "findrec")
 BASELINE = "rectools sasrec"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,8 +64,10 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     for row in rows:
         assert row.ratio == pytest.approx(rows[0].median_s / row.median_s)
         assert row.peak_bytes > 0
-    print_rates(rows)
-    assert f"{1000 / rows[0].median_s:,.0f}" in capsys.readouterr().out
+    print_rates([rows[0], replace(rows[1], op="training to a level", median_s=12.0)])
+    shown = capsys.readouterr().out
+    assert f"{1000 / rows[0].median_s:,.0f} targets/s" in shown
+    assert "12.0 s" in shown
 
 
 @pytest.mark.slow
