@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,15 @@ from findrec.bench.peers import (
     make_rows,
     our_config,
     seconds_to,
+    setup_peers,
     train_ours,
     train_peer,
 )
 from findrec.datasets.memory import write_data_folder
 from findrec.errors import FindRecError
 
-WORKER = Path(__file__).resolve().parents[2] / "evaluation" / "benchmarks" / "peers" / "worker.py"
+PROGRAMS = Path(__file__).resolve().parents[2] / "evaluation" / "benchmarks"
+WORKER, REQUIREMENTS = PROGRAMS / "peers" / "worker.py", PROGRAMS / "peers.txt"
 QUICK = Settings(width=16, length=16, blocks=1, dropout=0.0, lr=0.01, tokens=256, level=0.3, limit_s=20.0)
 
 
@@ -38,6 +41,30 @@ def test_histories_that_peers_would_cut_otherwise_are_refused(tmp_path: Path) ->
     folder = write_data_folder(tmp_path / "data", [[3, 1, 2], [2, 2]], num_items=3)
     with pytest.raises(FindRecError, match="fewer than three events"):
         export_events(folder, tmp_path / "events.csv")
+
+
+def test_setup_installs_pytorch_first_and_recbole_bare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    broken = True
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        failed = broken and "rectools[torch]==0.19.0" in command
+        return subprocess.CompletedProcess(command, int(failed), "", "no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(FindRecError, match="no network"):
+        setup_peers(tmp_path, REQUIREMENTS)
+    create, pytorch, rest = commands
+    assert create[-1] == str(tmp_path)
+    assert [part.split("==")[0] for part in pytorch if "==" in part] == ["torch"]
+    assert "numpy<2" in rest
+    assert not any(part.startswith(("recbole", "#")) for part in rest)
+    broken = False
+    setup_peers(tmp_path, REQUIREMENTS)
+    assert commands[-1][-2:] == ["--no-deps", "recbole==1.2.1"]
 
 
 def test_without_the_environment_there_are_no_rows_but_a_line(
