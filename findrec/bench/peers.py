@@ -1,0 +1,274 @@
+"""SASRec of other libraries against ours on one data set: targets a second, and seconds to a given quality.
+
+All train on the same events with the same width, blocks, heads, dropout and length, AdamW or Adam at one
+learning rate, and the exact softmax loss; ours and RecTools with as many tokens a step. Targets are what a
+step really trains: every position here and in RecTools (which keeps a user's last L + 1 events; here long
+histories are cut into windows), one for each prefix sample in RecBole. After each epoch the validation
+targets are ranked among the whole catalogue; that time is not on the clock. RecTools' catalogue lacks items
+that occur in no training event: a target among them counts as missed. Otherwise everyone keeps its own
+defaults: ours has an own-item head and shuffles events of one timestamp (`model.repeat=false` and
+`data.shuffle_ties=false` take them away), RecTools and RecBole have their own initialisation.
+
+Each of them runs in a process of its own with the same number of threads: ours here, the peers by
+`evaluation/benchmarks/peers/worker.py` in an environment of their own, as they need older libraries.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from findrec.bench.memory import peak_rss_bytes
+from findrec.bench.model import UNIT
+from findrec.bench.rows import Row
+from findrec.bench.timer import Timing
+from findrec.config import RunConfig, parse_config
+from findrec.datasets.folder import DataFolder
+from findrec.errors import FindRecError
+from findrec.paths import checkout, home
+from findrec.progress import progress, say
+from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.loop import run_training
+from findrec.training.tower import PlainTower
+from findrec.training.worker import Worker
+
+RATE_OP = f"training, {UNIT}"
+PEERS = ("rectools", "recbole")
+OURS = ("sasrec", "findrec")
+BASELINE = "rectools sasrec"
+NO_DEPENDENCIES = "recbole"  # pins a Ray of 2023 for its tuner, which is not used
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all of them are given."""
+
+    width: int = 64
+    length: int = 200
+    blocks: int = 2
+    heads: int = 2
+    dropout: float = 0.2
+    lr: float = 1e-3
+    tokens: int = 3200  # positions of a step (ours, RecTools)
+    prefix_batch: int = 256  # samples of a step (RecBole)
+    level: float = 0.045  # validation NDCG@10 that ends a training
+    limit_s: float = 300.0  # training seconds that end it too
+    threads: int = 2
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One training: for each epoch its seconds, targets and the validation NDCG@10 after it."""
+
+    seconds: tuple[float, ...]
+    targets: tuple[int, ...]
+    ndcg: tuple[float, ...]
+    peak_bytes: int  # largest resident set of the process, libraries included
+
+    def timing(self) -> Timing:
+        """Seconds per 1,000 targets of each epoch."""
+        both = zip(self.seconds, self.targets, strict=True)
+        return Timing(tuple(1000 * seconds / targets for seconds, targets in both))
+
+
+def default_peers() -> Path:
+    """`.venv-peers` beside the checkout's other folders."""
+    return (checkout() or home()) / ".venv-peers"
+
+
+def setup_peers(peers: Path, requirements: Path) -> None:
+    """Make the peers' environment from a requirements file. Raises `FindRecError` when pip fails.
+
+    PyTorch goes first, on its own: with other packages pip may pick a build with gigabytes of CUDA.
+    """
+    lines = [line.split("#")[0].strip() for line in requirements.read_text().splitlines()]
+    wanted = [line for line in lines if line]
+    first = [line for line in wanted if line.startswith("torch==")]
+    bare = [line for line in wanted if line.startswith(NO_DEPENDENCIES)]
+    rest = [line for line in wanted if line not in bare]
+    pip = [str(_python(peers)), "-m", "pip", "install", "-q", "--progress-bar", "off"]
+    steps = [[sys.executable, "-m", "venv", str(peers)], [*pip, *first], [*pip, *rest]]
+    for command in [*steps, [*pip, "--no-deps", *bare]]:
+        say(f"  {' '.join(command)}")
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise FindRecError(f"setting up {peers} failed at `{' '.join(command)}`:\n{done.stderr[-2000:]}")
+
+
+def bench_peers(
+    peers: Path, worker: Path, data: Path, settings: Settings, overrides: Sequence[str] = ()
+) -> list[Row]:
+    """Two rows for each of RecTools' SASRec, RecBole's, our SASRec and our FindRec: rate, time to the level.
+
+    `overrides` apply to our two. In the second row `median_s` is seconds of training until the validation
+    NDCG@10 reached `settings.level`; where it did not within the limit, `impl` says how far it came. No rows
+    at all, and a line that says why, without the peers' environment.
+    """
+    if not _python(peers).is_file():
+        say(
+            f"No rows of other libraries: there is no environment {peers}. Make it (2 GB, some minutes) with "
+            f"python evaluation/benchmarks/model.py --setup-peers --peers {peers}"
+        )
+        return []
+    folder = DataFolder.open(data)
+    found: dict[str, Trained] = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="findrec-peers-") as scratch,
+        progress(f"trainings on {data.name}", total=len(PEERS) + len(OURS), unit="systems") as bar,
+    ):
+        export_events(folder, Path(scratch) / "events.csv")
+        for name in OURS:
+            found[f"our {name}"] = train_ours(name, data, settings, overrides)
+            bar.advance()
+        for name in PEERS:
+            found[f"{name} sasrec"] = train_peer(name, _python(peers), worker, Path(scratch), settings)
+            bar.advance()
+    return make_rows(found, data.name, settings)
+
+
+def make_rows(found: dict[str, Trained], data: str, settings: Settings) -> list[Row]:
+    """The rows of `bench_peers`; ratios are to RecTools' SASRec."""
+    shape = f"{data} L{settings.length} d{settings.width}"
+    rates = {name: trained.timing() for name, trained in found.items()}
+    until = {name: seconds_to(trained, settings.level) for name, trained in found.items()}
+    rows = []
+    for name, trained in found.items():
+        best = f" (not reached: {max(trained.ndcg):.4f})" if until[name] is None else ""
+        spent = until[name] or sum(trained.seconds)
+        base = until[BASELINE] or sum(found[BASELINE].seconds)
+        for op, impl, median_s, p10_s, ratio in (
+            (RATE_OP, name, rates[name].median_s, rates[name].p10_s, rates[BASELINE].median_s),
+            (f"training to NDCG@10 {settings.level}", name + best, spent, spent, base),
+        ):
+            peak = trained.peak_bytes
+            rows.append(Row(op, shape, "float32", impl, BASELINE, median_s, p10_s, peak, ratio / median_s))
+    return rows
+
+
+def seconds_to(trained: Trained, level: float) -> float | None:
+    """Seconds of training after which the validation NDCG@10 was first at `level`; None if it never was."""
+    for epoch, ndcg in enumerate(trained.ndcg):
+        if ndcg >= level:
+            return sum(trained.seconds[: epoch + 1])
+    return None
+
+
+def export_events(folder: DataFolder, path: Path) -> None:
+    """All events as `user,item,place`, users and places ascending. The last two of a user are its targets.
+
+    Raises `FindRecError` for a data set whose targets are not single events: the peers know no other.
+    """
+    if bool((folder.test_start != folder.length - 1).any() | (folder.valid_start != folder.length - 2).any()):
+        raise FindRecError(
+            f"{folder.path} cannot be compared on: peers hold out the last two events of every user, and "
+            "here some user has fewer than three events or a basket as a target; use one like ml-100k"
+        )
+    with path.open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["user", "item", "place"])
+        for user in range(folder.num_users):
+            items = folder.histories([user]).item.tolist()
+            writer.writerows((user, item, place) for place, item in enumerate(items))
+
+
+def train_peer(name: str, python: Path, worker: Path, scratch: Path, settings: Settings) -> Trained:
+    """Run a peer's training in its own environment. Raises `FindRecError` with the end of what it printed."""
+    result = scratch / f"{name}.json"
+    command = [str(python), str(worker), name, str(scratch), str(result)]
+    command += ["--settings", json.dumps(asdict(settings))]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode or not result.is_file():
+        raise FindRecError(f"{name} failed in {python}:\n{(done.stderr or done.stdout)[-2000:]}")
+    return _trained(json.loads(result.read_text()))
+
+
+def train_ours(name: str, data: Path, settings: Settings, overrides: Sequence[str] = ()) -> Trained:
+    """Train one of our models in a process of its own, as the peers are."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return _trained(pool.apply(_train_ours, (name, str(data), settings, list(overrides))))
+
+
+def our_config(name: str, settings: Settings, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that gives ours what `settings` gives the peers."""
+    given = {
+        "model.name": name,
+        "model.dim": settings.width,
+        "model.layers": settings.blocks,
+        "model.heads": settings.heads,
+        "model.dropout": settings.dropout,
+        "data.max_length": settings.length,
+        "training.microbatches": 1,
+        "training.tokens": settings.tokens,
+        "training.epochs": 1000,
+        "training.save_every": 1000,
+        "training.optim.lr": settings.lr,
+        "training.optim.schedule": "constant",
+        "training.optim.warmup": 0.0,
+        "cluster.workers": 1,
+    }
+    return parse_config({}, [*(f"{key}={value}" for key, value in given.items()), *overrides])
+
+
+class _OverError(Exception):
+    """The level or the limit is reached."""
+
+
+def _train_ours(name: str, data: str, settings: Settings, overrides: list[str]) -> dict[str, Any]:
+    torch.set_num_threads(settings.threads)
+    config = our_config(name, settings, overrides)
+    folder = DataFolder.open(Path(data), verify=False)
+    torch.manual_seed(config.training.seed)
+    model = build_tower_model(config, folder)
+    targets = int((folder.valid_start - 1).clip(min=0).sum())  # every training event but a user's first
+    epochs: list[dict[str, float]] = []
+
+    def judge(values: dict[str, float]) -> None:
+        seconds = targets / values["train/epoch_targets_per_s"]
+        epochs.append({"seconds": seconds, "targets": targets, "ndcg": values["valid/ndcg@10"]})
+        spent = sum(epoch["seconds"] for epoch in epochs)
+        if values["valid/ndcg@10"] >= settings.level or spent > settings.limit_s:
+            raise _OverError
+
+    scratch = Path(tempfile.mkdtemp(prefix="findrec-bench-"))
+    try:
+        run_training(
+            config,
+            folder,
+            scratch,
+            PlainTower(model, config.training.optim),
+            build_table(config, folder),
+            modalities=used_modalities(config, folder),
+            worker=Worker(),
+            after_epoch=judge,
+        )
+    except _OverError:
+        pass
+    finally:
+        shutil.rmtree(scratch)
+    return {"epochs": epochs, "peak_bytes": peak_rss_bytes()}
+
+
+def _trained(answer: dict[str, Any]) -> Trained:
+    epochs = [epoch for epoch in answer["epochs"] if epoch["targets"]]
+    return Trained(
+        seconds=tuple(epoch["seconds"] for epoch in epochs),
+        targets=tuple(int(epoch["targets"]) for epoch in epochs),
+        ndcg=tuple(epoch["ndcg"] for epoch in epochs),
+        peak_bytes=int(answer["peak_bytes"]),
+    )
+
+
+def _python(peers: Path) -> Path:
+    return peers / "bin" / "python"
