@@ -30,7 +30,7 @@ from findrec.models.registry import build_model
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import progress
 from findrec.tables.item_table import ItemTable
-from findrec.training.objectives import all_positions_loss
+from findrec.training.objectives import microbatch_loss
 from findrec.training.tower import PlainTower
 
 FEATURES = {"image": 2048, "text": 1024}
@@ -132,14 +132,15 @@ def findrec_step(shape: Shape, overrides: Sequence[str] = ()) -> Callable[[], in
         train_count=torch.bincount(item_BX.flatten(), minlength=shape.items + 1),
     )
     tower = PlainTower(model.train(), config.training.optim)
+    catalogue = TablesInMemory(used)
 
     def step() -> int:
         batch = shown_batch(item_BX)
-        all_positions_loss(
+        microbatch_loss(
             tower,
             table,
             batch,
-            gather(used, batch.ids),
+            catalogue,
             num_targets=len(batch.target),
             num_microbatches=1,
             seed=0,
@@ -163,9 +164,19 @@ def shown_batch(item_BX: Tensor) -> Batch:
     )
 
 
-def gather(tables: Mapping[str, Tensor], ids_U: Tensor) -> dict[str, ModalRows]:
-    """Features of a batch's distinct items."""
-    return {name: ModalRows(table[ids_U], ids_U > 0) for name, table in tables.items()}
+class TablesInMemory:
+    """Features of items from tables `[V + 1, M]`; see `findrec.datasets.catalogue.ItemFeatures`."""
+
+    def __init__(self, tables: Mapping[str, Tensor]) -> None:
+        self._tables = dict(tables)
+
+    def features(self, ids_n: Tensor) -> dict[str, ModalRows]:
+        """Rows of the items `ids_n`."""
+        return {name: ModalRows(table[ids_n], ids_n > 0) for name, table in self._tables.items()}
+
+    def all_features(self, device: torch.device | str) -> dict[str, ModalRows]:
+        """Rows of all items."""
+        return {name: ModalRows(table, torch.arange(len(table)) > 0) for name, table in self._tables.items()}
 
 
 def bench_published(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +12,18 @@ from findrec.datasets.batch import ModalRows
 from findrec.datasets.folder import DataFolder
 
 
+class ItemFeatures(Protocol):
+    """Where training finds the features of items."""
+
+    def features(self, ids_n: Tensor) -> Mapping[str, ModalRows]:
+        """One `ModalRows` for each modality, row k for item `ids_n[k]`, on the device of `ids_n`."""
+
+    def all_features(self, device: torch.device | str) -> Mapping[str, ModalRows]:
+        """Those of items 0..V (0 is padding)."""
+
+
 class Catalogue:
-    """Features of the items of a data folder, in the modalities a model is given."""
+    """Features of the items of a data folder, in the modalities a model is given (`ItemFeatures`)."""
 
     def __init__(self, folder: DataFolder, modalities: Sequence[str]) -> None:
         self.num_items = folder.num_items
@@ -21,13 +32,13 @@ class Catalogue:
         self._whole: dict[str, ModalRows] | None = None
 
     def features(self, ids_n: Tensor) -> dict[str, ModalRows]:
-        """One `ModalRows` for each modality, row k for item `ids_n[k]`, on the device of `ids_n`."""
+        """See `ItemFeatures`."""
         rows = {m: self._folder.feature(m).rows(ids_n.cpu()) for m in self.modalities}
         device = ids_n.device
         return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}
 
     def all_features(self, device: torch.device | str) -> dict[str, ModalRows]:
-        """Those of items 0..V (0 is padding), kept in memory as float32 once asked for."""
+        """See `ItemFeatures`; kept in memory as float32 once asked for."""
         if self._whole is None:
             self._whole = self.features(torch.arange(self.num_items + 1, device=device))
         return self._whole

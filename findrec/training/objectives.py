@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.catalogue import Catalogue
+from findrec.datasets.catalogue import ItemFeatures
 from findrec.models.repeat import own_items
 from findrec.ops.linear_cross_entropy import OwnBonus
 from findrec.tables.item_table import ItemTable, Transform
@@ -35,7 +35,7 @@ def microbatch_loss(
     tower: Tower,
     table: ItemTable,
     batch: Batch,
-    catalogue: Catalogue,
+    catalogue: ItemFeatures,
     *,
     num_targets: int,
     num_microbatches: int,
@@ -82,7 +82,7 @@ def microbatch_loss(
     )
 
 
-def _content(tower: Tower, catalogue: Catalogue) -> Transform:
+def _content(tower: Tower, catalogue: ItemFeatures) -> Transform:
     """How the table's rows become the vectors that are scored, for a model that scores content."""
 
     def transform(ids: Tensor | None, rows: Tensor) -> Tensor:
