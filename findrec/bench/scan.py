@@ -40,7 +40,7 @@ SHAPES: tuple[Shape, ...] = (
     (2, 1024, 128, 16),
 )
 BASELINES = ("unbind", "mambapy")
-MANY_STATES = 2**27  # runs times the B L D N states of a shape: beyond, a shape gets fewer runs
+MANY_STATES = 2**26  # runs times the B L D N states of a shape: beyond, a shape gets fewer runs
 FEWEST_RUNS = 3
 
 

@@ -8,7 +8,7 @@ user's history; users never see each other, and right padding is never seen by a
 A step sees all steps up to itself, or with `window` w the last w of them, itself included. The window slides
 exactly: what a step sees depends neither on the length nor on where blocks of the computation begin.
 Windowed queries go in blocks of w/2 with the 3w/2 keys they may need, under one mask that all blocks share
-(on CPU a fifth of the time of blocks of w), so time and memory are O(L w) and nothing of size L x L exists.
+(on CPU two thirds of the time of blocks of w): time and memory are O(L w), nothing of size L x L exists.
 
 Shape letters: M modalities, B rows, L steps, H heads, h width of a head, X = 2 M B, N blocks, b their steps.
 """

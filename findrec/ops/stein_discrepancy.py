@@ -12,12 +12,13 @@ Langevin-Stein kernel is
 and KSD^2 is its mean over pairs of different rows (unbiased: it may dip below 0 near equality). All work is
 matrix products of n x D blocks, in float32 or float64 even under autocast.
 
-| impl        | what                                                                        | memory         |
-|-------------|-----------------------------------------------------------------------------|----------------|
-| `reference` | the formulas above on whole n x n matrices, under autograd                  | ~20 n x n      |
-| `tiled`     | value and hand-derived gradient in one pass over row tiles (`_pair_sums`)   | O(n) + a score |
+| impl        | what                                                                    | memory         |
+|-------------|-------------------------------------------------------------------------|----------------|
+| `reference` | the formulas above on whole n x n matrices, under autograd              | a dozen n x n  |
+| `tiled`     | value and hand-derived gradient, one pass over row tiles (`_pair_sums`) | a few tiles    |
 
-`auto` is `tiled`. Its gradient is a constant to autograd: for second derivatives take `reference`.
+`auto` is `tiled`; a tile has 4 MiB in float32. The score "kde" adds a few n x m matrices to either. To autograd
+the gradient of `tiled` is a constant: take `reference` for second derivatives.
 Shape letters: n rows of the sample, m rows of the reference, D width.
 """
 
