@@ -38,8 +38,8 @@ class Batch:
         position: Tensor,
         target: Tensor,
         gap: Tensor | None = None,
-        event: Tensor | None = None,
         wait: Tensor | None = None,
+        event: Tensor | None = None,
     ) -> Batch:
         """Fill in `ids` and `index` from `item`."""
         flat = torch.cat([item.new_zeros(1), item.reshape(-1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,11 @@ def gap_buckets(timestamp: Int64Array, offset: Int64Array) -> Int64Array:
     bucket = np.minimum(1 + np.floor(np.log2(1.0 + seconds)).astype(np.int64), LARGEST_GAP)
     bucket[offset[:-1][np.diff(offset) > 0]] = 0
     return bucket
+
+
+def gap_bucket(seconds: int) -> int:
+    """The bucket of `gap_buckets` for one time that has passed."""
+    return min(1 + math.floor(math.log2(1.0 + max(seconds, 0))), LARGEST_GAP)
 
 
 @dataclass(frozen=True)

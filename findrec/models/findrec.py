@@ -18,20 +18,18 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from findrec.config import ModelConfig, RoutingConfig
 from findrec.datasets.batch import Batch, ModalRows
-from findrec.errors import FindRecError
 from findrec.models.alignment import Alignment, diagnose_alignment
 from findrec.models.base import Out, SequenceModel, Term
+from findrec.models.control import Control
 from findrec.models.item_side import ItemSide
-from findrec.models.latents import Latents, ModalEncoder
-from findrec.models.layers import Dropout, Inputs, LayerScale, Moment, asked_rows
+from findrec.models.latents import ModalEncoder
+from findrec.models.layers import Inputs, Moment, asked_rows
 from findrec.models.repeat import RepeatHead
 from findrec.models.streams import build_stream
-from findrec.ops.cross_modal_attention import cross_modal_attention
-from findrec.ops.expert_routing import Routed, expert_routing
+from findrec.ops.expert_routing import Routed
 
 
 class FindRec(SequenceModel):
@@ -97,91 +95,6 @@ class FindRec(SequenceModel):
             return rows
         whole: Tensor = self.item_side(rows, features)
         return whole
-
-
-class Control(nn.Module):
-    """Cross-modal attention, per-head routing, and fusion to a correction of the ID stream's vector."""
-
-    def __init__(self, config: ModelConfig, num_modal: int) -> None:
-        super().__init__()
-        dim, self.routing = config.dim, config.routing
-        self.heads = self.routing.heads
-        if dim % self.heads:
-            raise FindRecError(
-                f"model.dim={dim} is no multiple of model.routing.heads={self.heads}: each head takes an "
-                "equal part of the width; change one of them"
-            )
-        width = dim // self.heads
-        self.norm_id = nn.LayerNorm(dim)
-        self.norm_modal = nn.ModuleList([nn.LayerNorm(dim) for _ in range(num_modal)])
-        self.qkv_id = nn.Linear(dim, 3 * dim)
-        self.qkv_modal = nn.ModuleList([nn.Linear(dim, 3 * dim) for _ in range(num_modal)])
-        self.experts = HeadExperts(2 * num_modal * width, 2 * width, self.routing, config.dropout)
-        self.fuse = nn.Linear(3 * dim, dim)
-        self.scale = LayerScale(dim)  # small: training starts near the ID stream alone
-        self.dropout = Dropout(config.dropout)
-
-    def forward(
-        self, batch: Batch, id_BLd: Tensor, id_Td: Tensor, latents: list[Latents]
-    ) -> tuple[Tensor, Routed]:
-        """The correction `[T, d]` and what the router did."""
-        b, length, dim = id_BLd.shape
-        split = (self.heads, dim // self.heads)
-        id_BLd = self.norm_id(id_BLd)
-        id_qkv = self.qkv_id(id_BLd).view(b, length, 3, *split)
-        # Latents know no time: normalise and project once per distinct item, then gather.
-        modal_Ud = [norm(latent.z_Ud) for norm, latent in zip(self.norm_modal, latents, strict=True)]
-        modal_UX = [project(modal) for project, modal in zip(self.qkv_modal, modal_Ud, strict=True)]
-        modal_qkv = torch.stack([F.embedding(batch.index, x) for x in modal_UX])
-        reads_id, reads_modal = cross_modal_attention(
-            id_qkv, modal_qkv.view(-1, b, length, 3, *split), window=self.routing.window or None
-        )
-
-        item_T = batch.index.flatten().index_select(0, batch.position)
-        parts = []
-        own_THh = asked_rows(id_BLd, batch).view(-1, *split)
-        for modal, to_modal, to_id in zip(modal_Ud, reads_id, reads_modal, strict=True):
-            parts.append(F.embedding(item_T, modal).view(-1, *split) + asked_rows(to_modal, batch))
-            parts.append(own_THh + asked_rows(to_id, batch))
-        routed: Routed = self.experts(torch.cat(parts, dim=-1))
-        fused_Td = self.fuse(torch.cat([id_Td, routed.out_THo.flatten(1)], dim=1))
-        return self.scale(self.dropout(fused_Td)), routed
-
-
-class HeadExperts(nn.Module):
-    """Router and experts of all heads; the router is shared, each head has experts of its own."""
-
-    def __init__(self, width: int, out_width: int, config: RoutingConfig, dropout: float) -> None:
-        super().__init__()
-        self.config = config
-        self.norm = nn.LayerNorm(width)
-        self.router = None
-        if config.kind == "learned":
-            last = nn.Linear(2 * width, config.experts)
-            nn.init.xavier_uniform_(last.weight, gain=0.1)  # gates start near even
-            nn.init.zeros_(last.bias)
-            self.router = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), Dropout(dropout), last)
-        bound = width**-0.5
-        self.weight = nn.Parameter(
-            torch.empty(config.heads, config.experts, width, out_width).uniform_(-bound, bound)
-        )
-        self.bias = nn.Parameter(torch.zeros(config.heads, config.experts, out_width))
-
-    def forward(self, x_THi: Tensor) -> Routed:
-        """See `expert_routing`."""
-        x_THi = self.norm(x_THi)
-        if self.router is None:
-            logits_THE = x_THi.new_zeros(*x_THi.shape[:2], self.config.experts)
-        else:
-            logits_THE = self.router(x_THi)
-        return expert_routing(
-            x_THi,
-            logits_THE,
-            self.weight,
-            self.bias,
-            temperature=self.config.temperature,
-            top_k=self.config.top_k,
-        )
 
 
 def _routing_terms(routed: Routed, config: RoutingConfig) -> dict[str, Term]:

@@ -106,6 +106,10 @@ class Moment(nn.Module):
         """`[T, d]` user vectors, each at its own waiting time (`batch.wait`)."""
         if batch.wait is None:
             raise ValueError("model.wait needs batches that carry the time of asking (Batch.wait)")
-        gain_Td, shift_Td = self.change(batch.wait).chunk(2, dim=1)
+        return self.at(h_Td, batch.wait)
+
+    def at(self, h_Td: Tensor, wait_T: Tensor) -> Tensor:
+        """The same with the buckets of waiting time given."""
+        gain_Td, shift_Td = self.change(wait_T).chunk(2, dim=1)
         changed: Tensor = h_Td * (1.0 + gain_Td) + shift_Td
         return changed

@@ -66,6 +66,17 @@ def own_items(batch: Batch) -> OwnItems:
     return OwnItems(ids_BN, row_T, seen_TN, phi_TRN.transpose(1, 2))
 
 
+def repeat_features(count: Tensor, lag: Tensor, recent: Tensor) -> Tensor:
+    """`[N, R]` features of N items a user has met, from float vectors `[N]`: times met, events since the last
+    time (0: just now), times met within the last `RECENT` events.
+    """
+    phi_1RN = count.new_empty(1, NUM_REPEAT_FEATURES, len(count))
+    met = torch.ones_like(count, dtype=torch.bool)
+    count, lag, recent = (x.clone()[None] for x in (count, lag, recent))  # used up by what follows
+    _fill_features(phi_1RN, count, lag, recent, met[None])
+    return phi_1RN[0].t()
+
+
 def _fill_features(phi: Tensor, count: Tensor, lag: Tensor, recent: Tensor, seen: Tensor) -> None:
     """Write the features `[T, R, N]`; `count`, `lag` and `recent` are used up."""
     there = seen.to(torch.float32)

@@ -1,0 +1,141 @@
+"""Serving a stream of events with FindRec: a user's state is kept, one event appended, next items ranked.
+
+Appending costs the same however long the history is: the Mamba stream keeps a state of fixed size and
+attention the keys and values of the events in its window. (With `model.routing.window=0` attention sees all
+events, and both memory and cost grow with them.) What is ranked equals the full forward pass over the whole
+history, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from findrec.datasets.batch import Batch
+from findrec.datasets.batches import gap_bucket
+from findrec.datasets.catalogue import ItemFeatures
+from findrec.errors import FindRecError
+from findrec.models.findrec import FindRec
+from findrec.models.mamba import MambaState, MambaStream
+from findrec.models.repeat import RECENT, repeat_features
+
+
+@dataclass
+class UserState:
+    """Everything that is remembered of one user; `StreamingFindRec.append` changes it in place."""
+
+    stream: list[MambaState]
+    memory: Tensor | None  # keys and values of the control's attention; None without modalities
+    vector_d: Tensor | None = None  # user vector before the moment of asking and the last norm
+    num_events: int = 0
+    timestamp: int = 0  # seconds, of the last event
+    times_met: Counter[int] = field(default_factory=Counter)
+    last_met: dict[int, int] = field(default_factory=dict)  # number of the event, from 0
+    recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+
+class StreamingFindRec:
+    """A trained FindRec with its item table, one user at a time."""
+
+    def __init__(self, model: FindRec, table_weight: Tensor, catalogue: ItemFeatures) -> None:
+        """`table_weight` is `[V + 1, d]`. Raises `FindRecError` for a stream other than Mamba, whose state
+        would grow with the history.
+        """
+        if not isinstance(model.stream, MambaStream):
+            raise FindRecError(
+                f"streaming needs model.stream.kind=mamba, this model has {model.config.stream.kind!r}"
+            )
+        self._model, self._stream, self._catalogue = model.eval(), model.stream, catalogue
+        self._rows_Vd = self.items_Vd = table_weight.detach().float()
+        if model.content_scores:
+            with torch.no_grad():
+                features = catalogue.all_features(self._rows_Vd.device)
+                self.items_Vd = model.item_transform(self._rows_Vd, features)
+
+    def start(
+        self, items: Sequence[int] = (), timestamps: Sequence[int] = (), events: Sequence[int] = ()
+    ) -> UserState:
+        """The state after a history (ids 1..V, seconds, codes of event types), oldest event first."""
+        memory = None if self._model.control is None else self._model.control.empty_memory(1)
+        state = UserState(self._stream.initial_state(1), memory)
+        for place, item in enumerate(items):
+            when = timestamps[place] if len(timestamps) else None
+            self.append(state, item, when, events[place] if len(events) else None)
+        return state
+
+    @torch.no_grad()
+    def append(
+        self, state: UserState, item: int, timestamp: int | None = None, event: int | None = None
+    ) -> None:
+        """One more event of the user. Raises `ValueError` for an unknown item or a time before the last."""
+        if not 1 <= item < len(self._rows_Vd):
+            raise ValueError(f"item {item} is not in the catalogue: ids are 1..{len(self._rows_Vd) - 1}")
+        now = state.timestamp if timestamp is None else timestamp
+        if state.num_events and now < state.timestamp:
+            raise ValueError(
+                f"an event at {now} s cannot follow one at {state.timestamp} s: events come in order of time"
+            )
+        batch = self._one_event(state, item, now, event)
+        features = self._catalogue.features(batch.ids)
+        rows_Ud = self._rows_Vd[batch.ids]
+        if self._model.item_side is not None and self._model.content_inputs:
+            rows_Ud = self._model.item_side(rows_Ud, features)
+        vector_1d, state.stream = self._stream.step(self._model.inputs(batch, rows_Ud)[:, 0], state.stream)
+        if self._model.control is not None and state.memory is not None:
+            latents = [encoder(features[m]).z_Ud for m, encoder in self._model.encoders.items()]
+            z_M1d = torch.stack([z_Ud[batch.index[:, 0]] for z_Ud in latents])
+            correction_1d, state.memory = self._model.control.step(vector_1d, z_M1d, state.memory)
+            vector_1d = vector_1d + correction_1d
+        state.vector_d, state.timestamp = vector_1d[0], now
+        state.times_met[item] += 1
+        state.last_met[item] = state.num_events
+        state.recent.append(item)
+        state.num_events += 1
+
+    def _one_event(self, state: UserState, item: int, now: int, event: int | None) -> Batch:
+        gap = gap_bucket(now - state.timestamp) if state.num_events else 0
+        return Batch.build(
+            item=torch.tensor([[item]]),
+            length=torch.ones(1, dtype=torch.int64),
+            user=torch.zeros(1, dtype=torch.int64),
+            position=torch.zeros(1, dtype=torch.int64),
+            target=torch.zeros(0, dtype=torch.int64),
+            gap=torch.tensor([[gap]]),
+            event=torch.tensor([[1 if event is None else event + 2]]),
+        )
+
+    @torch.no_grad()
+    def scores(self, state: UserState, now: int | None = None) -> Tensor:
+        """`[V + 1]` scores of all items (padding: -inf), asked for at `now` (seconds; default: at once).
+
+        Raises `ValueError` for a user without events: there is nothing to go by.
+        """
+        if state.vector_d is None:
+            raise ValueError("a user without events has no vector; append an event first")
+        h_1d = state.vector_d[None]
+        if self._model.moment is not None:
+            later = max(0, (state.timestamp if now is None else now) - state.timestamp)
+            h_1d = self._model.moment.at(h_1d, torch.tensor([gap_bucket(later)]))
+        h_1d = self._model.norm(h_1d)
+        scores_V: Tensor = self.items_Vd @ h_1d[0]
+        if self._model.repeat_head is not None:
+            own = list(state.times_met)
+            recent = Counter(state.recent)
+            phi_NR = repeat_features(
+                count=torch.tensor([float(state.times_met[item]) for item in own]),
+                lag=torch.tensor([float(state.num_events - 1 - state.last_met[item]) for item in own]),
+                recent=torch.tensor([float(recent[item]) for item in own]),
+            )
+            scores_V[own] += phi_NR @ self._model.repeat_head(h_1d)[0]
+        scores_V[0] = -torch.inf
+        return scores_V
+
+    def recommend(self, state: UserState, k: int, now: int | None = None) -> list[tuple[int, float]]:
+        """The k items of highest score, `(item, score)`, best first."""
+        scores_V = self.scores(state, now)
+        best = scores_V.topk(min(k, len(scores_V) - 1))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -1,0 +1,97 @@
+"""One event after the other gives what the full forward pass over the whole history gives."""
+
+import numpy as np
+import pytest
+import torch
+from planted import make_config
+
+from findrec.datasets.catalogue import Catalogue
+from findrec.datasets.memory import write_data_folder
+from findrec.errors import FindRecError
+from findrec.evaluation.scorers import ModelScorer, UserBlock
+from findrec.models.streaming import StreamingFindRec
+from findrec.training.build import build_table, build_tower_model, used_modalities
+
+NUM_ITEMS, LONGEST = 40, 150
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    lengths = [2, 3, 9, 40, LONGEST]
+    histories = [rng.integers(1, NUM_ITEMS + 1, n) for n in lengths]
+    times = [np.cumsum(10 ** rng.integers(0, 6, n)) for n in lengths]
+    events = [[f"type {i}" for i in rng.integers(0, 3, n)] for n in lengths]
+    text, image = rng.normal(size=(NUM_ITEMS, 12)), rng.normal(size=(NUM_ITEMS, 7))
+    image[::3] = np.nan
+    features = {"text": text, "image": image}
+    path = tmp_path_factory.mktemp("streaming") / "data"
+    return write_data_folder(path, histories, times, features=features, events=events, num_items=NUM_ITEMS)
+
+
+VARIANTS = {
+    "plain": {"repeat": False},
+    "everything": {"gaps": True, "events": True, "wait": True, "items": {"features": "both"}},
+    "window": {"routing": {"window": 7, "heads": 2}, "repeat": True},
+    "ids alone": {"modalities": [], "gaps": True},
+}
+
+
+def build(folder, change):
+    tree = make_config().model_dump()
+    tree["model"] |= change
+    tree["data"]["max_length"] = LONGEST
+    config = type(make_config()).model_validate(tree)
+    torch.manual_seed(0)
+    model, table = build_tower_model(config, folder), build_table(config, folder)
+    for p in model.parameters():  # away from zeros and ones, so that every path matters
+        p.data += 0.05 * torch.randn_like(p)
+    return model.eval(), table, Catalogue(folder, used_modalities(config, folder))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_ranking_after_each_history_equals_the_full_forward_pass(folder, name):
+    model, table, catalogue = build(folder, VARIANTS[name])
+    streaming = StreamingFindRec(model, table.weight, catalogue)
+    scorer = ModelScorer(model, table.weight, folder, catalogue.modalities, LONGEST, "cpu")
+    users = np.flatnonzero(folder.test_start > 0)
+    whole = folder.histories(users)
+    queries = scorer.queries(UserBlock.read(folder, "test", users, LONGEST))
+    want = queries.users_Bd @ scorer.items_Vd.t()
+    if queries.own_ids_BN is not None:
+        want.scatter_add_(1, queries.own_ids_BN, queries.own_bonus_BN)
+    for b in range(len(users)):
+        shown = slice(whole.offset[b], whole.offset[b + 1] - 1)  # the test target comes last
+        state = streaming.start(
+            whole.item[shown].tolist(), whole.timestamp[shown].tolist(), whole.event[shown].tolist()
+        )
+        asked = int(whole.timestamp[whole.offset[b + 1] - 1])
+        got = streaming.scores(state, asked)
+        torch.testing.assert_close(got[1:], want[b, 1:], rtol=1e-4, atol=1e-4)
+        first = streaming.recommend(state, 5, asked)
+        assert [item for item, _ in first] == want[b, 1:].topk(5).indices.add(1).tolist()
+
+
+def test_the_state_does_not_grow_with_the_history(folder):
+    model, table, catalogue = build(folder, {"routing": {"window": 20, "heads": 2}})
+    streaming = StreamingFindRec(model, table.weight, catalogue)
+    sizes = []
+    for num_events in (30, 120):
+        state = streaming.start([1 + i % 5 for i in range(num_events)])
+        tensors = [state.memory, state.vector_d, *(x for s in state.stream for x in vars(s).values())]
+        sizes.append(sum(x.numel() for x in tensors))
+    assert sizes[0] == sizes[1]
+
+
+def test_what_cannot_be_is_refused(folder):
+    model, table, catalogue = build(folder, {})
+    streaming = StreamingFindRec(model, table.weight, catalogue)
+    with pytest.raises(ValueError, match="append an event first"):
+        streaming.scores(streaming.start())
+    with pytest.raises(ValueError, match="not in the catalogue"):
+        streaming.start([NUM_ITEMS + 1])
+    with pytest.raises(ValueError, match="in order of time"):
+        streaming.start([1, 2], [100, 50])
+    gru, table, catalogue = build(folder, {"stream": {"kind": "gru"}})
+    with pytest.raises(FindRecError, match=r"stream\.kind=mamba"):
+        StreamingFindRec(gru, table.weight, catalogue)
