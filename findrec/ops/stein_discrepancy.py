@@ -17,8 +17,8 @@ matrix products of n x D blocks, in float32 or float64 even under autocast.
 | `reference` | the formulas above on whole n x n matrices, under autograd              | a dozen n x n  |
 | `tiled`     | value and hand-derived gradient, one pass over row tiles (`_pair_sums`) | a few tiles    |
 
-`auto` is `tiled`; a tile has 4 MiB in float32. The score "kde" adds a few n x m matrices to either. To
-autograd the gradient of `tiled` is a constant: take `reference` for second derivatives.
+`auto` is `tiled`; a tile has 4 MiB in float32. The score "kde" adds a few n x m matrices. To autograd
+the gradient of `tiled` is a constant: take `reference` for second derivatives.
 Shape letters: n rows of the sample, m rows of the reference, D width.
 """
 
