@@ -3,6 +3,7 @@
 
 VENV   ?= .venv
 PYTHON ?= python3
+TESTERS ?= 2
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 PLACE   = $(if $(FINDREC_HOME),$(FINDREC_HOME),$(CURDIR))
@@ -38,8 +39,9 @@ demo: setup
 	@echo "Report   $(PLACE)/runs/demo/report.html (open it in a browser)"
 	@echo "MLflow   $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(PLACE)/mlflow.db"
 
+# One file of tests is one process's; each process keeps to one core.
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check $(CODE)

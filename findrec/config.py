@@ -29,6 +29,7 @@ class DataConfig(Section):
     folder: str | None = None  # the prepared folder; default data/<recipe name>
     max_length: int = Field(200, ge=2, le=65536)  # events a window or an evaluated history holds
     overlap: float = Field(0.5, ge=0.0, lt=1.0)  # part of a window that repeats earlier events as context
+    feature_noise: float = Field(0.0, ge=0, le=1)  # share of items that swap features: an ablation
     shuffle_ties: bool = True  # events of one timestamp get a new order every epoch (training only)
 
 

@@ -38,7 +38,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.errors import FindRecError
 from findrec.paths import checkout, home
 from findrec.progress import progress, say
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_table, build_tower_model
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -249,7 +249,6 @@ def _train_ours(name: str, data: str, settings: Settings, overrides: list[str]) 
             scratch,
             PlainTower(model, config.training.optim),
             build_table(config, folder),
-            modalities=used_modalities(config, folder),
             worker=Worker(),
             after_epoch=judge,
         )

@@ -76,7 +76,6 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         checkpoint_folder(run_folder),
         tower,
         table,
-        modalities=modalities,
         worker=worker,
         log=None if log is None else _Both(log, tracker),
         on_resume=None if log is None else log.truncate_after,

@@ -25,15 +25,25 @@ class ItemFeatures(Protocol):
 class Catalogue:
     """Features of the items of a data folder, in the modalities a model is given (`ItemFeatures`)."""
 
-    def __init__(self, folder: DataFolder, modalities: Sequence[str]) -> None:
+    def __init__(
+        self, folder: DataFolder, modalities: Sequence[str], *, noise: float = 0.0, seed: int = 0
+    ) -> None:
+        """With `noise` that share of the items, drawn by `seed`, swap their features among themselves: what a
+        model makes of wrong content.
+        """
         self.num_items = folder.num_items
+        self._source = torch.arange(folder.num_items + 1)  # whose features each item has
+        generator = torch.Generator().manual_seed(seed)
+        swapped = 1 + torch.randperm(folder.num_items, generator=generator)[: round(noise * folder.num_items)]
+        self._source[swapped] = swapped.roll(1)
         self.modalities = list(modalities)
         self._folder = folder
         self._whole: dict[str, ModalRows] | None = None
 
     def features(self, ids_n: Tensor) -> dict[str, ModalRows]:
         """See `ItemFeatures`."""
-        rows = {m: self._folder.feature(m).rows(ids_n.cpu()) for m in self.modalities}
+        source_n = self._source[ids_n.cpu()]
+        rows = {m: self._folder.feature(m).rows(source_n) for m in self.modalities}
         device = ids_n.device
         return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}
 

@@ -23,7 +23,7 @@ from findrec.evaluation.evaluate import evaluate_scorers, write_results
 from findrec.evaluation.report import draw_users, format_table, sample_recommendations, write_report
 from findrec.evaluation.scorers import ModelScorer, Scorer
 from findrec.progress import say
-from findrec.training.build import build_tower_model, used_modalities
+from findrec.training.build import build_catalogue, build_tower_model
 from findrec.training.checkpoint import best_checkpoint
 from findrec.training.runs import (
     TRAINED_BASELINES,
@@ -49,8 +49,7 @@ def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str
     return ModelScorer(
         model,
         saved.table["weight"],
-        folder,
-        modalities=used_modalities(job.config, folder),
+        build_catalogue(job.config, folder),
         max_length=job.config.data.max_length,
         device=device,
         name=job.name,

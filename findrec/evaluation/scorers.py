@@ -11,7 +11,6 @@ Shape letters: B users, V items, d width, N own items, R repeat features, C case
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,7 +126,7 @@ class ModelScorer(VectorScorer):
     Args:
         model: called as `model(batch, x_items, features)`; put into evaluation mode here.
         table_weight: float32 `[V + 1, d]` rows of the item table.
-        folder: where the features of `modalities` are read.
+        catalogue: the features of the modalities the model was built with.
         max_length: the events a history is cut to (kept for the record: blocks come cut already).
         device: where the model lives; the table is moved there.
         name: the model's name in result rows.
@@ -137,15 +136,14 @@ class ModelScorer(VectorScorer):
         self,
         model: SequenceModel,
         table_weight: Tensor,
-        folder: DataFolder,
-        modalities: Sequence[str],
+        catalogue: Catalogue,
         max_length: int,
         device: torch.device | str,
         name: str = "findrec",
     ) -> None:
         self.name = name
         self.max_length = max_length
-        self._model, self._catalogue = model.eval(), Catalogue(folder, modalities)
+        self._model, self._catalogue = model.eval(), catalogue
         self._rows_Vd = self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
         if model.content_scores:
             with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from findrec.config import RunConfig
+from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.errors import FindRecError, suggest
 from findrec.models.base import SequenceModel
@@ -24,6 +25,12 @@ def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
             hint = suggest(name, folder.modalities)
             raise FindRecError(f"model.modalities names {name!r}, but {folder.path} has {have}{hint}")
     return list(config.model.modalities)
+
+
+def build_catalogue(config: RunConfig, folder: DataFolder) -> Catalogue:
+    """Features of the modalities the model is given."""
+    names = used_modalities(config, folder)
+    return Catalogue(folder, names, noise=config.data.feature_noise, seed=config.training.seed)
 
 
 def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:

@@ -26,6 +26,7 @@ from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
 from findrec.training.alarms import Alarms
+from findrec.training.build import build_catalogue
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
@@ -49,7 +50,6 @@ def run_training(
     tower: Tower,
     table: ItemTable,
     *,
-    modalities: list[str],
     worker: Worker,
     log: StepLog | None = None,
     on_resume: Callable[[int], None] | None = None,
@@ -64,7 +64,7 @@ def run_training(
         windows = cut_windows(folder, config.data.max_length, config.data.overlap)
     else:
         windows = cut_prefixes(folder, config.data.max_length)
-    catalogue = Catalogue(folder, modalities)
+    catalogue = build_catalogue(config, folder)
     state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_resume is not None:
         on_resume(state.step)
@@ -77,7 +77,7 @@ def run_training(
             )
             ends = state.epoch == training.epochs
             if state.epoch % training.eval_every == 0 or ends:
-                metrics = validate(config, folder, tower, table, modalities, worker)
+                metrics = validate(config, folder, tower, table, catalogue, worker)
                 state = _judge(state, metrics["ndcg@10"])
                 found = {f"valid/{name}": metrics[name] for name in ("ndcg@10", "recall@10", "mrr")}
                 values |= found

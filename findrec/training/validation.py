@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from findrec.config import RunConfig
+from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.evaluate import Ranks, rank_split, summarise
 from findrec.evaluation.scorers import ModelScorer
@@ -21,7 +22,7 @@ def validate(
     folder: DataFolder,
     tower: Tower,
     table: ItemTable,
-    modalities: list[str],
+    catalogue: Catalogue,
     worker: Worker,
 ) -> dict[str, float]:
     """Exact full-catalogue metrics on the validation targets; the same on every rank."""
@@ -29,8 +30,7 @@ def validate(
     scorer = ModelScorer(
         tower.model,
         table.weight,
-        folder,
-        modalities=modalities,
+        catalogue,
         max_length=config.data.max_length,
         device=worker.device,
     )

@@ -20,7 +20,7 @@ stage, world, rank, folder_path, checkpoints, out, tree = sys.argv[1:]
 world, rank = int(world), int(rank)
 from findrec.config import parse_config
 from findrec.datasets.folder import DataFolder
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_table, build_tower_model
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -40,7 +40,7 @@ class Log:
     def log(self, step, epoch, values):
         if "train/loss" in values:
             losses.append([values["train/loss"], values["grad_norm/tower"], values["grad_norm/table"]])
-run_training(config, folder, Path(checkpoints), tower, table, modalities=used_modalities(config, folder),
+run_training(config, folder, Path(checkpoints), tower, table,
              worker=Worker(rank, world), log=Log())
 if rank == 0:
     from safetensors.torch import save_file

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from findrec.config import ModelConfig
+from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.evaluation.baselines import Cooccurrence, OwnFrequent, Popularity
@@ -162,7 +163,7 @@ def test_model_scorer_is_inner_product_plus_own_bonus(folder: DataFolder) -> Non
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     table = torch.randn(41, 8)
-    scorer = ModelScorer(model, table, folder, ["text"], max_length=20, device="cpu")
+    scorer = ModelScorer(model, table, Catalogue(folder, ["text"]), max_length=20, device="cpu")
     users: IntArray = np.arange(6)
     block = UserBlock.read(folder, "test", users, 20)
     queries = scorer.queries(block)

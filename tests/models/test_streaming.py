@@ -5,12 +5,11 @@ import pytest
 import torch
 from planted import make_config
 
-from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.memory import write_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.scorers import ModelScorer, UserBlock
 from findrec.models.streaming import StreamingFindRec
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_catalogue, build_table, build_tower_model
 
 NUM_ITEMS, LONGEST = 40, 150
 
@@ -46,14 +45,14 @@ def build(folder, change):
     model, table = build_tower_model(config, folder), build_table(config, folder)
     for p in model.parameters():  # away from zeros and ones, so that every path matters
         p.data += 0.05 * torch.randn_like(p)
-    return model.eval(), table, Catalogue(folder, used_modalities(config, folder))
+    return model.eval(), table, build_catalogue(config, folder)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ranking_after_each_history_equals_the_full_forward_pass(folder, name):
     model, table, catalogue = build(folder, VARIANTS[name])
     streaming = StreamingFindRec(model, table.weight, catalogue)
-    scorer = ModelScorer(model, table.weight, folder, catalogue.modalities, LONGEST, "cpu")
+    scorer = ModelScorer(model, table.weight, catalogue, LONGEST, "cpu")
     users = np.flatnonzero(folder.test_start > 0)
     whole = folder.histories(users)
     queries = scorer.queries(UserBlock.read(folder, "test", users, LONGEST))

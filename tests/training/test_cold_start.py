@@ -8,7 +8,7 @@ from planted import make_config
 from findrec.datasets.memory import write_data_folder
 from findrec.evaluation.evaluate import rank_split
 from findrec.evaluation.scorers import ModelScorer, TextKNN
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_catalogue, build_table, build_tower_model
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -45,9 +45,8 @@ def trained(folder, tmp_path, kind, **items):
     torch.manual_seed(0)
     model, table = build_tower_model(config, folder), build_table(config, folder)
     tower = PlainTower(model, config.training.optim)
-    names = used_modalities(config, folder)
-    run_training(config, folder, tmp_path, tower, table, modalities=names, worker=Worker())
-    return ModelScorer(model, table.weight, folder, modalities=names, max_length=16, device="cpu")
+    run_training(config, folder, tmp_path, tower, table, worker=Worker())
+    return ModelScorer(model, table.weight, build_catalogue(config, folder), max_length=16, device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["exact", "sampled"])

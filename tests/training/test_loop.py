@@ -10,7 +10,7 @@ from findrec.errors import DivergedError, FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import rank_split, summarise
 from findrec.evaluation.scorers import ModelScorer
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_catalogue, build_table, build_tower_model
 from findrec.training.checkpoint import latest_checkpoint
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
@@ -33,19 +33,17 @@ def train(config, folder, checkpoints, after_epoch=None):
     model = build_tower_model(config, folder)
     table = build_table(config, folder)
     log = Log()
-    modalities = used_modalities(config, folder)
     run_training(
         config,
         folder,
         checkpoints,
         PlainTower(model, config.training.optim),
         table,
-        modalities=modalities,
         worker=Worker(),
         log=log,
         after_epoch=after_epoch,
     )
-    return model, table, log, modalities
+    return model, table, log
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +55,9 @@ def folder(tmp_path_factory):
 def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name):
     config = make_config()
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
-    model, table, log, modalities = train(config, folder, tmp_path)
+    model, table, log = train(config, folder, tmp_path)
     how = {"users_per_block": 64, "max_length": 16, "mask_seen": False}
-    scorer = ModelScorer(model, table.weight, folder, modalities=modalities, max_length=16, device="cpu")
+    scorer = ModelScorer(model, table.weight, build_catalogue(config, folder), max_length=16, device="cpu")
     learnt = summarise(rank_split(scorer, folder, "test", **how), folder, "test", ks=[10], model=name)
     popular = make_baseline("popularity", folder)
     chance = summarise(
@@ -76,7 +74,7 @@ class StoppedError(Exception):
 
 def test_a_run_cut_short_continues_bit_for_bit(folder, tmp_path):
     config = make_config(epochs=4)
-    whole, whole_table, whole_log, _ = train(config, folder, tmp_path / "whole")
+    whole, whole_table, whole_log = train(config, folder, tmp_path / "whole")
 
     def stop(values, seen=[]):  # noqa: B006 - counts its calls
         seen.append(values)
@@ -85,7 +83,7 @@ def test_a_run_cut_short_continues_bit_for_bit(folder, tmp_path):
 
     with pytest.raises(StoppedError):
         train(config, folder, tmp_path / "cut", after_epoch=stop)
-    rest, rest_table, rest_log, _ = train(config, folder, tmp_path / "cut")
+    rest, rest_table, rest_log = train(config, folder, tmp_path / "cut")
     assert torch.equal(whole_table.weight, rest_table.weight)
     for (name, want), got in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
         assert torch.equal(want, got), name
@@ -121,7 +119,7 @@ def test_types_of_events_and_time_gaps_are_read_when_switched_on(tmp_path, switc
     for on in (False, True):
         config = make_config(epochs=25)
         model = config.model.model_copy(update={switch: on, "repeat": False})
-        _, _, log, _ = train(config.model_copy(update={"model": model}), folder, tmp_path / str(on))
+        _, _, log = train(config.model_copy(update={"model": model}), folder, tmp_path / str(on))
         losses[on] = log.losses()[-1]
     assert losses[False] > 1.2  # ln 4 = 1.386: nothing to go by
     assert losses[True] < 0.3
@@ -136,5 +134,5 @@ def test_event_types_that_the_data_does_not_have_are_refused(folder):
 
 def test_one_sample_for_each_prefix_learns_the_pattern_too(folder, tmp_path):
     config = make_config(objective="last", epochs=3, tokens=512)
-    _, _, log, _ = train(config, folder, tmp_path)
+    _, _, log = train(config, folder, tmp_path)
     assert log.losses()[-1] < 0.5 * log.losses()[0]

@@ -6,9 +6,8 @@ import torch
 from planted import make_config, planted_folder
 
 from findrec.datasets.batches import train_batch
-from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.plan import cut_prefixes, cut_windows
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_catalogue, build_table, build_tower_model
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gru", "transformer"])
@@ -24,7 +23,7 @@ def test_both_objectives_see_the_same_user_vector_for_the_same_history(tmp_path,
     )
     torch.manual_seed(0)
     model, table = build_tower_model(config, folder).eval(), build_table(config, folder)
-    catalogue = Catalogue(folder, used_modalities(config, folder))
+    catalogue = build_catalogue(config, folder)
 
     def vectors(windows):
         batch = train_batch(folder, windows, np.arange(len(windows)))
