@@ -1,4 +1,4 @@
-"""The `findrec` command: prepare, verify, train, evaluate, report, doctor, version.
+"""The `findrec` command: prepare, verify, train, evaluate, report, inspect, doctor, version.
 
 Heavy packages are imported inside the commands: `findrec --help` answers at once.
 """
@@ -105,6 +105,25 @@ def report(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
 
     rebuild_report(folder)
     typer.echo(f"written: {folder / 'report.html'}")
+
+
+@app.command("inspect")
+def inspect_user(
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    user: Annotated[str, typer.Option(help="Raw id of a user in the run's data.")],
+    last: Annotated[int, typer.Option(min=1, help="Positions shown, the latest ones.")] = 30,
+) -> None:
+    """Show which expert and modality carried each position of a user, and the alignment over training."""
+    folder = find_run(run)
+    from rich.console import Console
+
+    from findrec.evaluation.inspect import inspect_run
+    from findrec.evaluation.inspect_show import format_inspection, write_inspection
+
+    found = inspect_run(folder, user, last)
+    Console(width=None if Console().is_terminal else 180).print(format_inspection(found))
+    page, picture = write_inspection(folder, found)
+    typer.echo(f"written: {page}, {picture}")
 
 
 @app.command()

@@ -6,8 +6,7 @@ step really trains: every position here and in RecTools (which keeps a user's la
 histories are cut into windows), one for each prefix sample in RecBole. After each epoch the validation
 targets are ranked among the whole catalogue; that time is not on the clock. RecTools' catalogue lacks items
 that occur in no training event: a target among them counts as missed. Otherwise everyone keeps its own
-defaults: ours has an own-item head and shuffles events of one timestamp (`model.repeat=false` and
-`data.shuffle_ties=false` take them away), RecTools and RecBole have their own initialisation.
+defaults. Ours has an own-item head and shuffles events of one timestamp; "plain" is without both.
 
 Each of them runs in a process of its own with the same number of threads: ours here, the peers by
 `evaluation/benchmarks/peers/worker.py` in an environment of their own, as they need older libraries.
@@ -45,7 +44,12 @@ from findrec.training.worker import Worker
 
 RATE_OP = f"training, {UNIT}"
 PEERS = ("rectools", "recbole")
-OURS = ("sasrec", "findrec")
+PLAIN = ("model.repeat=false", "data.shuffle_ties=false")  # what the peers' SASRec does not have either
+OURS: dict[str, tuple[str, Sequence[str]]] = {
+    "our sasrec": ("sasrec", ()),
+    "our sasrec, plain": ("sasrec", PLAIN),
+    "our findrec": ("findrec", ()),
+}
 BASELINE = "rectools sasrec"
 NO_DEPENDENCIES = "recbole"  # pins a Ray of 2023 for its tuner, which is not used
 
@@ -111,7 +115,7 @@ def bench_peers(
 ) -> list[Row]:
     """Two rows for each of RecTools' SASRec, RecBole's, our SASRec and our FindRec: rate, time to the level.
 
-    `overrides` apply to our two. In the second row `median_s` is seconds of training until the validation
+    `overrides` apply to ours. In the second row `median_s` is seconds of training until the validation
     NDCG@10 reached `settings.level`; where it did not within the limit, `impl` says how far it came. No rows
     at all, and a line that says why, without the peers' environment.
     """
@@ -128,8 +132,8 @@ def bench_peers(
         progress(f"trainings on {data.name}", total=len(PEERS) + len(OURS), unit="systems") as bar,
     ):
         export_events(folder, Path(scratch) / "events.csv")
-        for name in OURS:
-            found[f"our {name}"] = train_ours(name, data, settings, overrides)
+        for name, (model, keys) in OURS.items():
+            found[name] = train_ours(model, data, settings, [*keys, *overrides])
             bar.advance()
         for name in PEERS:
             found[f"{name} sasrec"] = train_peer(name, _python(peers), worker, Path(scratch), settings)

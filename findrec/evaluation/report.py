@@ -61,7 +61,7 @@ def sample_recommendations(
         return []
     block = UserBlock.read(folder, split, rows, max_length)
     ids_Bk, scores_Bk = TopItems(scorer).of(block, k, mask_seen=mask_seen)
-    titles = _Titles(folder)
+    titles = Titles(folder)
     samples = []
     for b, user in enumerate(rows):
         past = block.item[block.offset[b] : block.offset[b + 1]]
@@ -87,12 +87,15 @@ def draw_users(folder: DataFolder, split: Part, count: int, seed: int = 0) -> In
     return np.sort(drawn).astype(np.int64)
 
 
-class _Titles:
+class Titles:
+    """What items are called: their title, else their text, else their raw id."""
+
     def __init__(self, folder: DataFolder) -> None:
         there = [name for name in ("title", "text", "raw") if name in folder.items.column_names]
         self._columns = [folder.items.column(name) for name in there]
 
     def of(self, item: int) -> str:
+        """The name of item 1..V."""
         for column in self._columns:
             if value := column[int(item) - 1].as_py():
                 return str(value)
@@ -111,7 +114,7 @@ def format_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) ->
     for row in rows:
         cells = []
         for name in shown:
-            text = _number(row.get(name))
+            text = format_number(row.get(name))
             cells.append(f"[bold]{text}[/bold]" if name in best and row.get(name) == best[name] else text)
         table.add_row(str(row["model"]).replace("[", r"\["), *cells)
     return table
@@ -130,7 +133,7 @@ def write_report(run_folder: Path, *, folder: DataFolder, samples: Sequence[Samp
         data=folder.manifest,
         tables=[_html_table(split, results[split]) for split in ("test", "valid") if results.get(split)],
         strata=_strata_table(results.get("strata", [])),
-        curves=_curves(_read_lines(run_folder / "metrics.jsonl")),
+        curves=_curves(read_lines(run_folder / "metrics.jsonl")),
         samples=samples,
         config=config.read_text(encoding="utf-8") if config.is_file() else "(no config.yaml)",
     )
@@ -144,7 +147,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; none when it is not there."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -164,7 +168,8 @@ def _best(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str
     return best
 
 
-def _number(value: Any) -> str:
+def format_number(value: Any) -> str:
+    """A count with separators, a measurement with four places, a dash for what is not known."""
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -184,8 +189,8 @@ def _html_table(split: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]
                 "model": row["model"],
                 "cells": [
                     {
-                        "text": _number(row.get(name)),
-                        "error": _number(row[f"{name}_se"]) if row.get(f"{name}_se") is not None else "",
+                        "text": format_number(row.get(name)),
+                        "error": "" if (e := row.get(f"{name}_se")) is None else format_number(e),
                         "best": name in best and row.get(name) == best[name],
                     }
                     for name in columns
@@ -200,7 +205,8 @@ def _strata_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not rows:
         return None
     columns = [name for name in rows[0] if name != "split"]
-    cells = [[v if isinstance(v := row.get(name), str) else _number(v) for name in columns] for row in rows]
+    values = [[row.get(name) for name in columns] for row in rows]
+    cells = [[v if isinstance(v, str) else format_number(v) for v in row] for row in values]
     return {"columns": columns, "rows": cells}
 
 
@@ -211,7 +217,8 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         points = [(line["step"], line[key]) for line in lines if "step" in line and _is_finite(line.get(key))]
         if points:
             steps, values = zip(*points, strict=True)
-            drawn.append({"title": title, "svg": _draw(steps, values), "last": _number(float(values[-1]))})
+            last = format_number(float(values[-1]))
+            drawn.append({"title": title, "svg": draw_curve(steps, values), "last": last})
     return drawn
 
 
@@ -219,7 +226,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
-def _draw(steps: Sequence[float], values: Sequence[float]) -> str:
+def draw_curve(steps: Sequence[float], values: Sequence[float]) -> str:
     """One curve as base64 SVG, transparent, readable on light and dark; equal input gives equal bytes."""
     figure = Figure(figsize=(4.6, 2.5), layout="constrained")
     axes = figure.add_subplot()

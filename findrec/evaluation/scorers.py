@@ -22,7 +22,7 @@ from findrec.datasets.batch import Batch
 from findrec.datasets.batches import Cases, Part, evaluation_batch
 from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
-from findrec.models.base import SequenceModel
+from findrec.models.base import Out, SequenceModel
 from findrec.models.repeat import own_items
 
 IntArray = NDArray[np.int64]
@@ -130,6 +130,8 @@ class ModelScorer(VectorScorer):
         max_length: the events a history is cut to (kept for the record: blocks come cut already).
         device: where the model lives; the table is moved there.
         name: the model's name in result rows.
+
+    `rows_Vd` are the table's rows, which histories are made of; `items_Vd` what items are scored by.
     """
 
     def __init__(
@@ -143,25 +145,31 @@ class ModelScorer(VectorScorer):
     ) -> None:
         self.name = name
         self.max_length = max_length
-        self._model, self._catalogue = model.eval(), catalogue
-        self._rows_Vd = self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
+        self.model, self.catalogue = model.eval(), catalogue
+        self.rows_Vd = self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
         if model.content_scores:
             with torch.no_grad():
-                features = self._catalogue.all_features(device)
-                self.items_Vd = model.item_transform(self._rows_Vd, features).float()
+                features = self.catalogue.all_features(device)
+                self.items_Vd = model.item_transform(self.rows_Vd, features).float()
 
     @torch.no_grad()
     def queries(self, block: UserBlock) -> Queries:
         """Run the model over the block; `Out.repeat` becomes a bonus for the items each user has met."""
-        self._model.eval()
+        self.model.eval()
         batch = block.batch.to(self.items_Vd.device)
-        out = self._model(batch, self._rows_Vd[batch.ids], self._catalogue.features(batch.ids))
-        if out.repeat is None:
-            return Queries(out.h.float())
-        own = own_items(batch)
-        bonus_TN = torch.einsum("tnr,tr->tn", own.phi_TNR.float(), out.repeat.float())
-        ids_TN = torch.where(own.seen_TN, own.ids_BN[own.row_T], 0)
-        return Queries(out.h.float(), ids_TN, bonus_TN)
+        return make_queries(
+            self.model(batch, self.rows_Vd[batch.ids], self.catalogue.features(batch.ids)), batch
+        )
+
+
+def make_queries(out: Out, batch: Batch) -> Queries:
+    """What a model's output asks of the catalogue: one query for each asked-for position of the batch."""
+    if out.repeat is None:
+        return Queries(out.h.float())
+    own = own_items(batch)
+    bonus_TN = torch.einsum("tnr,tr->tn", own.phi_TNR.float(), out.repeat.float())
+    ids_TN = torch.where(own.seen_TN, own.ids_BN[own.row_T], 0)
+    return Queries(out.h.float(), ids_TN, bonus_TN)
 
 
 class TextKNN(VectorScorer):
