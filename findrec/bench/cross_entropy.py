@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from findrec.bench.memory import peak_bytes, peak_cuda_bytes
+from findrec.bench.compare import compare
 from findrec.bench.rows import Row
-from findrec.bench.timer import time_alternating
 from findrec.ops.linear_cross_entropy import linear_cross_entropy
 from findrec.ops.sampled_cross_entropy import sampled_cross_entropy
 from findrec.progress import progress
@@ -66,31 +65,11 @@ def make_run(impl: str, shape: tuple[int, int, int], device: str = "cpu") -> Cal
 
 def bench_cross_entropy(shapes: Sequence[tuple[int, int, int]] = SHAPES, runs: int = 11) -> list[Row]:
     """Rows of the baseline and of the tiled loss at each `(T, V, d)`; of the sampled one at the first."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     with progress("cross-entropy", total=len(shapes), unit="shapes") as bar:
         for place, shape in enumerate(shapes):
-            names = (BASELINE, "tiled") + (("sampled",) if place == 0 else ())
-            functions = {name: make_run(name, shape, device) for name in names}
-            wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-            timings = time_alternating(functions, runs=runs, wait=wait)
-            for name, timing in timings.items():
-                if device == "cuda":
-                    peak = peak_cuda_bytes(functions[name])
-                else:
-                    peak = peak_bytes(make_run, name, shape, device)
-                rows.append(
-                    Row(
-                        op="linear_cross_entropy",
-                        shape="T{} V{} d{}".format(*shape) + (f" S{NEGATIVES}" if name == "sampled" else ""),
-                        dtype="float32",
-                        impl=name,
-                        baseline=BASELINE,
-                        median_s=timing.median_s,
-                        p10_s=timing.p10_s,
-                        peak_bytes=peak,
-                        ratio=timings[BASELINE].median_s / timing.median_s,
-                    )
-                )
+            impls = (BASELINE, "tiled", "sampled") if place == 0 else (BASELINE, "tiled")
+            label = "T{} V{} d{}".format(*shape)
+            rows += compare("linear_cross_entropy", label, make_run, impls, shape, runs=runs)
             bar.advance()
     return rows
