@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -55,7 +56,13 @@ def test_times_are_per_thousand_targets() -> None:
     assert per_thousand(Timing((2.0, 4.0)), 500).seconds == (4.0, 8.0)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process for each peak (tests/bench/test_memory.py starts one), but all that one is sent."""
+    monkeypatch.setattr("findrec.bench.model.peak_bytes", lambda *sent: len(pickle.dumps(sent)))
+
+
+@pytest.mark.usefixtures("quick_peaks")
 def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench_published(runs=1, shapes=[TINY])
     assert [row.impl for row in rows] == [BASELINE, "findrec exact", "findrec sampled 1024"]
@@ -70,9 +77,8 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "12.0 s" in shown
 
 
-@pytest.mark.slow
-def test_lengths_hold_the_tokens_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("findrec.bench.model.peak_bytes", lambda *_: 1)  # a process each, tested above
+@pytest.mark.usefixtures("quick_peaks")
+def test_lengths_hold_the_tokens_equal() -> None:
     rows = bench_lengths(runs=1, lengths=(4, 200), tokens=400, items=30, features=(("text", 4),))
     assert [row.shape.split(" d")[0] for row in rows] == ["B100 L4", "B2 L200"] * 3
     assert [row.impl for row in rows[:2]] == ["id stream L4", "id stream L200"]
