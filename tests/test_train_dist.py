@@ -16,6 +16,8 @@ import pytest
 import yaml
 from planted import make_config, planted_folder
 
+from findrec.evaluation.run import load_streaming
+
 UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -124,6 +126,14 @@ def test_mlflow_mirrors_the_run(home):
     assert found.data.params["training.epochs"] == "6"
     row = metrics(home, "two")[0]
     assert any(v == pytest.approx(row["ndcg@10"]) for k, v in found.data.metrics.items() if "test" in k)
+
+
+def test_a_finished_run_serves_a_stream_of_events(home):
+    stream = load_streaming(home / "runs" / "two")
+    follows = stream.recommend(stream.start([3]), 1)[0][0]
+    state = stream.start([3, follows])
+    stream.append(state, 3)  # each planted item has one successor, wherever it stands
+    assert stream.recommend(state, 1)[0][0] == follows
 
 
 def test_evaluating_again_gives_the_same_digits(home):

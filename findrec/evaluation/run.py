@@ -22,6 +22,8 @@ from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
 from findrec.evaluation.report import draw_users, format_table, sample_recommendations, write_report
 from findrec.evaluation.scorers import ModelScorer, Scorer
+from findrec.models.findrec import FindRec
+from findrec.models.streaming import StreamingFindRec
 from findrec.progress import say
 from findrec.training.build import build_catalogue, build_tower_model
 from findrec.training.checkpoint import best_checkpoint
@@ -54,6 +56,19 @@ def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str
         device=device,
         name=job.name,
     )
+
+
+def load_streaming(run_folder: Path | str) -> StreamingFindRec:
+    """The run's FindRec at its best checkpoint, ready to take events one at a time.
+
+    Raises `FindRecError` for a run of another model or without a usable checkpoint.
+    """
+    config = read_run_config(Path(run_folder))
+    folder = DataFolder.open(data_folder_of(config.data), verify=False)
+    scorer = load_scorer(training_jobs(config, Path(run_folder))[0], folder)
+    if not isinstance(scorer.model, FindRec):
+        raise FindRecError(f"{run_folder} is a run of {config.model.name!r}; streaming needs findrec")
+    return StreamingFindRec(scorer.model, scorer.rows_Vd, scorer.catalogue)
 
 
 def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: str) -> Iterator[Scorer]:
