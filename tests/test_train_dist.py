@@ -128,7 +128,8 @@ def test_mlflow_mirrors_the_run(home):
     assert any(v == pytest.approx(row["ndcg@10"]) for k, v in found.data.metrics.items() if "test" in k)
 
 
-def test_a_finished_run_serves_a_stream_of_events(home):
+def test_a_finished_run_serves_a_stream_of_events(home, monkeypatch):
+    monkeypatch.setenv("FINDREC_HOME", str(home))
     stream = load_streaming(home / "runs" / "two")
     follows = stream.recommend(stream.start([3]), 1)[0][0]
     state = stream.start([3, follows])
