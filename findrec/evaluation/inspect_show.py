@@ -44,7 +44,7 @@ def format_inspection(found: Inspection) -> Group:
 def print_inspection(found: Inspection) -> None:
     """The tables on standard output; a terminal too narrow for the numbers wraps lines, it loses none."""
     needed = 105 + 15 * len(found.columns)
-    there = Console().width if Console().is_terminal else 0
+    there = Console().width if Console().is_terminal else 180
     Console(width=max(needed, there)).print(format_inspection(found))
 
 
@@ -102,7 +102,7 @@ def _shuffled(found: Inspection) -> str:
         return "nothing to deal out (no router, or a single position)"
     return (
         f"user vectors move by {found.shuffled_change:.2%}, log-probability changes by "
-        f"{-found.shuffled_gain:+.5f} (about 0: gates say nothing about a position)"
+        f"{-found.shuffled_gain:+.5f} (near 0 where gates say nothing about a position)"
     )
 
 
