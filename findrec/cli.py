@@ -115,13 +115,11 @@ def inspect_user(
 ) -> None:
     """Show which expert and modality carried each position of a user, and the alignment over training."""
     folder = find_run(run)
-    from rich.console import Console
-
     from findrec.evaluation.inspect import inspect_run
-    from findrec.evaluation.inspect_show import format_inspection, write_inspection
+    from findrec.evaluation.inspect_show import print_inspection, write_inspection
 
     found = inspect_run(folder, user, last)
-    Console(width=None if Console().is_terminal else 180).print(format_inspection(found))
+    print_inspection(found)
     page, picture = write_inspection(folder, found)
     typer.echo(f"written: {page}, {picture}")
 

@@ -85,7 +85,7 @@ class Inspection:
 
     @property
     def mean_gates(self) -> Floats:
-        """`[T, E]` mean gate over heads. Heads have experts of their own, so this only says how even gates are."""
+        """`[T, E]` mean gate over heads: how even gates are, for heads have experts of their own."""
         return np.asarray(self.gates_THE.mean(1))
 
     @property
@@ -124,8 +124,9 @@ def inspect_user(
 ) -> Inspection:
     """The same for a user row of a data folder and a FindRec model at hand.
 
-    The model is shown the user's last `scorer.max_length` events but the very last one, and is asked at
-    most `last` times: at the end of what it is shown, and at each event before.
+    The model is shown the user's last `scorer.max_length` events before the very last one, and is asked at
+    the latest `last` of them. As in training, every event asked for is preceded by those before it of the
+    same timestamp (the same basket).
     """
     assert isinstance(scorer.model, FindRec)
     length = int(folder.length[row])

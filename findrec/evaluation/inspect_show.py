@@ -17,7 +17,8 @@ from urllib.parse import quote
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Group
+from rich import box
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -38,6 +39,13 @@ def format_inspection(found: Inspection) -> Group:
     if found.alignment:
         parts += [Text(), _alignment(found)]
     return Group(*parts)
+
+
+def print_inspection(found: Inspection) -> None:
+    """The tables on standard output; a terminal too narrow for the numbers wraps lines, it loses none."""
+    needed = 105 + 15 * len(found.columns)
+    there = Console().width if Console().is_terminal else 180
+    Console(width=max(needed, there)).print(format_inspection(found))
 
 
 def summary(found: Inspection) -> list[tuple[str, str]]:
@@ -84,7 +92,7 @@ def write_inspection(run_folder: Path, found: Inspection) -> tuple[Path, Path]:
 def file_name(user: str) -> str:
     """A raw user id as one plain file name, different for different ids."""
     name = quote(user, safe="")
-    if len(name) <= _LONGEST_NAME and not name.startswith("."):
+    if 0 < len(name) <= _LONGEST_NAME and not name.startswith("."):
         return name
     return f"{name[:_LONGEST_NAME].lstrip('.')}-{hashlib.blake2b(user.encode(), digest_size=6).hexdigest()}"
 
@@ -94,19 +102,21 @@ def _shuffled(found: Inspection) -> str:
         return "nothing to deal out (no router, or a single position)"
     return (
         f"user vectors move by {found.shuffled_change:.2%}, log-probability changes by "
-        f"{-found.shuffled_gain:+.5f} (about 0: gates say nothing about a position)"
+        f"{-found.shuffled_gain:+.5f} (near 0 where gates say nothing about a position)"
     )
 
 
 def _positions(found: Inspection) -> Table:
-    table = Table(title=Text(f"user {plain(found.user)}"), caption_justify="left", pad_edge=False)
+    table = Table(title=Text(f"user {plain(found.user)}"), caption_justify="left", box=box.SIMPLE_HEAD)
+    table.collapse_padding = True
     table.caption = Text(
         "expert: largest mean gate over heads, and the first choice of every head (from 1; each head has its "
         "own). Of a modality: how far the user vector moves without it, and the log-probability of what "
-        "followed that is owed to it; the larger mover is underlined. Training events were trained on."
+        "followed that is owed to it; the larger mover is underlined. The training part was learnt from."
     )
     for name in ("#", "time", "item", "followed by", "part"):
-        table.add_column(name, no_wrap=True)
+        words = name in ("item", "followed by")  # in a narrow terminal these make room for the numbers
+        table.add_column(name, no_wrap=not words, min_width=12 if words else None)
     for name in ("rank", "log p", "expert", "heads", *found.columns):
         table.add_column(Text(name), justify="right", no_wrap=True)
     single = [c for c, name in enumerate(found.columns) if name in found.modalities]
