@@ -1,4 +1,8 @@
-"""Order of the tests."""
+"""Order of the tests, and what each leaves behind."""
+
+import sys
+
+import pytest
 
 LONGEST = ("test_train_dist.py", "test_engine.py")
 
@@ -6,3 +10,9 @@ LONGEST = ("test_train_dist.py", "test_engine.py")
 def pytest_collection_modifyitems(items):
     """The longest files first: with several workers (`make test`) none of them is left over at the end."""
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def same_import_path(monkeypatch):
+    """Entry points take the checkout off `sys.path`; processes that later tests spawn need it there."""
+    monkeypatch.setattr(sys, "path", list(sys.path))

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from planted import make_config, planted_folder
 
+from findrec.datasets.folder import DataFolder
 from findrec.evaluation.run import load_streaming
 
 UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
@@ -131,10 +132,11 @@ def test_mlflow_mirrors_the_run(home):
 def test_a_finished_run_serves_a_stream_of_events(home, monkeypatch):
     monkeypatch.setenv("FINDREC_HOME", str(home))
     stream = load_streaming(home / "runs" / "two")
-    follows = stream.recommend(stream.start([3]), 1)[0][0]
-    state = stream.start([3, follows])
-    stream.append(state, 3)  # each planted item has one successor, wherever it stands
-    assert stream.recommend(state, 1)[0][0] == follows
+    history = DataFolder.open(home / "data" / "planted").histories([0])
+    state = stream.start(history.item[:-2].tolist(), history.timestamp[:-2].tolist())
+    assert stream.recommend(state, 1)[0][0] == history.item[-2]
+    stream.append(state, int(history.item[-2]), int(history.timestamp[-2]))
+    assert stream.recommend(state, 1)[0][0] == history.item[-1]
 
 
 def test_evaluating_again_gives_the_same_digits(home):
@@ -180,6 +182,8 @@ def stop_at_checkpoint(home: Path, name: str, cluster: Cluster, how: signal.Sign
         env=environment(home, RAY_ADDRESS=cluster.address),
         cwd=home,
         start_new_session=True,
+        # Whatever starts the tests in the background may have switched Ctrl-C off for all below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
