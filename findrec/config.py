@@ -134,6 +134,7 @@ class TrainingConfig(Section):
     eval_every: int = Field(1, ge=1)  # epochs between validations
     patience: int = Field(0, ge=0)  # validations without a better NDCG@10 before stopping; 0: never stop
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
+    save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
     seed: int = 0
     objective: Literal["all", "last"] = "all"  # every position a target, or one sample for each prefix

@@ -36,6 +36,9 @@ class TrainState:
     best: float  # best validation NDCG@10 so far, -1 before the first
     best_step: int
     stale: int  # validations since the best
+    epoch_step: int = 0  # steps done of the epoch under way
+    epoch_loss: float = 0.0  # their summed token losses
+    epoch_targets: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The training loop: load, then for each planned step run this worker's microbatches, update, log; after each
 epoch validate and save.
 
-All state that resuming needs is the number of steps done; batches, dropout, noise and negatives follow from
-it (the epoch plan and `microbatch_seed`), so the same run comes out whatever the number of workers.
+All state that resuming needs is the number of steps done, in all and of the epoch; batches, dropout, noise
+and negatives follow from it (the epoch plan and `microbatch_seed`), so the same run comes out whatever the
+number of workers, and wherever it was cut short.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import torch
 import torch.distributed as dist
 
 from findrec.config import RunConfig
+from findrec.datasets.batch import Batch
 from findrec.datasets.batches import TrainLoader
-from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, cut_prefixes, cut_windows, plan_epoch
 from findrec.errors import DivergedError
@@ -64,33 +65,25 @@ def run_training(
         windows = cut_windows(folder, config.data.max_length, config.data.overlap)
     else:
         windows = cut_prefixes(folder, config.data.max_length)
-    catalogue = build_catalogue(config, folder)
     state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_resume is not None:
         on_resume(state.step)
-    alarms = Alarms()
-    left = int(windows.targets.sum()) * (training.epochs - state.epoch)
+    left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
     with progress(config.model.name, left, "targets", show=worker.leads) as bar:
+        run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
-            state, values = _run_epoch(
-                config, folder, windows, tower, table, state, catalogue, worker, log, bar, alarms
-            )
+            state, values = run.epoch(state)
             ends = state.epoch == training.epochs
             if state.epoch % training.eval_every == 0 or ends:
-                metrics = validate(config, folder, tower, table, catalogue, worker)
+                metrics = validate(config, folder, tower, table, run.catalogue, worker)
                 state = _judge(state, metrics["ndcg@10"])
                 found = {f"valid/{name}": metrics[name] for name in ("ndcg@10", "recall@10", "mrr")}
                 values |= found
                 bar.note(valid_ndcg=f"{metrics['ndcg@10']:.4f}")
-                if worker.leads and log is not None:
-                    log.log(state.step, state.epoch, found)
+                run.write(state.step, state.epoch, found)
             ends = ends or _out_of_patience(config, state)
             if state.epoch % training.save_every == 0 or state.best_step == state.step or ends:
-                moments = tower.moments()  # a collective: every rank takes part
-                if worker.leads:
-                    weights = tower.model.state_dict()
-                    save_checkpoint(checkpoints, state, tower=weights, moments=moments, table=table.state())
-                    prune_checkpoints(checkpoints, keep=training.keep, best_step=state.best_step)
+                run.save(state)
             if after_epoch is not None:
                 after_epoch(values)
     return state
@@ -103,86 +96,131 @@ def _judge(state: TrainState, ndcg: float) -> TrainState:
     return replace(state, stale=state.stale + 1)
 
 
-def _run_epoch(
-    config: RunConfig,
-    folder: DataFolder,
-    windows: Windows,
-    tower: Tower,
-    table: ItemTable,
-    state: TrainState,
-    catalogue: Catalogue,
-    worker: Worker,
-    log: StepLog | None,
-    bar: Bar,
-    alarms: Alarms,
-) -> tuple[TrainState, dict[str, float]]:
-    training = config.training
-    plan = plan_epoch(
-        windows,
-        seed=training.seed,
-        epoch=state.epoch,
-        microbatches=training.microbatches,
-        tokens=training.tokens,
-    )
-    num_steps = training.epochs * len(plan.steps)  # epochs may differ by a step; only the rate uses it
-    ties = microbatch_seed(training.seed, state.epoch, -1) if config.data.shuffle_ties else None
-    loader = TrainLoader(folder, windows, plan, rank=worker.rank, world=worker.world, tie_seed=ties)
-    tower.model.train()
-    sums = dict.fromkeys(("loss", "targets", "seconds", "waited"), 0.0)
-    mark = time.perf_counter()
-    step = state.step
-    with loader:
-        for index, microbatches in loader:
-            waited = time.perf_counter() - mark
-            num_targets = int(plan.targets[index])
-            shares = []
-            every = config.model.align.diagnose_every
-            tower.model.diagnosing = every > 0 and step % every == 0
-            for microbatch, batch in microbatches:
-                batch = batch.to(worker.device)
-                share = microbatch_loss(
-                    tower,
-                    table,
-                    batch,
-                    catalogue,
-                    num_targets=num_targets,
-                    num_microbatches=training.microbatches,
-                    seed=microbatch_seed(training.seed, step, microbatch),
+class _Run:
+    """One training on one worker: its parts, and what is done with them epoch by epoch and step by step."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: DataFolder,
+        windows: Windows,
+        checkpoints: Path,
+        tower: Tower,
+        table: ItemTable,
+        worker: Worker,
+        log: StepLog | None,
+        bar: Bar,
+    ) -> None:
+        self.config, self.folder, self.windows, self.checkpoints = config, folder, windows, checkpoints
+        self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
+        self.catalogue = build_catalogue(config, folder)
+        self.alarms = Alarms()
+
+    def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """Train what is left of an epoch; the state after it and the epoch's values."""
+        config, worker, bar = self.config, self.worker, self.bar
+        training = config.training
+        plan = plan_epoch(
+            self.windows,
+            seed=training.seed,
+            epoch=state.epoch,
+            microbatches=training.microbatches,
+            tokens=training.tokens,
+        )
+        num_steps = training.epochs * len(plan.steps)  # epochs may differ by a step; only the rate uses it
+        loader = TrainLoader(
+            self.folder,
+            self.windows,
+            plan,
+            rank=worker.rank,
+            world=worker.world,
+            first_step=state.epoch_step,
+            tie_seed=microbatch_seed(training.seed, state.epoch, -1) if config.data.shuffle_ties else None,
+        )
+        self.tower.model.train()
+        seconds_trained = seconds_waited = targets_here = 0.0
+        mark = time.perf_counter()
+        with loader:
+            for index, microbatches in loader:
+                waited = time.perf_counter() - mark
+                num_targets = int(plan.targets[index])
+                values = self._step(state, num_steps, num_targets, microbatches)
+                now = time.perf_counter()
+                seconds, mark = now - mark, now
+                values |= {
+                    "train/targets_per_s": num_targets / seconds,
+                    "train/data_wait_share": waited / seconds,
+                }
+                state = replace(
+                    state,
+                    step=state.step + 1,
+                    epoch_step=index + 1,
+                    epoch_loss=state.epoch_loss + values["train/loss"] * num_targets,
+                    epoch_targets=state.epoch_targets + num_targets,
                 )
-                shares.append(share)
-            values = _sum_over_workers(shares, worker)
-            _refuse_nan(values, step, state.epoch)
-            rate = learning_rate(step, num_steps, training.optim)
-            table.reduce_gradient()
-            values["grad_norm/tower"] = tower.step(rate)
-            values["grad_norm/table"] = table.step(rate)
-            step += 1
-            now = time.perf_counter()
-            seconds, mark = now - mark, now
-            values |= {"train/lr": rate, "train/targets_per_s": num_targets / seconds}
-            values["train/data_wait_share"] = waited / seconds
-            sums["loss"] += values["train/loss"] * num_targets
-            sums["targets"] += num_targets
-            sums["seconds"] += seconds
-            sums["waited"] += waited
-            bar.advance(num_targets)
-            bar.note(
-                epoch=f"{state.epoch + 1}/{training.epochs}",
-                loss=f"{values['train/loss']:.4f}",
-                data_wait=f"{sums['waited'] / sums['seconds']:.1%}",
+                seconds_trained, seconds_waited = seconds_trained + seconds, seconds_waited + waited
+                targets_here += num_targets
+                bar.advance(num_targets)
+                bar.note(
+                    epoch=f"{state.epoch + 1}/{training.epochs}",
+                    loss=f"{values['train/loss']:.4f}",
+                    data_wait=f"{seconds_waited / seconds_trained:.1%}",
+                )
+                if worker.leads:
+                    self.alarms.check(state.step, values)
+                self.write(state.step, state.epoch, values)
+                due = training.save_steps > 0 and state.step % training.save_steps == 0
+                if due and index + 1 < len(plan.steps):  # an epoch's end is saved after its validation
+                    self.save(state)
+        epoch_values = {
+            "train/epoch_loss": state.epoch_loss / state.epoch_targets,
+            "train/epoch_targets_per_s": targets_here / seconds_trained,
+            "train/padding": plan.padding,
+        }
+        self.write(state.step, state.epoch, epoch_values)
+        state = replace(state, epoch=state.epoch + 1, epoch_step=0, epoch_loss=0.0, epoch_targets=0)
+        return state, epoch_values
+
+    def _step(
+        self, state: TrainState, num_steps: int, num_targets: int, microbatches: list[tuple[int, Batch]]
+    ) -> dict[str, float]:
+        """This worker's microbatches of a step, then the update; the values of the whole step."""
+        config, training = self.config, self.config.training
+        every = config.model.align.diagnose_every
+        self.tower.model.diagnosing = every > 0 and state.step % every == 0
+        shares = []
+        for microbatch, batch in microbatches:
+            share = microbatch_loss(
+                self.tower,
+                self.table,
+                batch.to(self.worker.device),
+                self.catalogue,
+                num_targets=num_targets,
+                num_microbatches=training.microbatches,
+                seed=microbatch_seed(training.seed, state.step, microbatch),
             )
-            if worker.leads:
-                alarms.check(step, values)
-                if log is not None:
-                    log.log(step, state.epoch, values)
-    epoch_values = {
-        "train/epoch_loss": sums["loss"] / sums["targets"],
-        "train/epoch_targets_per_s": sums["targets"] / sums["seconds"],
-        "train/padding": plan.padding,
-    }
-    if worker.leads and log is not None:
-        log.log(step, state.epoch, epoch_values)
-    return replace(state, epoch=state.epoch + 1, step=step), epoch_values
+            shares.append(share)
+        values = _sum_over_workers(shares, self.worker)
+        _refuse_nan(values, state.step, state.epoch)
+        rate = learning_rate(state.step, num_steps, training.optim)
+        self.table.reduce_gradient()
+        values["grad_norm/tower"] = self.tower.step(rate)
+        values["grad_norm/table"] = self.table.step(rate)
+        values["train/lr"] = rate
+        return values
+
+    def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """Log values (rank 0)."""
+        if self.worker.leads and self.log is not None:
+            self.log.log(step, epoch, values)
+
+    def save(self, state: TrainState) -> None:
+        """Commit a checkpoint; every rank takes part."""
+        moments = self.tower.moments()  # a collective
+        if self.worker.leads:
+            weights = self.tower.model.state_dict()
+            save_checkpoint(self.checkpoints, state, tower=weights, moments=moments, table=self.table.state())
+            prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
 
 
 def _sum_over_workers(shares: list[MicrobatchLoss], worker: Worker) -> dict[str, float]:

@@ -14,7 +14,15 @@ from findrec.training.checkpoint import list_checkpoints
 
 TRAINED_BASELINES = ("sasrec",)
 # A run goes on unchanged when only these differ: they do not touch what is learnt.
-FREE_KEYS = ("cluster.", "tracking.", "evaluation.", "runs", "training.save_every", "training.keep")
+FREE_KEYS = (
+    "cluster.",
+    "tracking.",
+    "evaluation.",
+    "runs",
+    "training.save_every",
+    "training.save_steps",
+    "training.keep",
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import rank_split, summarise
 from findrec.evaluation.scorers import ModelScorer
 from findrec.training.build import build_catalogue, build_table, build_tower_model
-from findrec.training.checkpoint import latest_checkpoint
+from findrec.training.checkpoint import latest_checkpoint, load_checkpoint
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -27,12 +27,15 @@ class Log:
     def losses(self):
         return [v["train/loss"] for _, _, v in self.lines if "train/loss" in v]
 
+    def epoch_losses(self):
+        return [v["train/epoch_loss"] for _, _, v in self.lines if "train/epoch_loss" in v]
 
-def train(config, folder, checkpoints, after_epoch=None):
+
+def train(config, folder, checkpoints, after_epoch=None, log=None):
     torch.manual_seed(config.training.seed)
     model = build_tower_model(config, folder)
     table = build_table(config, folder)
-    log = Log()
+    log = log or Log()
     run_training(
         config,
         folder,
@@ -89,6 +92,34 @@ def test_a_run_cut_short_continues_bit_for_bit(folder, tmp_path):
         assert torch.equal(want, got), name
     assert whole_log.losses()[-len(rest_log.losses()) :] == rest_log.losses()
     assert 0 < len(rest_log.losses()) < len(whole_log.losses())
+
+
+class StopsAt(Log):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def log(self, step, epoch, values):
+        super().log(step, epoch, values)
+        if step == self.step:
+            raise StoppedError
+
+
+@pytest.mark.parametrize("stop", [4, 9, 14])
+def test_inside_an_epoch_it_continues_with_the_very_next_microbatch(folder, tmp_path, stop):
+    config = make_config(epochs=3, save_steps=3, microbatches=2, tokens=64)
+    whole, whole_table, whole_log = train(config, folder, tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        train(config, folder, tmp_path / "cut", log=StopsAt(stop))
+    saved = load_checkpoint(latest_checkpoint(tmp_path / "cut")).state
+    assert saved.step == stop // 3 * 3 - 3 * (stop % 3 == 0)
+    assert saved.epoch_step > 0
+    rest, rest_table, rest_log = train(config, folder, tmp_path / "cut")
+    assert rest_log.losses() == whole_log.losses()[saved.step :]
+    assert rest_log.epoch_losses() == whole_log.epoch_losses()[saved.epoch :]
+    assert torch.equal(whole_table.weight, rest_table.weight)
+    for (name, want), got in zip(whole.state_dict().items(), rest.state_dict().values(), strict=True):
+        assert torch.equal(want, got), name
 
 
 def test_another_plan_cannot_continue_a_checkpoint(folder, tmp_path):
