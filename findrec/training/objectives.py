@@ -61,7 +61,8 @@ def microbatch_loss(
         transform=_content(tower, catalogue) if tower.model.content_scores else None,
     )
     surrogate = (out.h * loss.dh).sum()
-    if own is not None and out.repeat is not None and loss.dbonus is not None:
+    if own is not None and out.repeat is not None and weights_TR is not None:
+        assert loss.dbonus is not None
         # From the wide bonuses back to R weights here, so that the surrogate makes nothing of their size.
         (dweights_TR,) = torch.autograd.grad(own.bonus_TN, weights_TR, loss.dbonus)
         surrogate = surrogate + (out.repeat * dweights_TR).sum()
