@@ -151,7 +151,7 @@ def _running_sum(rank_bE: Tensor, value_bE: Tensor, num_own: int) -> Tensor:
     return dense.cumsum_(1)[..., :num_own]
 
 
-_LANES = 16  # of the C++ source
+_LANES = 8  # of the C++ source
 _SIZES = ("tokens", "events", "own", "window", "recent", "stride", "threads")
 _POINTERS = ("rank", "row", "step", "weights", "tables", "bonus", "seen", "dbonus", "dweights")
 

@@ -25,8 +25,8 @@ extern "C" struct OwnBonusArgs {
 namespace {
 
 constexpr int kFeatures = 5;
-constexpr int kLanes = 16;              // partial sums of the backward pass
-constexpr int64_t kUnit = 64;           // positions of a unit: more would leave threads idle, fewer walk more
+constexpr int kLanes = 8;               // partial sums of the backward pass
+constexpr int64_t kUnit = 256;          // positions of a unit: more would leave threads idle, fewer walk more
 constexpr int32_t kNever = -(1 << 30);  // far enough back to be outside of any window
 
 inline int64_t whole_lanes(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
@@ -98,30 +98,44 @@ void for_each_token(const OwnBonusArgs& a, Visit visit) {
   }
 }
 
-void forward_token(const OwnBonusArgs& a, const Walk& walk, int64_t t, float* of_lag) {
+void forward_token(const OwnBonusArgs& a, const Walk& walk, int64_t t, float* __restrict of_lag) {
   const int32_t window = static_cast<int32_t>(a.window), step = static_cast<int32_t>(a.step[t]);
   const float *w = a.weights + t * kFeatures, *log_lag = a.tables + a.stride, *fading = log_lag + a.stride;
-  const float w1 = w[1], w3 = w[3];
+  const float w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3], w4 = w[4];
+  const int64_t own = a.own;  // a copy, as bytes may alias anything
   // Everything that depends on the lag alone is one table: one look-up for each item.
   const int64_t lags = std::min(a.step[t] - walk.begin + 1, a.window);
-  for (int64_t k = 0; k < lags; ++k) of_lag[k] = w[0] + w[2] * log_lag[k] + w[4] * fading[k];
+  for (int64_t k = 0; k < lags; ++k) of_lag[k] = w0 + w2 * log_lag[k] + w4 * fading[k];
   of_lag[window] = 0.0f;
   const int32_t* last = walk.last.data();
   const float *log_count = walk.log_count.data(), *log_recent = walk.log_recent.data();
   float* __restrict bonus = a.bonus + t * a.own;
   uint8_t* __restrict seen = a.seen + t * a.own;
-  for (int64_t n = 0; n < a.own; ++n) bonus[n] = of_lag[std::min(step - last[n], window)];
-  for (int64_t n = 0; n < a.own; ++n) bonus[n] += w1 * log_count[n] + w3 * log_recent[n];
-  for (int64_t n = 0; n < a.own; ++n) seen[n] = step - last[n] < window;
+  for (int64_t n = 0; n < own; ++n) {
+    const int32_t lag = step - last[n];
+    bonus[n] = of_lag[lag < window ? lag : window];
+  }
+  for (int64_t n = 0; n < own; ++n) bonus[n] += w1 * log_count[n] + w3 * log_recent[n];
+  for (int64_t n = 0; n < own; ++n) seen[n] = step - last[n] < window;
 }
 
-// sum x y in a fixed order; `size` is made up to whole lanes by zeros in x.
-float dot(const float* x, const float* y, int64_t size) {
-  float sum[kLanes] = {}, total = 0.0f;
-  for (int64_t n = 0; n < size; n += kLanes)
-    for (int k = 0; k < kLanes; ++k) sum[k] += x[n + k] * y[n + k];
-  for (int k = 0; k < kLanes; ++k) total += sum[k];
-  return total;
+// out[j] = sum of x y_j, in a fixed order; `size` is made up to whole lanes by zeros in x.
+template <int kSums>
+void dots(float* out, const float* x, const float* const (&y)[kSums], int64_t size) {
+  typedef float V __attribute__((vector_size(kLanes * sizeof(float))));
+  V sum[kSums] = {};
+  for (int64_t n = 0; n < size; n += kLanes) {
+    V left, right;
+    std::memcpy(&left, x + n, sizeof(V));
+    for (int j = 0; j < kSums; ++j) {
+      std::memcpy(&right, y[j] + n, sizeof(V));
+      sum[j] += left * right;
+    }
+  }
+  for (int j = 0; j < kSums; ++j) {
+    out[j] = 0.0f;
+    for (int k = 0; k < kLanes; ++k) out[j] += sum[j][k];
+  }
 }
 
 void backward_token(const OwnBonusArgs& a, const Walk& walk, int64_t t, float* buffer) {
@@ -135,14 +149,16 @@ void backward_token(const OwnBonusArgs& a, const Walk& walk, int64_t t, float* b
   const int64_t lags = whole_lanes(std::min(a.step[t] - walk.begin + 1, a.window));
   std::fill(of_lag, of_lag + lags, 0.0f);
   const int32_t* last = walk.last.data();
-  for (int64_t n = 0; n < a.own; ++n) of_lag[std::min(step - last[n], window)] = g[n];
+  for (int64_t n = 0; n < a.own; ++n) {
+    const int32_t lag = step - last[n];
+    of_lag[lag < window ? lag : window] = g[n];
+  }
   of_lag[window] = 0.0f;  // those not met
-  float* dw = a.dweights + t * kFeatures;
-  dw[0] = dot(of_lag, one, lags);
-  dw[1] = dot(g, walk.log_count.data(), padded);
-  dw[2] = dot(of_lag, log_lag, lags);
-  dw[3] = dot(g, walk.log_recent.data(), padded);
-  dw[4] = dot(of_lag, fading, lags);
+  float by_lag[3], by_item[2];
+  dots<2>(by_item, g, {walk.log_count.data(), walk.log_recent.data()}, padded);
+  dots<3>(by_lag, of_lag, {one, log_lag, fading}, lags);
+  const float dw[kFeatures] = {by_lag[0], by_item[0], by_lag[1], by_item[1], by_lag[2]};
+  std::memcpy(a.dweights + t * kFeatures, dw, sizeof(dw));
 }
 
 }  // namespace
