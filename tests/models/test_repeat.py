@@ -10,6 +10,7 @@ from torch import Tensor
 
 from findrec.datasets.batch import Batch
 from findrec.models.repeat import OWN_WINDOW, OwnItems, RepeatHead, own_items
+from findrec.ops.linear_cross_entropy import linear_cross_entropy
 from findrec.ops.own_bonus import JUST_NOW, LAG_SCALE, NUM_REPEAT_FEATURES, RECENT, own_features
 from findrec.ops.sampled_cross_entropy import sampled_cross_entropy
 
@@ -102,6 +103,31 @@ def test_edges_of_pieces_and_padding_change_nothing(window: int, impl: str) -> N
     torch.testing.assert_close(
         dense(last, 25, impl), dense(own_items(cut, window), 25, impl), rtol=0, atol=1e-6
     )
+
+
+def test_losses_over_pieces_are_those_of_all_logits() -> None:
+    num_items, window = 12, 9
+    batch = make_batch([60, 25, 8], num_items=num_items, width=60)
+    generator = torch.Generator().manual_seed(2)
+    num = len(batch.position)
+    table, h = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (num_items + 1, num))
+    target = torch.randint(1, num_items + 1, (num,), generator=generator)
+    weights = torch.randn(num, NUM_REPEAT_FEATURES, generator=generator).double().requires_grad_()
+    own = own_items(batch, window).bonus(weights)
+    assert len(own.ids_BN) > len(batch.item)  # rows were cut
+    logits = (h @ table.t()).scatter_add(1, own.ids_BN[own.row_T], own.bonus_TN)
+    want = torch.nn.functional.cross_entropy(logits[:, 1:], target - 1, reduction="sum")
+    every = torch.arange(1, num_items + 1)  # as negatives that are not corrected: the same softmax
+    found = {
+        "exact": linear_cross_entropy(h, table, target, own=own),
+        "sampled": sampled_cross_entropy(
+            h, table[target], table[1:], target, every, own=own, own_row_BNd=table[own.ids_BN]
+        ),
+    }
+    gradient = torch.autograd.grad(want, weights, retain_graph=True)
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, want, msg=name)
+        torch.testing.assert_close(torch.autograd.grad(loss, weights, retain_graph=True), gradient, msg=name)
 
 
 def test_only_pieces_that_are_asked_about_are_built() -> None:
