@@ -5,6 +5,7 @@ python evaluation/benchmarks/ops.py [--json FILE] [--runs N]
 
 from findrec.bench.attention import bench_attention
 from findrec.bench.cross_entropy import bench_cross_entropy
+from findrec.bench.own_items import bench_own_items
 from findrec.bench.routing import bench_routing
 from findrec.bench.rows import parse_arguments, publish
 from findrec.bench.scan import bench_scan
@@ -17,4 +18,5 @@ if __name__ == "__main__":
     rows += bench_stein(runs=runs)
     rows += bench_attention(runs=runs)
     rows += bench_routing(runs=runs)
+    rows += bench_own_items(runs=runs)
     publish(rows)

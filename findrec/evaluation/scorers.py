@@ -166,10 +166,9 @@ def make_queries(out: Out, batch: Batch) -> Queries:
     """What a model's output asks of the catalogue: one query for each asked-for position of the batch."""
     if out.repeat is None:
         return Queries(out.h.float())
-    own = own_items(batch)
-    bonus_TN = torch.einsum("tnr,tr->tn", own.phi_TNR.float(), out.repeat.float())
+    own = own_items(batch).bonus(out.repeat.float())
     ids_TN = torch.where(own.seen_TN, own.ids_BN[own.row_T], 0)
-    return Queries(out.h.float(), ids_TN, bonus_TN)
+    return Queries(out.h.float(), ids_TN, own.bonus_TN)
 
 
 class TextKNN(VectorScorer):

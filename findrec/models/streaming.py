@@ -1,9 +1,9 @@
 """Serving a stream of events with FindRec: a user's state is kept, one event appended, next items ranked.
 
-Appending costs the same however long the history is: the Mamba stream keeps a state of fixed size and
-attention the keys and values of the events in its window. (With `model.routing.window=0` attention sees all
-events, and both memory and cost grow with them.) What is ranked equals the full forward pass over the whole
-history, up to rounding.
+Appending costs the same however long the history is: the Mamba stream keeps a state of fixed size, attention
+the keys and values of the events in its window, the own-item head the items of those in its own. (With
+`model.routing.window=0` attention sees all events, and both memory and cost grow with them.) What is ranked
+equals the full forward pass over the whole history, up to rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from findrec.datasets.catalogue import ItemFeatures
 from findrec.errors import FindRecError
 from findrec.models.findrec import FindRec
 from findrec.models.mamba import MambaState, MambaStream
-from findrec.models.repeat import RECENT, repeat_features
+from findrec.models.repeat import OWN_WINDOW
+from findrec.ops.own_bonus import RECENT, repeat_features
 
 
 @dataclass
@@ -33,23 +35,30 @@ class UserState:
     vector_d: Tensor | None = None  # user vector before the moment of asking and the last norm
     num_events: int = 0
     timestamp: int = 0  # seconds, of the last event
-    times_met: Counter[int] = field(default_factory=Counter)
+    lately: deque[int] = field(default_factory=deque)  # items of the events in the own items' window
+    times_met: Counter[int] = field(default_factory=Counter)  # of those items
     last_met: dict[int, int] = field(default_factory=dict)  # number of the event, from 0
-    recent: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
 
 
 class StreamingFindRec:
     """A trained FindRec with its item table, one user at a time."""
 
-    def __init__(self, model: FindRec, table_weight: Tensor, catalogue: ItemFeatures) -> None:
-        """`table_weight` is `[V + 1, d]`. Raises `FindRecError` for a stream other than Mamba, whose state
-        would grow with the history.
+    def __init__(
+        self,
+        model: FindRec,
+        table_weight: Tensor,
+        catalogue: ItemFeatures,
+        own_window: int = OWN_WINDOW,
+    ) -> None:
+        """`table_weight` is `[V + 1, d]`; an item counts as the user's own for `own_window` events. Raises
+        `FindRecError` for a stream other than Mamba, whose state would grow with the history.
         """
         if not isinstance(model.stream, MambaStream):
             raise FindRecError(
                 f"streaming needs model.stream.kind=mamba, this model has {model.config.stream.kind!r}"
             )
         self._model, self._stream, self._catalogue = model.eval(), model.stream, catalogue
+        self._own_window = own_window
         self._rows_Vd = self.items_Vd = table_weight.detach().float()
         if model.content_scores:
             with torch.no_grad():
@@ -91,10 +100,19 @@ class StreamingFindRec:
             correction_1d, state.memory = self._model.control.step(vector_1d, z_M1d, state.memory)
             vector_1d = vector_1d + correction_1d
         state.vector_d, state.timestamp = vector_1d[0], now
+        self._remember(state, item)
+
+    def _remember(self, state: UserState, item: int) -> None:
+        """Count an event in, and out the one that leaves the window."""
         state.times_met[item] += 1
         state.last_met[item] = state.num_events
-        state.recent.append(item)
+        state.lately.append(item)
         state.num_events += 1
+        if len(state.lately) > self._own_window:
+            gone = state.lately.popleft()
+            state.times_met[gone] -= 1
+            if not state.times_met[gone]:
+                del state.times_met[gone], state.last_met[gone]
 
     def _one_event(self, state: UserState, item: int, now: int, event: int | None) -> Batch:
         gap = gap_bucket(now - state.timestamp) if state.num_events else 0
@@ -124,7 +142,7 @@ class StreamingFindRec:
         scores_V: Tensor = self.items_Vd @ h_1d[0]
         if self._model.repeat_head is not None:
             own = list(state.times_met)
-            recent = Counter(state.recent)
+            recent = Counter(islice(reversed(state.lately), RECENT))
             phi_NR = repeat_features(
                 count=torch.tensor([float(state.times_met[item]) for item in own]),
                 lag=torch.tensor([float(state.num_events - 1 - state.last_met[item]) for item in own]),

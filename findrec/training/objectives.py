@@ -11,7 +11,6 @@ from torch import Tensor
 from findrec.datasets.batch import Batch
 from findrec.datasets.catalogue import ItemFeatures
 from findrec.models.repeat import own_items
-from findrec.ops.linear_cross_entropy import OwnBonus
 from findrec.tables.item_table import ItemTable, Transform
 from findrec.training.tower import Tower
 
@@ -49,11 +48,10 @@ def microbatch_loss(
     torch.manual_seed(seed)
     rows_Ud = table.lookup(batch.ids)
     out = tower.forward(batch, rows_Ud, catalogue.features(batch.ids))
-    own = None
+    own = weights_TR = None
     if out.repeat is not None:
-        items = own_items(batch)
-        bonus_TN = torch.einsum("tnr,tr->tn", items.phi_TNR, out.repeat)
-        own = OwnBonus(items.ids_BN, items.row_T, items.seen_TN, bonus_TN)
+        weights_TR = out.repeat.detach().requires_grad_()
+        own = own_items(batch).bonus(weights_TR)
     loss = table.catalogue_loss(
         out.h,
         batch.target,
@@ -63,8 +61,11 @@ def microbatch_loss(
         transform=_content(tower, catalogue) if tower.model.content_scores else None,
     )
     surrogate = (out.h * loss.dh).sum()
-    if own is not None and loss.dbonus is not None:
-        surrogate = surrogate + (own.bonus_TN * loss.dbonus).sum()
+    if own is not None and out.repeat is not None and weights_TR is not None:
+        assert loss.dbonus is not None
+        # From the wide bonuses back to R weights here, so that the surrogate makes nothing of their size.
+        (dweights_TR,) = torch.autograd.grad(own.bonus_TN, weights_TR, loss.dbonus)
+        surrogate = surrogate + (out.repeat * dweights_TR).sum()
     if loss.scored is not None:
         surrogate = surrogate + (loss.scored.vectors * loss.scored.gradient).sum()
     for term in out.aux.values():

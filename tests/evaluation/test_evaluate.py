@@ -31,6 +31,7 @@ from findrec.evaluation.scorers import (
 )
 from findrec.models.registry import build_model
 from findrec.models.repeat import own_items
+from findrec.ops.own_bonus import own_features
 
 
 class Fixed(BlockScorer):
@@ -175,11 +176,13 @@ def test_model_scorer_is_inner_product_plus_own_bonus(folder: DataFolder) -> Non
         out = model(block.batch, table[block.batch.ids], features)
     assert out.repeat is not None
     own = own_items(block.batch)
+    num_own = own.ids_PN.shape[1]
+    phi_TNR, seen_TN = own_features(own.rank_PE, own.row_T, own.step_T, num_own=num_own, window=own.window)
     score = (out.h.double() @ table.double().T).numpy()
     for t in range(6):
-        for n in range(own.ids_BN.shape[1]):
-            if own.seen_TN[t, n]:
-                score[t, own.ids_BN[own.row_T[t], n]] += float(own.phi_TNR[t, n] @ out.repeat[t])
+        for n in range(num_own):
+            if seen_TN[t, n]:
+                score[t, own.ids_PN[own.row_T[t], n]] += float(phi_TNR[t, n] @ out.repeat[t])
     assert np.abs(queries.own_bonus_BN.numpy()).max() > 0.1
     found = rank_split(scorer, folder, "test", users_per_block=6, max_length=20, mask_seen=False)
     for user, target, greater in zip(found.user, found.target, found.greater, strict=True):

@@ -13,7 +13,7 @@ from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel
 from findrec.models.registry import MODELS, build_model
-from findrec.models.repeat import NUM_REPEAT_FEATURES
+from findrec.ops.own_bonus import NUM_REPEAT_FEATURES
 
 DIM, NUM_ITEMS, WIDTHS = 16, 30, {"text": 12, "image": 7}
 CHANGES: dict[str, dict[str, object]] = {  # of the model's configuration, beyond what all cases have

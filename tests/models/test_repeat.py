@@ -1,4 +1,4 @@
-"""Own-item features against a plain walk through every history."""
+"""Own items and their features against a plain walk through every history."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.models import repeat
-from findrec.models.repeat import JUST_NOW, LAG_SCALE, NUM_REPEAT_FEATURES, RECENT, RepeatHead, own_items
+from findrec.models.repeat import OWN_WINDOW, OwnItems, RepeatHead, own_items
+from findrec.ops.linear_cross_entropy import linear_cross_entropy
+from findrec.ops.own_bonus import JUST_NOW, LAG_SCALE, NUM_REPEAT_FEATURES, RECENT, own_features
+from findrec.ops.sampled_cross_entropy import sampled_cross_entropy
 
 
 def make_batch(lengths: list[int], *, num_items: int, width: int, every: int = 1, seed: int = 0) -> Batch:
@@ -24,45 +27,114 @@ def make_batch(lengths: list[int], *, num_items: int, width: int, every: int = 1
     return Batch.build(item, count, user, torch.tensor(position), torch.zeros(0, dtype=torch.int64))
 
 
-def naive(history: list[int], step: int) -> dict[int, list[float]]:
+def features(own: OwnItems) -> tuple[Tensor, Tensor]:
+    num_own = own.ids_PN.shape[1]
+    return own_features(own.rank_PE, own.row_T, own.step_T, num_own=num_own, window=own.window)
+
+
+def naive(history: list[int], step: int, window: int) -> dict[int, list[float]]:
     """Item -> its features after `step`, counted one event after the other."""
-    features = {}
-    for item in set(history[: step + 1]):
-        places = [k for k, other in enumerate(history[: step + 1]) if other == item]
+    found = {}
+    for item in set(history[max(0, step - window + 1) : step + 1]):
+        places = [k for k in range(max(0, step - window + 1), step + 1) if history[k] == item]
         lag = step - places[-1]
         recent = sum(k > step - RECENT for k in places)
         values = (1.0, math.log1p(len(places)), LAG_SCALE * math.log1p(lag), math.log1p(recent))
-        features[item] = [*values, math.exp(-lag / JUST_NOW)]
-    return features
+        found[item] = [*values, math.exp(-lag / JUST_NOW)]
+    return found
 
 
-@pytest.mark.parametrize(
-    ("lengths", "num_items", "width", "every"),
-    [([1], 5, 1, 1), ([7, 1, 4], 3, 9, 1), ([250, 130, 31], 12, 256, 17), ([60, 60], 1000, 60, 60)],
-)
-def test_own_items_equals_a_walk(lengths: list[int], num_items: int, width: int, every: int) -> None:
+WALKS = [  # lengths, items, padded width, every, window
+    ([1], 5, 1, 1, OWN_WINDOW),
+    ([7, 1, 4], 3, 9, 1, OWN_WINDOW),
+    ([250, 130, 31], 12, 256, 17, 256),  # as long as the window
+    ([60, 60], 1000, 60, 60, OWN_WINDOW),
+    ([40, 3, 17], 9, 41, 1, 40),  # one event longer than the window
+    ([40, 3, 17], 9, 40, 1, 7),
+    ([50, 21], 4, 50, 3, 1),
+    ([400, 170], 60, 400, 13, 150),
+    ([300, 299], 30, 300, 300, 16),  # the last positions alone
+]
+
+
+@pytest.mark.parametrize(("lengths", "num_items", "width", "every", "window"), WALKS)
+def test_own_items_equal_a_walk(
+    lengths: list[int], num_items: int, width: int, every: int, window: int
+) -> None:
     batch = make_batch(lengths, num_items=num_items, width=width, every=every)
-    own = own_items(batch)
-    assert own.phi_TNR.shape == (*own.seen_TN.shape, NUM_REPEAT_FEATURES)
-    for b in range(len(lengths)):
-        distinct = sorted(set(batch.item[b].tolist()) - {0})
-        assert own.ids_BN[b].tolist() == distinct + [0] * (own.ids_BN.shape[1] - len(distinct))
+    own = own_items(batch, window)
+    phi_TNR, seen_TN = features(own)
+    for ids in own.ids_PN.tolist():
+        distinct = sorted(set(ids) - {0})
+        assert ids == distinct + [0] * (len(ids) - len(distinct))
     for t, position in enumerate(batch.position.tolist()):
         row, step = divmod(position, width)
-        assert own.row_T[t] == row
-        expected = naive(batch.item[row].tolist(), step)
-        for n, item in enumerate(own.ids_BN[row].tolist()):
-            assert bool(own.seen_TN[t, n]) == (item in expected)
-            given = own.phi_TNR[t, n].tolist()
+        expected = naive(batch.item[row].tolist(), step, window)
+        ids = own.ids_PN[own.row_T[t]].tolist()
+        assert set(expected) <= set(ids)
+        for n, item in enumerate(ids):
+            assert bool(seen_TN[t, n]) == (item in expected)
+            given = phi_TNR[t, n].tolist()
             assert given == pytest.approx(expected.get(item, [0.0] * NUM_REPEAT_FEATURES), abs=1e-5)
 
 
-def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = make_batch([30, 2, 17, 9, 30], num_items=20, width=32, every=3)
-    whole = own_items(batch)
-    monkeypatch.setattr(repeat, "_BLOCK_ELEMENTS", 1)
-    for a, b in zip(vars(whole).values(), vars(own_items(batch)).values(), strict=True):
-        assert torch.equal(a, b)
+def dense(own: OwnItems, num_items: int, impl: str) -> Tensor:
+    """`[T, V + 1]` bonuses by item, from weights that differ by position."""
+    weights = torch.linspace(-1, 2, len(own.row_T) * NUM_REPEAT_FEATURES).view(-1, NUM_REPEAT_FEATURES)
+    bonus = own.bonus(weights, impl)  # type: ignore[arg-type]
+    assert (bonus.bonus_TN[~bonus.seen_TN] == 0).all()
+    out = torch.zeros(len(weights), num_items + 1)
+    return out.scatter_add_(1, bonus.ids_BN[bonus.row_T], bonus.bonus_TN)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpp"])
+@pytest.mark.parametrize("window", [5, 50, 120])
+def test_edges_of_pieces_and_padding_change_nothing(window: int, impl: str) -> None:
+    batch = make_batch([130, 60, 7], num_items=25, width=130)
+    wide = torch.nn.functional.pad(batch.item, (0, 77))
+    position = batch.position + 77 * (batch.position // 130)
+    other = Batch.build(wide, batch.length, batch.user, position, batch.target)
+    assert torch.equal(dense(own_items(batch, window), 25, impl), dense(own_items(other, window), 25, impl))
+    # A history without the events before the window of its last position.
+    last = own_items(make_batch([130], num_items=25, width=130, every=130), window)
+    tail = batch.item[:1, -window:].contiguous()
+    zero = torch.zeros(1, dtype=torch.int64)
+    cut = Batch.build(tail, zero + window, zero, zero + window - 1, batch.target)
+    torch.testing.assert_close(
+        dense(last, 25, impl), dense(own_items(cut, window), 25, impl), rtol=0, atol=1e-6
+    )
+
+
+def test_losses_over_pieces_are_those_of_all_logits() -> None:
+    num_items, window = 12, 9
+    batch = make_batch([60, 25, 8], num_items=num_items, width=60)
+    generator = torch.Generator().manual_seed(2)
+    num = len(batch.position)
+    table, h = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (num_items + 1, num))
+    target = torch.randint(1, num_items + 1, (num,), generator=generator)
+    weights = torch.randn(num, NUM_REPEAT_FEATURES, generator=generator).double().requires_grad_()
+    own = own_items(batch, window).bonus(weights)
+    assert len(own.ids_BN) > len(batch.item)  # rows were cut
+    logits = (h @ table.t()).scatter_add(1, own.ids_BN[own.row_T], own.bonus_TN)
+    want = torch.nn.functional.cross_entropy(logits[:, 1:], target - 1, reduction="sum")
+    every = torch.arange(1, num_items + 1)  # as negatives that are not corrected: the same softmax
+    found = {
+        "exact": linear_cross_entropy(h, table, target, own=own),
+        "sampled": sampled_cross_entropy(
+            h, table[target], table[1:], target, every, own=own, own_row_BNd=table[own.ids_BN]
+        ),
+    }
+    gradient = torch.autograd.grad(want, weights, retain_graph=True)
+    for name, loss in found.items():
+        torch.testing.assert_close(loss, want, msg=name)
+        torch.testing.assert_close(torch.autograd.grad(loss, weights, retain_graph=True), gradient, msg=name)
+
+
+def test_only_pieces_that_are_asked_about_are_built() -> None:
+    width, window = 4000, 64
+    last = own_items(make_batch([width, 900, 3], num_items=50, width=width, every=width), window)
+    assert last.rank_PE.shape == (3, window - 1 + window // 4)
+    assert last.row_T.tolist() == [0, 1, 2]
 
 
 def test_the_future_changes_no_feature() -> None:
@@ -70,11 +142,22 @@ def test_the_future_changes_no_feature() -> None:
     changed = batch.item.clone()
     changed[0, 25:] = torch.randint(1, 7, (15,))
     other = Batch.build(changed, batch.length, batch.user, batch.position, batch.target)
-    a, b = own_items(batch), own_items(other)
-    for item in range(1, 7):
-        left = a.phi_TNR[:25][:, a.ids_BN[0] == item].sum((0, 1))
-        right = b.phi_TNR[:25][:, b.ids_BN[0] == item].sum((0, 1))
-        assert torch.equal(left, right)
+    for window in (8, OWN_WINDOW):
+        a, b = (dense(own_items(x, window), 6, "auto")[:25] for x in (batch, other))
+        assert torch.equal(a, b)
+
+
+def test_a_batch_that_asks_nothing_still_has_a_loss() -> None:
+    batch = make_batch([9, 4], num_items=6, width=9)
+    none = batch.position[:0]
+    own = own_items(Batch.build(batch.item, batch.length, batch.user, none, none)).bonus(
+        torch.zeros(0, NUM_REPEAT_FEATURES)
+    )
+    table = torch.randn(7, 3)
+    rows = table[own.ids_BN]
+    h = torch.zeros(0, 3)
+    loss = sampled_cross_entropy(h, h, table[1:4], none, torch.arange(1, 4), own=own, own_row_BNd=rows)
+    assert loss == 0
 
 
 def test_head_starts_without_bonus_and_learns() -> None:

@@ -1,5 +1,7 @@
 """One event after the other gives what the full forward pass over the whole history gives."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from planted import make_config
 
 from findrec.datasets.memory import write_data_folder
 from findrec.errors import FindRecError
+from findrec.evaluation import scorers
 from findrec.evaluation.scorers import ModelScorer, UserBlock
+from findrec.models.repeat import own_items
 from findrec.models.streaming import StreamingFindRec
 from findrec.training.build import build_catalogue, build_table, build_tower_model
 
@@ -71,14 +75,33 @@ def test_ranking_after_each_history_equals_the_full_forward_pass(folder, name):
         assert [item for item, _ in first] == want[b, 1:].topk(5).indices.add(1).tolist()
 
 
+@pytest.mark.parametrize("window", [1, 30, 110])  # of 149 events; items of "lately" leave before and after
+def test_own_items_of_a_window_are_those_of_the_full_forward_pass(folder, window, monkeypatch):
+    model, table, catalogue = build(folder, {"repeat": True})
+    monkeypatch.setattr(scorers, "own_items", partial(own_items, window=window))
+    users = np.array([len(folder.test_start) - 1])
+    block = UserBlock.read(folder, "test", users, LONGEST)
+    assert block.batch.item.shape[1] == LONGEST - 1
+    queries = ModelScorer(model, table.weight, catalogue, LONGEST, "cpu").queries(block)
+    want = queries.users_Bd @ table.weight.t()
+    want.scatter_add_(1, queries.own_ids_BN, queries.own_bonus_BN)
+    assert int((queries.own_ids_BN > 0).sum()) == len(set(block.batch.item[0, -window:].tolist()))
+    streaming = StreamingFindRec(model, table.weight, catalogue, own_window=window)
+    history = folder.histories(users)
+    state = streaming.start(history.item[:-1].tolist(), history.timestamp[:-1].tolist())
+    got = streaming.scores(state, int(history.timestamp[-1]))
+    torch.testing.assert_close(got[1:], want[0, 1:], rtol=1e-4, atol=1e-4)
+
+
 def test_the_state_does_not_grow_with_the_history(folder):
-    model, table, catalogue = build(folder, {"routing": {"window": 20, "heads": 2}})
-    streaming = StreamingFindRec(model, table.weight, catalogue)
+    model, table, catalogue = build(folder, {"routing": {"window": 20, "heads": 2}, "repeat": True})
+    streaming = StreamingFindRec(model, table.weight, catalogue, own_window=20)
     sizes = []
     for num_events in (30, 120):
-        state = streaming.start([1 + i % 5 for i in range(num_events)])
+        state = streaming.start([1 + i % NUM_ITEMS for i in range(num_events)])
         tensors = [state.memory, state.vector_d, *(x for s in state.stream for x in vars(s).values())]
-        sizes.append(sum(x.numel() for x in tensors))
+        own = [state.lately, state.times_met, state.last_met]
+        sizes.append((sum(x.numel() for x in tensors), [len(x) for x in own]))
     assert sizes[0] == sizes[1]
 
 
