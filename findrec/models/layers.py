@@ -31,8 +31,10 @@ class Dropout(nn.Module):
             return x
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
         words.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.dropped
-        return x * keep.to(x.dtype).mul_(256 / (256 - self.dropped))
+        byte = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        # Written as numbers at once: a mask of bools would take another pass to become some.
+        keep = torch.ge(byte, self.dropped, out=torch.empty_like(x, requires_grad=False))
+        return x * keep.mul_(256 / (256 - self.dropped))
 
 
 class Inputs(nn.Module):
