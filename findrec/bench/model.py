@@ -1,10 +1,11 @@
 """A whole training step, forward to optimizer, in seconds per 1,000 targets.
 
 Two questions. `bench_published`: how much faster is a step than one of the published shape, which trains one
-position of every sample? `bench_lengths`: does the cost of an event stay flat as histories grow, the tokens
-of a microbatch held equal? Every trained target counts once: a prefix sample of the published shape has one,
-a history of L events shown has L. `Row.median_s` and `p10_s` are seconds per 1,000 targets, so that rows of
-different batches compare; `peak_bytes` is that of one step.
+position of every sample? It has two baselines, that shape with a generic parallel scan and with our scan: the
+first ratio is what a user gains, the second what the shape alone costs. `bench_lengths`: does the cost of an
+event stay flat as histories grow, the tokens of a microbatch held equal? Every trained target counts once: a
+prefix sample of the published shape has one, a history of L events shown has L. `Row.median_s` and `p10_s`
+are seconds per 1,000 targets, so that rows of different batches compare; `peak_bytes` is that of one step.
 
 Items are drawn from a Zipf law, as catalogues are used: an item that occurs twice in a microbatch is encoded
 once, and that is part of what is measured.
@@ -13,7 +14,8 @@ once, and that is part of what is measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -38,6 +40,7 @@ UNIT = "1,000 targets"  # what a row's seconds are for; ends the name of its op
 OP = f"train step, {UNIT}"
 LENGTH_OP = f"train step by length, {UNIT}"
 BASELINE = "published shape"
+OUR_SCAN = "published shape, our scan"
 LENGTHS = (50, 200, 1024, 4096, 16384)
 FLAT_FROM = 200  # the length whose cost the others are held against
 NEGATIVES = 1024
@@ -80,14 +83,15 @@ def feature_tables(shape: Shape, generator: torch.Generator) -> dict[str, Tensor
     return tables
 
 
-def published_step(shape: Shape) -> Callable[[], int]:
+def published_step(shape: Shape, scan: Literal["parallel", "ours"] = "parallel") -> Callable[[], int]:
     """A function that makes one step of the published shape and returns its number of targets.
 
-    Prefix samples of all lengths up to `shape.length`, padded to it as RecBole does.
+    `scan` is a generic parallel one or ours (see findrec/bench/published.py). Prefix samples of all lengths
+    up to `shape.length`, padded to it as RecBole does.
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    config = PublishedConfig(dim=shape.dim)
+    config = PublishedConfig(dim=shape.dim, scan=scan)
     model = Published(shape.items, feature_tables(shape, generator), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     item_BL = draw_items(shape.rows * shape.length, shape.items, generator).view(shape.rows, shape.length)
@@ -184,7 +188,8 @@ def bench_published(
 ) -> list[Row]:
     """Rows of the published shape and of FindRec with the exact and the sampled loss, at L = 50 and 200.
 
-    Widths, heads and experts are the published ones; other settings of ours are the defaults.
+    Widths, heads and experts are the published ones; other settings of ours are the defaults. Rows of ours
+    come twice: against the published shape with a generic parallel scan, and against it with our scan.
     """
     scan_backend("cpu")  # outside the clock: it may build the kernel
     heads = f"model.routing.heads={PublishedConfig().heads}"
@@ -195,10 +200,14 @@ def bench_published(
     rows = []
     with progress("step against the published shape", total=len(shapes), unit="shapes") as bar:
         for shape in shapes:
-            makers: dict[str, Maker] = {BASELINE: (str(shape), published_step, (shape,))}
+            makers: dict[str, Maker] = {
+                BASELINE: (str(shape), published_step, (shape, "parallel")),
+                OUR_SCAN: (str(shape), published_step, (shape, "ours")),
+            }
             for name, keys in kinds.items():
                 makers[name] = (str(shape), findrec_step, (shape, [*keys, *overrides]))
-            rows += measure(OP, makers, BASELINE, runs)
+            found = measure(OP, makers, BASELINE, runs)
+            rows += found + [against(row, found[1]) for row in found[2:]]
             bar.advance()
     return rows
 
@@ -271,6 +280,11 @@ def measure(
         )
         for name, (shape, make, arguments) in makers.items()
     ]
+
+
+def against(row: Row, baseline: Row) -> Row:
+    """The same measurement set against another of the same turn."""
+    return replace(row, baseline=baseline.impl, ratio=baseline.median_s / row.median_s)
 
 
 def per_thousand(timing: Timing, targets: int) -> Timing:

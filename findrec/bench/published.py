@@ -7,7 +7,8 @@ heads with a tiny attention in each direction, another over heads and experts, a
 
 Where the circulating code could not run or would make the comparison unfair, this is the better of the two:
 
-* the scan is this project's own (`findrec.models.mamba`), so a ratio shows the shape, not the scan;
+* the scan is mambapy's parallel one, which the circulating code needs to get anywhere, or (`scan="ours"`)
+  this project's own, so that a ratio can show the shape alone; the rest of a Mamba block is ours either way;
 * attention runs over time. There it runs over the users of a batch, which costs B / L times as much and,
   through masks of the wrong orientation, fails unless B == L;
 * features come from a table on the device, not through a Python loop over positions;
@@ -20,15 +21,19 @@ Shape letters: B samples, L steps, d ID width, D modal width, H heads, h = D / H
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from findrec.bench.scan import mambapy_scan, unbind_scan
 from findrec.config import StreamConfig
-from findrec.models.mamba import MambaStream
+from findrec.models.mamba import Mamba, MambaStream, causal_conv
+from findrec.progress import say
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class PublishedConfig:
     modal_dropout: float = 0.1
     align_weight: float = 0.1
     temperature: float = 0.1
+    scan: Literal["parallel", "ours"] = "parallel"  # mambapy's, or this project's
     stream: StreamConfig = field(default_factory=StreamConfig)
 
 
@@ -57,6 +63,10 @@ class Published(nn.Module):
         self.config = config
         self.items = nn.Embedding(num_items + 1, config.dim, padding_idx=0)
         self.stream = MambaStream(config.dim, config.dropout, config.stream)
+        if config.scan == "parallel":
+            self.stream.blocks = nn.ModuleList(
+                [GenericMamba(config.dim, config.stream) for _ in range(config.stream.layers)]
+            )
         self.names = list(features)
         for name, table in features.items():
             self.register_buffer(f"features_{name}", table, persistent=False)
@@ -114,6 +124,29 @@ class Published(nn.Module):
         user_Bd, aux = self(item_BL, length_B)
         loss: Tensor = F.cross_entropy(user_Bd @ self.items.weight.t(), target_B) + aux
         return loss
+
+
+class GenericMamba(Mamba):
+    """The block with a scan that can be installed: mambapy's, or without that package a loop over steps."""
+
+    def __init__(self, dim: int, config: StreamConfig) -> None:
+        super().__init__(dim, config)
+        self.generic_scan = mambapy_scan
+        if importlib.util.find_spec("mambapy") is None:
+            self.generic_scan = unbind_scan
+            say(
+                "Published shape: its scan is a loop over steps, as the package mambapy is not installed.\n"
+                "    pip install --no-deps mambapy==1.2.0    (or: pip install -e '.[bench]')"
+            )
+
+    def forward(self, x_BLd: Tensor) -> Tensor:
+        """`[B, L, d]` to `[B, L, d]`, causal."""
+        u_BLE, z_BLE = self.in_proj(x_BLd).chunk(2, dim=-1)
+        u_BLE = F.silu(causal_conv(u_BLE, self.conv_taps, self.conv_bias))
+        delta_BLE, B_BLN, C_BLN = self._select(u_BLE)
+        y_BLE = self.generic_scan(u_BLE, delta_BLE, self._decay_rates(), B_BLN, C_BLN, self.D, z_BLE)
+        out: Tensor = self.out_proj(y_BLE)
+        return out
 
 
 class HeadLoop(nn.Module):

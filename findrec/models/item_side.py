@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from findrec.datasets.batch import ModalRows
+from findrec.models.layers import project_normed
 
 TABLE_STD = 0.2  # times d^-0.5: the spread item rows start with; content starts with the same
 
@@ -39,6 +40,9 @@ class ItemSide(nn.Module):
             rows_nd = rows_nd * (torch.rand(len(rows_nd), 1) >= self.id_dropout).to(rows_nd)
         for name, project in self.projections.items():
             modal = features[name]
-            content_nd = project(self.norms[name](modal.values))
+            norm = self.norms[name]
+            assert isinstance(norm, nn.LayerNorm)
+            assert isinstance(project, nn.Linear)
+            content_nd = project_normed(norm, project, modal.values)
             rows_nd = rows_nd + content_nd * modal.present[:, None]
         return rows_nd

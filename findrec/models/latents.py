@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from findrec.datasets.batch import ModalRows
-from findrec.models.layers import Dropout
+from findrec.models.layers import Dropout, project_normed
 
 LOGVAR_RANGE = (-8.0, 4.0)
 FIRST_LOGVAR = -2.0  # noise starts well below the spread of the means, so content gets through
@@ -46,7 +46,7 @@ class ModalEncoder(nn.Module):
     def forward(self, rows: ModalRows) -> Latents:
         """Encode the items that are there."""
         there_n = rows.present.nonzero().squeeze(1)
-        hidden = F.gelu(self.norm_hidden(self.widen(self.norm(rows.values[there_n]))))
+        hidden = F.gelu(self.norm_hidden(project_normed(self.norm, self.widen, rows.values[there_n])))
         hidden = self.dropout(hidden)
         mean_nd, logvar_nd = self.mean(hidden), self.logvar(hidden).clamp(*LOGVAR_RANGE)
         z_nd = mean_nd

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,8 +31,10 @@ class Dropout(nn.Module):
             return x
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
         words.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
-        keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= self.dropped
-        return x * keep.to(x.dtype).mul_(256 / (256 - self.dropped))
+        byte = words.view(torch.uint8)[: x.numel()].view(x.shape)
+        # Written as numbers at once: a mask of bools would take another pass to become some.
+        keep = torch.ge(byte, self.dropped, out=torch.empty_like(x, requires_grad=False))
+        return x * keep.mul_(256 / (256 - self.dropped))
 
 
 class Inputs(nn.Module):
@@ -85,9 +89,42 @@ class LayerScale(nn.Module):
         return x * self.gain
 
 
+def project_normed(norm: nn.LayerNorm, project: nn.Linear, values_nM: Tensor) -> Tensor:
+    """`project(norm(values))` of rows that need no gradient, such as features, which are wide.
+
+    `W (g x + b) + c = (W g) x + (W b + c)`: gain and shift join the matrix, so that their gradients come from
+    its own, and not by way of a product that gives every row a gradient of the features' width.
+    """
+    normed_nM = F.layer_norm(values_nM, norm.normalized_shape, eps=norm.eps)
+    bias = project.weight @ norm.bias
+    if project.bias is not None:
+        bias = bias + project.bias
+    return F.linear(normed_nM, project.weight * norm.weight, bias)
+
+
+class _TakeRows(torch.autograd.Function):
+    """`x[place]` for distinct places: the gradient is a copy, where `index_select` adds one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_nd: Tensor, place_T: Tensor) -> Tensor:
+        ctx.save_for_backward(place_T)
+        ctx.num_rows = len(x_nd)
+        return x_nd.index_select(0, place_T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (place_T,) = ctx.saved_tensors
+        dx_nd = grads[0].new_zeros(ctx.num_rows, *grads[0].shape[1:])
+        return dx_nd.index_copy_(0, place_T, grads[0]), None
+
+
 def asked_rows(x_BLd: Tensor, batch: Batch) -> Tensor:
-    """`[T, d]`: the rows at the positions the batch asks for."""
-    return x_BLd.flatten(0, 1).index_select(0, batch.position)
+    """`[T, ...]`: the rows of `[B, L, ...]` at the positions the batch asks for."""
+    x_nd = x_BLd.flatten(0, 1)
+    if len(batch.position) == len(x_nd):
+        return x_nd  # positions are distinct and ascend, so these are all of them
+    rows_Td: Tensor = _TakeRows.apply(x_nd, batch.position)  # type: ignore[no-untyped-call]
+    return rows_Td
 
 
 class Moment(nn.Module):

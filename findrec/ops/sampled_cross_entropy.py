@@ -5,19 +5,30 @@ candidates (its target and the items of its history, when a repeat bonus is give
 items through importance-weighted samples (logQ correction; Bengio & Senecal, IEEE Trans. Neural Networks
 19(4), 2008). `generalised_bce` is the loss of gSASRec (Petrov & Macdonald, arXiv 2308.07192).
 
-Both take rows of the item table rather than the table, so that gradients stay as small as the sample, and
-both are plain autograd: nothing is larger than `[T, S]`.
+Both take rows of the item table rather than the table, so that gradients stay as small as the sample. gBCE is
+plain autograd over `[T, S]`; the sampled softmax has two implementations:
+
+| impl        | what                                                                                       |
+|-------------|--------------------------------------------------------------------------------------------|
+| `reference` | all logits under autograd, any dtype: what the other is tested against                     |
+| `tiled`     | a tile of tokens at a time in one buffer, gradients formed in the forward pass             |
+|             | (`_sampled_tiles`, as in linear_cross_entropy.py); nothing of the size T x S is kept       |
 
 Shape letters: T tokens, V catalogue size, d width, B users, N distinct items of a user's history, S samples.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from findrec.ops._sampled_tiles import TiledSampledCrossEntropy
 from findrec.ops.linear_cross_entropy import OwnBonus
+
+DEFAULT_TILE_BYTES = 2 << 20  # the passes over a tile want it in the processor's cache
 
 
 def sampled_cross_entropy(
@@ -30,6 +41,8 @@ def sampled_cross_entropy(
     *,
     own: OwnBonus | None = None,
     own_row_BNd: Tensor | None = None,
+    impl: Literal["auto", "reference", "tiled"] = "auto",
+    tile_bytes: int = DEFAULT_TILE_BYTES,
 ) -> Tensor:
     """Sum over tokens of `log Z_t - s_t,target` with an unbiased estimate of the partition function `Z_t`.
 
@@ -37,13 +50,49 @@ def sampled_cross_entropy(
     `log_expected_S = log(S q)` of each sampled item (drawn with replacement from q). Without it nothing is
     corrected: the samples are the candidates of a softmax over a subset, and should be distinct. Own
     candidates are the target and, with `own`, the items seen so far; samples that hit one of them are
-    dropped, because those are already counted exactly. Differentiable in all float arguments.
-    Raises `ValueError` when only one of `own` and `own_row_BNd` is given.
+    dropped, because those are already counted exactly. Tokens of a user lie together, users ascending.
+
+    Returns a scalar in the dtype of the inputs; `tiled` (= `auto`) computes half precision in float32 and
+    returns that. `tiled` is differentiable once, in `h_Td`, the three kinds of rows and `own.bonus_TN`, and
+    takes `tile_bytes` beside the gradients; `reference` also in `log_expected_S`.
+    Raises `ValueError` when only one of `own` and `own_row_BNd` is given, for an unknown `impl`, and when
+    `tiled` is asked for a gradient in `log_expected_S`.
     """
     if (own is None) != (own_row_BNd is None):
         raise ValueError(
             "own and own_row_BNd must be given together: the rows of own.ids_BN are scored exactly"
         )
+    if impl not in ("auto", "reference", "tiled"):
+        raise ValueError(f"impl={impl!r} is unknown: choose one of auto, reference, tiled")
+    if impl == "reference":
+        return _dense(
+            h_Td, target_row_Td, sample_row_Sd, target_T, sample_S, log_expected_S, own, own_row_BNd
+        )
+    if log_expected_S is not None and log_expected_S.requires_grad:
+        raise ValueError("log_expected_S: only impl='reference' gives it a gradient; detach it")
+    bonus, ids, row, seen = (
+        (None, None, None, None) if own is None else (own.bonus_TN, own.ids_BN, own.row_T, own.seen_TN)
+    )
+    floats = (h_Td, target_row_Td, sample_row_Sd, own_row_BNd, bonus)
+    loss: Tensor = TiledSampledCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        tile_bytes,
+        torch.is_grad_enabled(),
+        *floats,
+        *(target_T, sample_S, log_expected_S, ids, row, seen),
+    )
+    return loss
+
+
+def _dense(
+    h_Td: Tensor,
+    target_row_Td: Tensor,
+    sample_row_Sd: Tensor,
+    target_T: Tensor,
+    sample_S: Tensor,
+    log_expected_S: Tensor | None,
+    own: OwnBonus | None,
+    own_row_BNd: Tensor | None,
+) -> Tensor:
     target_logit = (h_Td * target_row_Td).sum(1)
     sample_logit = h_Td @ sample_row_Sd.t()
     if log_expected_S is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from findrec.config import LossConfig, OptimConfig
 from findrec.ops.linear_cross_entropy import OwnBonus, linear_cross_entropy
@@ -223,12 +224,19 @@ class ItemTable:
         if 0 < clip < norm:
             grad.mul_(clip / norm)
         beta1, beta2 = self._optim.betas
+        adamw(
+            *([self.weight], [grad], [self.exp_avg], [self.exp_avg_sq], []),
+            [torch.tensor(float(self.steps), device=grad.device)],
+            fused=True,  # one pass over the table, where its operations one by one make ten
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=self._optim.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
         self.steps += 1
-        self.weight.mul_(1.0 - lr * self._optim.weight_decay)
-        self.exp_avg.lerp_(grad, 1.0 - beta1)
-        self.exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-        denominator = (self.exp_avg_sq / (1.0 - beta2**self.steps)).sqrt_().add_(1e-8)
-        self.weight.addcdiv_(self.exp_avg, denominator, value=-lr / (1.0 - beta1**self.steps))
         grad.zero_()
         return norm
 

@@ -58,7 +58,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW whose learning rate the loop sets anew for every step."""
     groups = parameter_groups(model, optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=1e-8)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=1e-8, fused=True)
 
 
 def set_lr(groups: Iterable[dict[str, object]], lr: float) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from findrec.bench.model import (
     BASELINE,
+    OUR_SCAN,
     Shape,
     bench_lengths,
     bench_published,
@@ -65,11 +66,14 @@ def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_peaks")
 def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench_published(runs=1, shapes=[TINY])
-    assert [row.impl for row in rows] == [BASELINE, "findrec exact", "findrec sampled 1024"]
+    ours = ["findrec exact", "findrec sampled 1024"]
+    assert [row.impl for row in rows] == [BASELINE, OUR_SCAN, *ours, *ours]
+    assert [row.baseline for row in rows] == [BASELINE] * 4 + [OUR_SCAN] * 2
     assert {row.shape for row in rows} == {"B3 L5 d16 V30"}
     assert rows[0].ratio == 1.0
     for row in rows:
-        assert row.ratio == pytest.approx(rows[0].median_s / row.median_s)
+        baseline = rows[0] if row.baseline == BASELINE else rows[1]
+        assert row.ratio == pytest.approx(baseline.median_s / row.median_s)
         assert row.peak_bytes > 0
     print_rates([rows[0], replace(rows[1], op="training to a level", median_s=12.0)])
     shown = capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,29 @@ def test_any_number_of_samples_and_every_parameter_has_a_gradient(rows: int, len
     assert torch.isfinite(loss)
     assert [name for name, grad in gradients.items() if grad is None or not grad.any()] == []
     assert all(grad is not None and grad.isfinite().all() for grad in gradients.values())
+
+
+def test_both_scans_compute_the_same() -> None:
+    generic, ours = (make(replace(SMALL, scan=scan)) for scan in ("parallel", "ours"))
+    ours.load_state_dict(generic.state_dict())
+    found = [
+        model.stream.eval()(torch.randn(3, 17, 16, generator=torch.Generator().manual_seed(0)))
+        for model in (generic, ours)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert type(generic.stream.blocks[0]) is not type(ours.stream.blocks[0])
+
+
+@pytest.mark.usefixtures("no_mambapy")
+def test_without_the_package_the_scan_is_a_loop_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make()
+    assert "mambapy is not installed" in "".join(capsys.readouterr())
+    assert torch.isfinite(model.loss(*samples(3, 7)))
+
+
+@pytest.fixture
+def no_mambapy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
 def test_samples_do_not_see_each_other_nor_padding() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -34,10 +36,11 @@ def scores(h, table, own):
     return logits if own is None else logits.scatter_add(1, own.ids_BN[own.row_T], own.bonus_TN)
 
 
-def sampled(h, table, target, sample, log_expected=None, own=None):
+def sampled(h, table, target, sample, log_expected=None, own=None, **kwargs):
     own_rows = None if own is None else table[own.ids_BN]
+    rows = table[target], table[sample]
     return sampled_cross_entropy(
-        h, table[target], table[sample], target, sample, log_expected, own=own, own_row_BNd=own_rows
+        h, *rows, target, sample, log_expected, own=own, own_row_BNd=own_rows, **kwargs
     )
 
 
@@ -67,7 +70,8 @@ def assert_same(loss, want, h, table, own):
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 13])
-def test_candidates_agree_with_a_naive_loop(num_tokens, corrected, own):
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_candidates_agree_with_a_naive_loop(impl, num_tokens, corrected, own):
     h, table, target, bonus = make(num_tokens, own=own)
     # Duplicates, the targets themselves and own items among the samples.
     sample = torch.cat([torch.tensor([1, 2, 2, 3, 7, 9, 30]), target, torch.tensor([5])])
@@ -85,7 +89,50 @@ def test_candidates_agree_with_a_naive_loop(num_tokens, corrected, own):
         return z.log() - s[t, target[t]]
 
     want = one_by_one(naive, h, bonus)
-    assert_same(sampled(h, table, target, sample, log_expected, bonus), want, h, table, bonus)
+    assert_same(sampled(h, table, target, sample, log_expected, bonus, impl=impl), want, h, table, bonus)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_samples", "tile_rows"),
+    [(1, 1, 9), (17, 60, 17), (17, 33, 7), (17, 1, 1), (1000, 33, 300)],
+)
+def test_tiles_agree_with_the_reference(num_tokens, num_samples, tile_rows, corrected, own, dtype):
+    h, table, target, bonus = make(num_tokens, dtype, own=own)
+    sample = torch.randint(1, NUM_ITEMS + 1, (num_samples,), generator=torch.Generator().manual_seed(4))
+    log_expected = torch.linspace(-1, 1, num_samples, dtype=torch.float64) if corrected else None
+    leaves = [h, table] + ([bonus.bonus_TN] if own else [])
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    exact_own = bonus and OwnBonus(bonus.ids_BN, bonus.row_T, bonus.seen_TN, exact[2])
+    want = sampled(*exact[:2], target, sample, log_expected, exact_own, impl="reference")
+    width = num_samples + 1 + (5 if own else 0)
+    tile_bytes = tile_rows * width * (8 if dtype == torch.float64 else 4)
+    if log_expected is not None and dtype != torch.float64:
+        log_expected = log_expected.float()
+    found = sampled(h, table, target, sample, log_expected, bonus, impl="tiled", tile_bytes=tile_bytes)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(
+        found.double(), want, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-6
+    )
+    # Autograd adds the rows' gradients up in the type of the table.
+    rtol = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    for got, expected in zip(
+        torch.autograd.grad(found, leaves), torch.autograd.grad(want, exact), strict=True
+    ):
+        atol = rtol * float(expected.abs().max())
+        torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol)
+
+
+def test_a_retained_graph_gives_the_same_gradients_twice():
+    h, table, target, own = make(13, own=True)
+    loss = sampled(h, table, target, torch.arange(1, 20), own=own)
+    leaves = (h, table, own.bonus_TN)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, leaves)
+    for once, again in zip(first, second, strict=True):
+        torch.testing.assert_close(2 * once, again)
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -157,7 +204,7 @@ def test_gbce_with_every_item_drawn_is_plain_binary_cross_entropy():
     assert gbce(h, table, target, few, calibration=1.0) < gbce(h, table, target, few, calibration=0.0)
 
 
-@pytest.mark.parametrize("function", [sampled, gbce])
+@pytest.mark.parametrize("function", [sampled, partial(sampled, impl="reference"), gbce])
 def test_gradcheck(function):
     h, table, target, own = make(4, own=True)
     sample = torch.tensor([1, 4, 8, 9, int(target[0]), int(own.ids_BN[0, 1])])
@@ -176,3 +223,7 @@ def test_wrong_arguments_are_explained():
         gbce(h, table, target, sample, calibration=1.5)
     with pytest.raises(ValueError, match="must be given together"):
         sampled_cross_entropy(h, table[target], table[sample], target, sample, own=own)
+    with pytest.raises(ValueError, match="impl='plain' is unknown"):
+        sampled(h, table, target, sample, impl="plain")
+    with pytest.raises(ValueError, match="only impl='reference' gives it a gradient"):
+        sampled(h, table, target, sample, torch.zeros(2, requires_grad=True))
