@@ -66,7 +66,7 @@ class RoutingConfig(Section):
 
     kind: Literal["learned", "mean"] = "learned"  # mean: all experts weigh the same, no router
     heads: int = Field(4, ge=1)
-    window: int = Field(1024, ge=0)  # latest events that attention sees, keeping its cost linear; 0: all
+    window: int = Field(256, ge=0)  # latest events that attention sees, keeping its cost linear; 0: all
     experts: int = Field(4, ge=1)
     temperature: float = Field(1.0, gt=0)
     top_k: int | None = None  # None: dense
