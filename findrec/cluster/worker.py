@@ -15,6 +15,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.errors import DivergedError
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import say
+from findrec.training.allocator import keep_freed_memory
 from findrec.training.build import build_table, build_tower_model, used_modalities
 from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, training_jobs
@@ -37,6 +38,7 @@ def train_worker(payload: dict[str, Any]) -> str | None:
     device = ray.train.torch.get_device()
     worker = Worker(context.get_world_rank(), context.get_world_size(), device)
     config = parse_config(payload["config"])
+    keep_freed_memory()
     torch.set_num_threads(worker_threads(config))
     folder = DataFolder.open(Path(payload["data_folder"]), verify=False)  # the driver verified it
     try:
