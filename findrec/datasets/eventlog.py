@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from findrec.datasets.fetch import Fetched
+from findrec.datasets.filters import apply_filters
 from findrec.datasets.recipe import PLACEHOLDER, Recipe
 from findrec.datasets.writer import USERS_PER_MEMBER, Block
 from findrec.errors import FindRecError
@@ -33,8 +34,9 @@ def _literal(paths: list[Path]) -> str:
 class EventLog:
     """The tables `users`, `items` and `events` of a recipe's fetched files; `scratch` is a folder to work in.
 
-    `length` `[U]` holds each user's events. Raises `FindRecError` where the recipe's SQL fails or gives the
-    wrong columns.
+    `length` `[U]` holds each user's events, `split` the recipe's split with its cut times, `filtered` what
+    each filter left out (`findrec.datasets.filters`). Raises `FindRecError` where the recipe's SQL fails or
+    gives the wrong columns.
     """
 
     def __init__(self, recipe: Recipe, fetched: list[Fetched], scratch: Path, limit: int | None) -> None:
@@ -105,10 +107,14 @@ class EventLog:
                 f"recipe {recipe.name}: {empty:,} events have no user, item or timestamp; "
                 "leave them out in the events SQL"
             )
+        self.split, self.filtered = apply_filters(db, recipe, self.extras)
         db.execute(
             "CREATE TABLE users AS SELECT row_number() OVER (ORDER BY raw_user) - 1 AS u, raw_user "
             f"FROM (SELECT raw_user FROM log GROUP BY raw_user HAVING count(*) >= {recipe.min_events})"
         )
+        log, users = self._value("SELECT count(*) FROM log"), self._value("SELECT count(*) FROM users")
+        if not log or not users:
+            raise FindRecError(self._nothing_left())
         if limit is not None:
             db.execute(f"DELETE FROM users WHERE u >= {int(limit)}")
         db.execute(
@@ -134,10 +140,21 @@ class EventLog:
         db.execute("DROP TABLE log")
         counted = db.execute("SELECT count(*) AS n FROM events GROUP BY u ORDER BY u").fetchnumpy()["n"]
         self.length = counted.astype(np.int64)
-        if not len(self.length):
-            raise FindRecError(
-                f"recipe {recipe.name}: no user has min_events={recipe.min_events} events or more"
+
+    def _nothing_left(self) -> str:
+        """The message where the filters leave no event."""
+        recipe, counts = self._recipe, self.filtered
+        if not counts["read"]:
+            return (
+                f"recipe {recipe.name}: the events SQL gives no rows: check its WHERE and the source's files"
             )
+        told = [f"{count:,} left out by {name}" for name, count in counts.items() if name != "read"]
+        told.append(f"no user has min_events={recipe.min_events} events or more among the rest")
+        return (
+            f"recipe {recipe.name}: no events are left of {counts['read']:,} read ({', '.join(told)}): "
+            "lower the recipe's "
+            + ", ".join([n for n in counts if n in ("min_value", "k_core")] + ["min_events"])
+        )
 
     def users(self) -> pa.Array:
         """Raw ids in user order."""

@@ -119,7 +119,8 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
             FolderInput(
                 recipe=recipe.name,
                 recipe_sha256=recipe_sha256,
-                split=recipe.split,
+                split=log.split,
+                filtered=log.filtered,
                 users=log.users(),
                 items=items,
                 blocks=log.blocks(),

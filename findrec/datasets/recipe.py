@@ -20,6 +20,7 @@ from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
 
 FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
+_LATER_KEYS = ("min_value", "duplicates", "k_core")  # came after data folders had been made
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 
 
@@ -71,6 +72,13 @@ class TextFeature(Part):
     encoder: str = "all-MiniLM-L6-v2"
 
 
+class KCore(Part):
+    """Users and items with fewer events than this are left out, again and again until all have as many."""
+
+    users: int = Field(1, ge=1)
+    items: int = Field(1, ge=1)
+
+
 class Features(Part):
     """Feature tables to make."""
 
@@ -92,6 +100,9 @@ class Recipe(Part):
     ties: Literal["row", "shuffle"] = "row"  # order of one user's events with equal timestamps
     seed: int = 0  # of the shuffle
     split: Split = Split()
+    min_value: float | None = None  # events whose `value` is below (or missing) are left out
+    duplicates: Literal["keep", "drop"] = "keep"  # drop: the first of equal user, item, timestamp (and event)
+    k_core: KCore | None = None  # with a global_temporal split counted on training events alone
     min_events: int = Field(1, ge=1)  # users with fewer are left out
     features: Features = Features()
     folder: Path = Field(Path("."), exclude=True)  # of the recipe file: relative paths start there
@@ -117,8 +128,13 @@ class Recipe(Part):
 
     def sha256(self, limit_users: int | None = None) -> str:
         """Hash of everything that decides what `prepare` writes."""
+        recipe = self.model_dump(mode="json", exclude={"title", "licence", "source"})
+        recipe["split"] = {key: value for key, value in recipe["split"].items() if value is not None}
+        for key in _LATER_KEYS:  # at its default such a key changes nothing, so old data folders stay valid
+            if getattr(self, key) == type(self).model_fields[key].default:
+                del recipe[key]
         tree = {
-            "recipe": self.model_dump(mode="json", exclude={"title", "licence", "source"}),
+            "recipe": recipe,
             "version": FOLDER_VERSION,
             "limit_users": limit_users,
         }
