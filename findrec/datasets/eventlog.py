@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from findrec.datasets.fetch import Fetched
 from findrec.datasets.filters import apply_filters
+from findrec.datasets.formats import SourceTables, literals
 from findrec.datasets.recipe import PLACEHOLDER, Recipe
 from findrec.datasets.writer import USERS_PER_MEMBER, Block
 from findrec.errors import FindRecError
@@ -24,11 +25,7 @@ from findrec.progress import progress
 _NEEDED = ("user", "item", "timestamp")
 _EXTRAS = ("event", "value")
 _ABOUT = ("raw", "title", "text", "category")
-
-
-def _literal(paths: list[Path]) -> str:
-    quoted = ["'" + str(path).replace("'", "''") + "'" for path in paths]
-    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"
+_MORE_ABOUT = ("category", "image")
 
 
 class EventLog:
@@ -41,14 +38,21 @@ class EventLog:
 
     def __init__(self, recipe: Recipe, fetched: list[Fetched], scratch: Path, limit: int | None) -> None:
         self._recipe = recipe
-        self._files = {name: paths for one in fetched for name, paths in one.files.items()}
         self._sql = {"events": recipe.events, "items": recipe.items}
         for one in fetched:
             self._sql = {k: getattr(one.place, k) or v for k, v in self._sql.items()}
         self._db = duckdb.connect(str(scratch / "log.duckdb"))
         self._db.execute("SET preserve_insertion_order = true")  # the row number is the order of the source
-        self._db.execute(f"SET temp_directory = {_literal([scratch])}")
+        self._db.execute(f"SET temp_directory = {literals([scratch])}")
+        tables = SourceTables(self._db, scratch, recipe.name, recipe.max_bad_rows)
+        self._files = {
+            name: tables.add(name, one.place.files[name], paths)
+            for one in fetched
+            for name, paths in one.files.items()
+        }
         self._read(limit)
+        if tables.bad_rows:
+            self.filtered["bad_rows"] = tables.bad_rows
 
     def close(self) -> None:
         """Let go of the database file."""
@@ -56,7 +60,7 @@ class EventLog:
 
     def _fill(self, which: str) -> str:
         sql = self._sql[which]
-        filled = PLACEHOLDER.sub(lambda found: _literal(self._files[found[1]]), sql)
+        filled = PLACEHOLDER.sub(lambda found: self._files[found[1]], sql)
         return filled.strip().rstrip(";")
 
     def _columns(self, which: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
@@ -168,16 +172,20 @@ class EventLog:
         return [row[0] for row in self._db.execute("SELECT event FROM event_types ORDER BY code").fetchall()]
 
     def items(self) -> pa.Table:
-        """raw, title, text, category in id order; items that the items SQL does not know have no text."""
+        """raw, title, text, category (and image where the SQL gives it) in id order; items that the items SQL
+        does not know have no text.
+        """
+        about = list(_ABOUT)
         if not self._sql["items"].strip():
             query = "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL, NULL, NULL FROM items ORDER BY item"
         else:
-            names = self._columns("items", ("item", "title", "text"), ("category",))
-            category = "CAST(category AS VARCHAR)" if "category" in names else "NULL"
+            names = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
+            about += ["image"] if "image" in names else []
+            columns = [f"CAST({n if n in names else 'NULL'} AS VARCHAR) AS {n}" for n in about[1:]]
             self._run(
                 "items",
-                "CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, CAST(title AS VARCHAR) AS title, "
-                f"CAST(text AS VARCHAR) AS text, {category} AS category FROM ({self._fill('items')})",
+                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(columns)} "
+                f"FROM ({self._fill('items')})",
             )
             twice = self._db.execute(
                 "SELECT raw FROM about GROUP BY raw HAVING count(*) > 1 LIMIT 3"
@@ -185,14 +193,14 @@ class EventLog:
             if twice:
                 raise FindRecError(
                     f"recipe {self._recipe.name}: the items SQL gives some items more than once "
-                    f"(e.g. {', '.join(row[0] for row in twice)})"
+                    f"(e.g. {', '.join(str(row[0]) for row in twice)})"
                 )
             query = (
-                "SELECT CAST(i.raw_item AS VARCHAR), title, text, category FROM items i "
+                f"SELECT CAST(i.raw_item AS VARCHAR), {', '.join(about[1:])} FROM items i "
                 "LEFT JOIN about a ON a.raw = CAST(i.raw_item AS VARCHAR) ORDER BY i.item"
             )
-        columns = list(zip(*self._db.execute(query).fetchall(), strict=True))
-        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(_ABOUT, columns, strict=True)})
+        rows = list(zip(*self._db.execute(query).fetchall(), strict=True))
+        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(about, rows, strict=True)})
 
     def blocks(self) -> Iterator[Block]:
         """The events in final order, `USERS_PER_MEMBER` users at a time."""

@@ -25,6 +25,7 @@ from findrec.errors import FindRecError
 from findrec.paths import resolve
 from findrec.progress import say
 
+TOLD_TIE_RATE = 0.05  # above it `prepare` says that the order inside ties is the source's
 _OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
 
 
@@ -114,7 +115,7 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                     weights_sha256=encoded.weights_sha256,
                 )
             )
-        write_folder(
+        manifest = write_folder(
             folder,
             FolderInput(
                 recipe=recipe.name,
@@ -129,6 +130,12 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                 event_types=log.event_types(),
             ),
         )
+        if recipe.ties == "row" and recipe.split.unit == "event" and manifest.tie_rate > TOLD_TIE_RATE:
+            say(
+                f"{manifest.tie_rate:.1%} of the events share their time with another of the same user and "
+                "keep the order of the source. If that order gives something away (sorted by item, say), set "
+                "`ties: shuffle`"
+            )
     finally:
         log.close()
 

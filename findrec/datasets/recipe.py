@@ -20,7 +20,8 @@ from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
 
 FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
-_LATER_KEYS = ("min_value", "duplicates", "k_core")  # came after data folders had been made
+_LATER_KEYS = ("max_bad_rows", "min_value", "duplicates", "k_core")  # came after data folders had been made
+_LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 
 
@@ -35,6 +36,27 @@ class SourceFile(Part):
 
     member: str = ""  # path inside the archive, package or folder (a folder's may be a glob)
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    # With a format the SQL's `{name}` is a table (findrec.datasets.formats), without one it is the path.
+    format: Literal["csv", "tsv", "jsonl", "loose_json", "parquet", "sequences", "recbole"] | None = None
+    columns: dict[str, str] | None = None  # name -> SQL type: of CSV without a header, or what is picked
+    header: bool | None = None  # of csv and tsv; default true
+    encoding: str | None = None  # default UTF-8
+
+    @model_validator(mode="after")
+    def _fits_format(self) -> SourceFile:
+        if self.format is None and (self.columns, self.header, self.encoding) != (None, None, None):
+            raise ValueError(
+                "columns, header and encoding need a format (without one the SQL reads the file)"
+            )
+        if self.header is not None and self.format not in ("csv", "tsv"):
+            raise ValueError("header belongs to csv and tsv")
+        if self.header is False and not self.columns:
+            raise ValueError("header: false needs columns")
+        if self.columns and self.format not in ("csv", "tsv", "jsonl", "loose_json"):
+            raise ValueError(f"columns are known to a {self.format} file itself")
+        if self.encoding and self.format in ("jsonl", "loose_json", "parquet"):
+            raise ValueError(f"a {self.format} file is UTF-8")
+        return self
 
 
 class Place(Part):
@@ -100,6 +122,7 @@ class Recipe(Part):
     ties: Literal["row", "shuffle"] = "row"  # order of one user's events with equal timestamps
     seed: int = 0  # of the shuffle
     split: Split = Split()
+    max_bad_rows: float = Field(0.001, ge=0, le=1)  # share of a file's rows; more stop the work
     min_value: float | None = None  # events whose `value` is below (or missing) are left out
     duplicates: Literal["keep", "drop"] = "keep"  # drop: the first of equal user, item, timestamp (and event)
     k_core: KCore | None = None  # with a global_temporal split counted on training events alone
@@ -133,6 +156,11 @@ class Recipe(Part):
         for key in _LATER_KEYS:  # at its default such a key changes nothing, so old data folders stay valid
             if getattr(self, key) == type(self).model_fields[key].default:
                 del recipe[key]
+        for place in (place for places in recipe["sources"].values() for place in places):
+            for file in place["files"].values():
+                for key in _LATER_FILE_KEYS:
+                    if file[key] is None:
+                        del file[key]
         tree = {
             "recipe": recipe,
             "version": FOLDER_VERSION,
