@@ -63,20 +63,32 @@ class EventLog:
         filled = PLACEHOLDER.sub(lambda found: self._files[found[1]], sql)
         return filled.strip().rstrip(";")
 
+    def _failed(self, which: str, error: duckdb.Error) -> FindRecError:
+        told = str(error)
+        if "utf-8" in told.lower():
+            told += ". Give the file a `format` and its `encoding` (such as latin-1), or read_csv an encoding"
+        return FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {told}")
+
     def _columns(self, which: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
         """Name and SQL type of the columns that a query gives, checked."""
         try:
             described = self._db.execute(f"DESCRIBE {self._fill(which)}").fetchall()
         except duckdb.Error as error:
-            raise FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {error}") from None
+            raise self._failed(which, error) from None
         kinds = {row[0]: row[1] for row in described}
         names = list(kinds)
         missing = [name for name in needed if name not in names]
         unknown = [name for name in names if name not in needed + optional]
         if missing or unknown:
+            hint = ""
+            if any(set(name) & set(",;|\t") for name in names):
+                hint = (
+                    ". A malformed row can make DuckDB take a header for one name: `format: csv` (or tsv) on "
+                    "the file counts and quotes such rows"
+                )
             raise FindRecError(
                 f"recipe {self._recipe.name}: the {which} SQL gives columns {names}; it must give "
-                f"{list(needed)} and may give {list(optional)}"
+                f"{list(needed)} and may give {list(optional)}{hint}"
             )
         return kinds
 
@@ -88,7 +100,7 @@ class EventLog:
         try:
             self._db.execute(sql)
         except duckdb.Error as error:
-            raise FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {error}") from None
+            raise self._failed(which, error) from None
 
     def _read(self, limit: int | None) -> None:
         recipe, db = self._recipe, self._db

