@@ -231,10 +231,10 @@ def fetch_source(source: str, places: list[Place], base: Path) -> Fetched:
                     rest = "trying the next place" if number + 1 < len(places) else "no place is left"
                     say(f"{source}: {place} failed ({error}); {rest}")
     told = "; ".join(f"{place}: {causes[number]}" for number, place in enumerate(places))
-    raise FindRecError(
-        f"source {source!r} cannot be had from any of its places: {told}. Check the network, or add a place "
-        "with a local path to the recipe."
-    )
+    mend = "Check the network, or add a place with a local path to the recipe."
+    if all(place.path is not None for place in places):
+        mend = "Put the files there, or change `path` and `member` in the recipe."
+    raise FindRecError(f"source {source!r} cannot be had from any of its places: {told}. {mend}")
 
 
 def _forget(place: Place) -> None:

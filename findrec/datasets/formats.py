@@ -220,7 +220,7 @@ class SourceTables:
         nothing = " AND ".join(f'"{name}" IS NULL' for name in names)
         found = self._db.execute(f"SELECT count(*) FROM {table} WHERE {nothing}").fetchone()
         if found and found[0]:  # DuckDB does not say where: read again, until enough are found
-            unread = int(found[0])
+            unread = bad.count + int(found[0])
             for path in paths:
                 for number, line in enumerate(_lines(path), 1):
                     if bad.count >= _QUOTED:
@@ -242,7 +242,7 @@ class SourceTables:
                 if not line.strip():
                     continue
                 try:
-                    out.write(json.dumps(_object_of(line, loose=True)) + "\n")
+                    out.write(json.dumps(_object_of(line, loose=True), allow_nan=False) + "\n")
                 except (ValueError, TypeError) as error:  # TypeError: a set or bytes, which JSON has not
                     bad.add(path, line_number, line.decode(errors="replace"), str(error))
         return target

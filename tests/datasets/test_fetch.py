@@ -79,6 +79,11 @@ def test_archive_on_the_web(server: str, tmp_path: Path) -> None:
     assert fetched.files["log"][0].read_bytes() == LOG
 
 
+def test_a_missing_local_file_is_no_matter_of_the_network(tmp_path: Path) -> None:
+    with pytest.raises(FindRecError, match=r"has no log\.csv.*Put the files there"):
+        fetch_source("files", [place("log.csv", path=".")], tmp_path)
+
+
 def test_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", MemoryFileSystem)
     monkeypatch.setattr(MemoryFileSystem, "store", {})

@@ -148,6 +148,12 @@ def test_bad_rows_are_quoted_and_refused_above_the_share(
     assert "log.txt line" in capsys.readouterr().out
 
 
+def test_all_kinds_of_bad_rows_count(read: Read) -> None:
+    data = b"{'u': 1}\n{'u': 1e999}\n{'u': {1, 2}}\n{'v': 4}\n[5]\n"
+    with pytest.raises(FindRecError, match="4 of 5 rows"):
+        read("a.json", data, 0.5, format="loose_json", columns={"u": "BIGINT"})
+
+
 def test_text_in_another_encoding(read: Read) -> None:
     data = "u,name\n1,café\n".encode("latin-1")
     assert read("log.csv", data, 0.0, format="csv", encoding="latin-1") == [(1, "café")]
