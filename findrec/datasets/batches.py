@@ -153,13 +153,22 @@ def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:
     raise ValueError(f"split must be 'valid' or 'test', not {split!r}")
 
 
+def evaluated_users(folder: DataFolder, split: Part) -> Int64Array:
+    """User rows with a target in the split and at least one training event, ascending.
+
+    Only a global_temporal split knows others: users who came after its first cut, of whom nothing is learnt.
+    """
+    first, last = _cuts(folder, split)
+    return np.flatnonzero((last > first) & (folder.valid_start > 0))
+
+
 def evaluation_blocks(folder: DataFolder, split: Part, users_per_block: int) -> list[Int64Array]:
-    """User rows with at least one target and one earlier event, by length of history, in blocks.
+    """The `evaluated_users`, by length of history, in blocks.
 
     The blocks are the same for any number of workers; rank r of W takes blocks r, r + W, ...
     """
-    first, last = _cuts(folder, split)
-    users = np.flatnonzero((last > first) & (first > 0))
+    first, _ = _cuts(folder, split)
+    users = evaluated_users(folder, split)
     users = users[np.argsort(first[users], kind="stable")]
     return [users[begin : begin + users_per_block] for begin in range(0, len(users), users_per_block)]
 
@@ -170,7 +179,7 @@ def evaluation_batch(
     """The last `max_length` events of each user before the split's targets, and those targets.
 
     `position` is the last valid place of each row and `target` is empty: a row's one vector ranks all of its
-    targets (several where the split's unit is a basket).
+    targets, which are several where a basket, a share or a period of time is asked for.
     """
     first, last = _cuts(folder, split)
     start = np.maximum(first[users] - max_length, 0)

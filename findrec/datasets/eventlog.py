@@ -15,6 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from findrec.datasets.fetch import Fetched
+from findrec.datasets.filters import apply_filters
+from findrec.datasets.formats import SourceTables, literals
 from findrec.datasets.recipe import PLACEHOLDER, Recipe
 from findrec.datasets.writer import USERS_PER_MEMBER, Block
 from findrec.errors import FindRecError
@@ -23,30 +25,34 @@ from findrec.progress import progress
 _NEEDED = ("user", "item", "timestamp")
 _EXTRAS = ("event", "value")
 _ABOUT = ("raw", "title", "text", "category")
-
-
-def _literal(paths: list[Path]) -> str:
-    quoted = ["'" + str(path).replace("'", "''") + "'" for path in paths]
-    return quoted[0] if len(quoted) == 1 else f"[{', '.join(quoted)}]"
+_MORE_ABOUT = ("category", "image")
 
 
 class EventLog:
     """The tables `users`, `items` and `events` of a recipe's fetched files; `scratch` is a folder to work in.
 
-    `length` `[U]` holds each user's events. Raises `FindRecError` where the recipe's SQL fails or gives the
-    wrong columns.
+    `length` `[U]` holds each user's events, `split` the recipe's split with its cut times, `filtered` what
+    each filter left out (`findrec.datasets.filters`). Raises `FindRecError` where the recipe's SQL fails or
+    gives the wrong columns.
     """
 
     def __init__(self, recipe: Recipe, fetched: list[Fetched], scratch: Path, limit: int | None) -> None:
         self._recipe = recipe
-        self._files = {name: paths for one in fetched for name, paths in one.files.items()}
         self._sql = {"events": recipe.events, "items": recipe.items}
         for one in fetched:
             self._sql = {k: getattr(one.place, k) or v for k, v in self._sql.items()}
         self._db = duckdb.connect(str(scratch / "log.duckdb"))
         self._db.execute("SET preserve_insertion_order = true")  # the row number is the order of the source
-        self._db.execute(f"SET temp_directory = {_literal([scratch])}")
+        self._db.execute(f"SET temp_directory = {literals([scratch])}")
+        tables = SourceTables(self._db, scratch, recipe.name, recipe.max_bad_rows)
+        self._files = {
+            name: tables.add(name, one.place.files[name], paths)
+            for one in fetched
+            for name, paths in one.files.items()
+        }
         self._read(limit)
+        if tables.bad_rows:
+            self.filtered["bad_rows"] = tables.bad_rows
 
     def close(self) -> None:
         """Let go of the database file."""
@@ -54,23 +60,35 @@ class EventLog:
 
     def _fill(self, which: str) -> str:
         sql = self._sql[which]
-        filled = PLACEHOLDER.sub(lambda found: _literal(self._files[found[1]]), sql)
+        filled = PLACEHOLDER.sub(lambda found: self._files[found[1]], sql)
         return filled.strip().rstrip(";")
+
+    def _failed(self, which: str, error: duckdb.Error) -> FindRecError:
+        told = str(error)
+        if "utf-8" in told.lower():
+            told += ". Give the file a `format` and its `encoding` (such as latin-1), or read_csv an encoding"
+        return FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {told}")
 
     def _columns(self, which: str, needed: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
         """Name and SQL type of the columns that a query gives, checked."""
         try:
             described = self._db.execute(f"DESCRIBE {self._fill(which)}").fetchall()
         except duckdb.Error as error:
-            raise FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {error}") from None
+            raise self._failed(which, error) from None
         kinds = {row[0]: row[1] for row in described}
         names = list(kinds)
         missing = [name for name in needed if name not in names]
         unknown = [name for name in names if name not in needed + optional]
         if missing or unknown:
+            hint = ""
+            if any(set(name) & set(",;|\t") for name in names):
+                hint = (
+                    ". A malformed row can make DuckDB take a header for one name: `format: csv` (or tsv) on "
+                    "the file counts and quotes such rows"
+                )
             raise FindRecError(
                 f"recipe {self._recipe.name}: the {which} SQL gives columns {names}; it must give "
-                f"{list(needed)} and may give {list(optional)}"
+                f"{list(needed)} and may give {list(optional)}{hint}"
             )
         return kinds
 
@@ -82,7 +100,7 @@ class EventLog:
         try:
             self._db.execute(sql)
         except duckdb.Error as error:
-            raise FindRecError(f"recipe {self._recipe.name}: the {which} SQL fails: {error}") from None
+            raise self._failed(which, error) from None
 
     def _read(self, limit: int | None) -> None:
         recipe, db = self._recipe, self._db
@@ -105,10 +123,14 @@ class EventLog:
                 f"recipe {recipe.name}: {empty:,} events have no user, item or timestamp; "
                 "leave them out in the events SQL"
             )
+        self.split, self.filtered = apply_filters(db, recipe, self.extras)
         db.execute(
             "CREATE TABLE users AS SELECT row_number() OVER (ORDER BY raw_user) - 1 AS u, raw_user "
             f"FROM (SELECT raw_user FROM log GROUP BY raw_user HAVING count(*) >= {recipe.min_events})"
         )
+        log, users = self._value("SELECT count(*) FROM log"), self._value("SELECT count(*) FROM users")
+        if not log or not users:
+            raise FindRecError(self._nothing_left())
         if limit is not None:
             db.execute(f"DELETE FROM users WHERE u >= {int(limit)}")
         db.execute(
@@ -134,10 +156,21 @@ class EventLog:
         db.execute("DROP TABLE log")
         counted = db.execute("SELECT count(*) AS n FROM events GROUP BY u ORDER BY u").fetchnumpy()["n"]
         self.length = counted.astype(np.int64)
-        if not len(self.length):
-            raise FindRecError(
-                f"recipe {recipe.name}: no user has min_events={recipe.min_events} events or more"
+
+    def _nothing_left(self) -> str:
+        """The message where the filters leave no event."""
+        recipe, counts = self._recipe, self.filtered
+        if not counts["read"]:
+            return (
+                f"recipe {recipe.name}: the events SQL gives no rows: check its WHERE and the source's files"
             )
+        told = [f"{count:,} left out by {name}" for name, count in counts.items() if name != "read"]
+        told.append(f"no user has min_events={recipe.min_events} events or more among the rest")
+        return (
+            f"recipe {recipe.name}: no events are left of {counts['read']:,} read ({', '.join(told)}): "
+            "lower the recipe's "
+            + ", ".join([n for n in counts if n in ("min_value", "k_core")] + ["min_events"])
+        )
 
     def users(self) -> pa.Array:
         """Raw ids in user order."""
@@ -151,16 +184,20 @@ class EventLog:
         return [row[0] for row in self._db.execute("SELECT event FROM event_types ORDER BY code").fetchall()]
 
     def items(self) -> pa.Table:
-        """raw, title, text, category in id order; items that the items SQL does not know have no text."""
+        """raw, title, text, category (and image where the SQL gives it) in id order; items that the items SQL
+        does not know have no text.
+        """
+        about = list(_ABOUT)
         if not self._sql["items"].strip():
             query = "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL, NULL, NULL FROM items ORDER BY item"
         else:
-            names = self._columns("items", ("item", "title", "text"), ("category",))
-            category = "CAST(category AS VARCHAR)" if "category" in names else "NULL"
+            names = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
+            about += ["image"] if "image" in names else []
+            columns = [f"CAST({n if n in names else 'NULL'} AS VARCHAR) AS {n}" for n in about[1:]]
             self._run(
                 "items",
-                "CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, CAST(title AS VARCHAR) AS title, "
-                f"CAST(text AS VARCHAR) AS text, {category} AS category FROM ({self._fill('items')})",
+                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(columns)} "
+                f"FROM ({self._fill('items')})",
             )
             twice = self._db.execute(
                 "SELECT raw FROM about GROUP BY raw HAVING count(*) > 1 LIMIT 3"
@@ -168,14 +205,14 @@ class EventLog:
             if twice:
                 raise FindRecError(
                     f"recipe {self._recipe.name}: the items SQL gives some items more than once "
-                    f"(e.g. {', '.join(row[0] for row in twice)})"
+                    f"(e.g. {', '.join(str(row[0]) for row in twice)})"
                 )
             query = (
-                "SELECT CAST(i.raw_item AS VARCHAR), title, text, category FROM items i "
+                f"SELECT CAST(i.raw_item AS VARCHAR), {', '.join(about[1:])} FROM items i "
                 "LEFT JOIN about a ON a.raw = CAST(i.raw_item AS VARCHAR) ORDER BY i.item"
             )
-        columns = list(zip(*self._db.execute(query).fetchall(), strict=True))
-        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(_ABOUT, columns, strict=True)})
+        rows = list(zip(*self._db.execute(query).fetchall(), strict=True))
+        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(about, rows, strict=True)})
 
     def blocks(self) -> Iterator[Block]:
         """The events in final order, `USERS_PER_MEMBER` users at a time."""

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import fsspec
+import fsspec.core
+
 from findrec.datasets.manifest import SourceEntry, sha256_file
 from findrec.datasets.recipe import Place, SourceFile
 from findrec.errors import FindRecError
@@ -90,6 +93,10 @@ def downloaded(url: str) -> Iterator[Path]:
     """The file at `url`, in a throw-away folder."""
     with tempfile.TemporaryDirectory(prefix="findrec-") as folder:
         target = Path(folder) / (url.rstrip("/").rsplit("/", 1)[-1] or "download")
+        if not url.startswith("http"):
+            _copy_object(url, target)
+            yield target
+            return
         try:
             with urllib.request.urlopen(url, timeout=CONNECT_TIMEOUT_S) as answer, target.open("wb") as out:
                 size = int(answer.headers.get("Content-Length") or 0) or None
@@ -106,6 +113,24 @@ def downloaded(url: str) -> Iterator[Path]:
         except (TimeoutError, ConnectionError) as error:
             raise FetchError(str(error) or type(error).__name__) from None
         yield target
+
+
+def _copy_object(url: str, target: Path) -> None:
+    """An object of a store (`s3://`, `gs://`) as a file; the store's own client finds the credentials."""
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+        size = int(files.size(path) or 0) or None
+        bar_of_it = progress(f"download {target.name}", total=size, unit="bytes")
+        with files.open(path, "rb") as stream, target.open("wb") as out, bar_of_it as bar:
+            while piece := stream.read(1 << 20):
+                out.write(piece)
+                bar.advance(len(piece))
+    except ImportError as error:
+        raise FetchError(f"{error} (s3:// needs the package s3fs, gs:// gcsfs)") from None
+    except Exception as error:  # each store's client has exceptions of its own
+        raise FetchError(f"{type(error).__name__}: {error}") from None
+    if size is not None and target.stat().st_size != size:
+        raise FetchError(f"the connection ended after {target.stat().st_size:,} of {size:,} bytes")
 
 
 @contextmanager
@@ -206,10 +231,10 @@ def fetch_source(source: str, places: list[Place], base: Path) -> Fetched:
                     rest = "trying the next place" if number + 1 < len(places) else "no place is left"
                     say(f"{source}: {place} failed ({error}); {rest}")
     told = "; ".join(f"{place}: {causes[number]}" for number, place in enumerate(places))
-    raise FindRecError(
-        f"source {source!r} cannot be had from any of its places: {told}. Check the network, or add a place "
-        "with a local path to the recipe."
-    )
+    mend = "Check the network, or add a place with a local path to the recipe."
+    if all(place.path is not None for place in places):
+        mend = "Put the files there, or change `path` and `member` in the recipe."
+    raise FindRecError(f"source {source!r} cannot be had from any of its places: {told}. {mend}")
 
 
 def _forget(place: Place) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -71,7 +72,8 @@ class Manifest(Entry):
     repeat_rate: float  # training events whose item the same user had before
     tie_rate: float  # events that share their timestamp with another event of the same user
     tied_last_rate: float  # users whose last timestamp holds several events
-    split: dict[str, str]
+    split: dict[str, Any]  # the keys of `findrec.datasets.splits.Split`, with its cut times
+    filtered: dict[str, int] = {}  # events `read`, and how many each filter of the recipe left out
     dtypes: dict[str, str]  # column of a shard member -> numpy dtype
     event_types: list[str]  # name of each code in the `event` column; empty without one
     shards: list[ShardEntry]

@@ -62,10 +62,12 @@ def write_data_folder(
     events: Sequence[Sequence[str]] | None = None,
     num_items: int | None = None,
     unit: Literal["event", "timestamp"] = "event",
+    split: Split | None = None,
     users_per_member: int = USERS_PER_MEMBER,
     shard_bytes: int = SHARD_BYTES,
 ) -> DataFolder:
-    """Write histories of 1-based item ids as a data folder (leave-one-out split) and open it.
+    """Write histories of 1-based item ids as a data folder and open it. Without `split` it is cut
+    leave-one-out by `unit`; quantiles are not resolved here.
 
     `histories[u]` is user row u, oldest event first; `timestamps` (seconds, never decreasing; default one
     event a minute) and `events` (names of types) have the same shape. `texts[v - 1]` describes item v and is
@@ -95,7 +97,7 @@ def write_data_folder(
     given = FolderInput(
         recipe=Path(path).name,
         recipe_sha256=hashlib.sha256(b"arrays in memory").hexdigest(),
-        split=Split(unit=unit),
+        split=split or Split(unit=unit),
         users=pa.array([str(u) for u in range(len(histories))]),
         items=items,
         blocks=_blocks(histories, timestamps, events, types, users_per_member),

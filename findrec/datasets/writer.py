@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +62,7 @@ class FolderInput:
     features: Sequence[FeatureInput] = ()
     sources: Sequence[SourceEntry] = ()
     event_types: Sequence[str] = ()
+    filtered: Mapping[str, int] = field(default_factory=dict)  # events read and left out, by filter
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -263,7 +264,8 @@ def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYT
             repeat_rate=tally.repeats / max(tally.train_events, 1),
             tie_rate=tally.tied / num_events,
             tied_last_rate=tally.tied_last / len(length),
-            split=given.split.model_dump(),
+            split=given.split.model_dump(mode="json", exclude_none=True),
+            filtered=dict(given.filtered),
             dtypes=dtypes,
             event_types=list(given.event_types),
             shards=shards,

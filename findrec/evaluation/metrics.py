@@ -4,14 +4,16 @@ A case (a user and one target) has the expected rank r = 1 + greater + equal / 2
     recall@k = [r <= k],   ndcg@k = [r <= k] / log2(1 + r),   mrr@k = [r <= k] / r,   mrr = 1 / r,
     auc = 1 - (r - 1) / (V - 1).
 With one target recall is the hit rate, and mrr@k <= ndcg@k <= recall@k. A user with several targets (a
-basket) counts once, with the mean over the cases; every average is over users. `<metric>_se` is the standard
-error over users. coverage@k is the share of the catalogue in at least one user's first k.
+basket, or all events of a period) counts once, with the mean over the cases; every average is over users.
+`<metric>_se` is the standard error over users. coverage@k is the share of the catalogue in at least one
+user's first k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import Any
 
 import numpy as np
@@ -68,16 +70,39 @@ class Ranks:
 
 def split_title(folder: DataFolder) -> str:
     """The name of the folder's split as protocols call it (evaluation/protocols/<name>.md)."""
-    by_basket = folder.manifest.split.get("unit") == "timestamp"
-    return "leave-one-basket-out" if by_basket else "leave-one-out"
+    split = folder.manifest.split
+    kind = str(split.get("kind", "leave_one_out"))
+    if kind == "leave_one_out" and split.get("unit") == "timestamp":
+        return "leave-one-basket-out"
+    return kind.replace("_", "-")
+
+
+def _split_details(folder: DataFolder) -> str:
+    """What the split's name leaves open: its cuts, and which history ranks which targets."""
+    split = folder.manifest.split
+    if "valid_from" in split:
+        cuts = f"validation from {_moment(split['valid_from'])}, test from {_moment(split['test_from'])}"
+    elif "ratio" in split:
+        units = "baskets" if split.get("unit") == "timestamp" else "events"
+        cuts = f"{':'.join(str(part) for part in split['ratio'])} of each user's {units}"
+    else:
+        return ""
+    return f" ({cuts}; all events of a part ranked from the history before its first)"
+
+
+def _moment(seconds: int) -> str:
+    try:
+        return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, OSError, ValueError):
+        return str(seconds)  # not every log counts from 1970
 
 
 def describe_protocol(folder: DataFolder, mask_seen: bool) -> str:
     """One line that says how a row was measured."""
     seen = "removed" if mask_seen else "kept"
     return (
-        f"{split_title(folder)}, full catalogue ({folder.num_items:,} items), seen items {seen}, "
-        f"ties at {TIE_RULE}"
+        f"{split_title(folder)}{_split_details(folder)}, full catalogue ({folder.num_items:,} items), "
+        f"seen items {seen}, ties at {TIE_RULE}"
     )
 
 

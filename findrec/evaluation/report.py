@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
-from findrec.datasets.batches import Part
+from findrec.datasets.batches import Part, evaluated_users
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.report_template import TEMPLATE
 from findrec.evaluation.scorers import IntArray, Scorer, UserBlock
@@ -79,10 +79,7 @@ def sample_recommendations(
 
 def draw_users(folder: DataFolder, split: Part, count: int, seed: int = 0) -> IntArray:
     """Up to `count` user rows with targets in `split`, drawn without replacement, ascending."""
-    first, last = (
-        (folder.valid_start, folder.test_start) if split == "valid" else (folder.test_start, folder.length)
-    )
-    able = np.flatnonzero((last > first) & (first > 0))
+    able = evaluated_users(folder, split)
     drawn = np.random.default_rng(seed).choice(able, size=min(count, len(able)), replace=False)
     return np.sort(drawn).astype(np.int64)
 

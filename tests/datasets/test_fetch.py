@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.recipe import Place
@@ -75,6 +77,28 @@ def test_package_is_tried_after_a_dead_url(
 def test_archive_on_the_web(server: str, tmp_path: Path) -> None:
     fetched = fetch_source("files", [place("inner/log.csv", url=f"{server}/data.zip")], tmp_path)
     assert fetched.files["log"][0].read_bytes() == LOG
+
+
+def test_a_missing_local_file_is_no_matter_of_the_network(tmp_path: Path) -> None:
+    with pytest.raises(FindRecError, match=r"has no log\.csv.*Put the files there"):
+        fetch_source("files", [place("log.csv", path=".")], tmp_path)
+
+
+def test_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "s3", MemoryFileSystem)
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    MemoryFileSystem().pipe("s3://bucket/log.csv", LOG)
+    places = [place("", url="s3://bucket/none.csv"), place("", url="s3://bucket/log.csv")]
+    assert fetch_source("files", places, tmp_path).files["log"][0].read_bytes() == LOG
+    with pytest.raises(FindRecError, match=r"s3://bucket/none\.csv: FileNotFoundError"):
+        fetch_source("files", places[:1], tmp_path)
+
+
+def test_object_store_without_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(FindRecError, match="s3:// needs the package s3fs"):
+        fetch_source("files", [place("", url="s3://bucket/log.csv")], tmp_path)
 
 
 def test_wrong_sha256_is_refused_and_not_kept(server: str, tmp_path: Path, home: Path) -> None:

@@ -140,7 +140,7 @@ def test_unwritable_place_is_told(publisher_ml: Recipe, tmp_path: Path) -> None:
         ("SELECT nonsense FROM nowhere", "the events SQL fails"),
         ("SELECT 1 AS user, NULL::INT AS item, 3 AS timestamp", "no user, item or timestamp"),
         ("SELECT 1 AS user, 1 AS item, 'noon' AS timestamp", "the events SQL fails"),
-        ("SELECT 1 AS user, 1 AS item, 3 AS timestamp WHERE false", "min_events"),
+        ("SELECT 1 AS user, 1 AS item, 3 AS timestamp WHERE false", "gives no rows"),
     ],
 )
 def test_bad_sql_is_told_and_leaves_nothing(

@@ -25,6 +25,10 @@ def tree(**changes: Any) -> dict[str, Any]:
     return whole | changes
 
 
+def with_file(**keys: Any) -> dict[str, Any]:
+    return {"path": ".", "files": {"log": {"member": "log.csv", **keys}}}
+
+
 def test_shipped_recipes() -> None:
     films = load_recipe("ml-100k")
     assert [str(p) for p in films.sources["movielens"]] == [
@@ -51,6 +55,16 @@ def test_missing_recipe_names_the_nearest() -> None:
         ({"events": ""}, "SQL is missing"),
         ({"name": "../up"}, "name"),
         ({"min_events": 0}, "min_events"),
+        ({"k_core": {"user": 5}}, r"unknown key 'k_core\.user'; did you mean 'users'"),
+        ({"duplicates": "drp"}, "duplicates"),
+        ({"max_bad_rows": 2}, "max_bad_rows"),
+        ({"split": {"kind": "global_temporal", "valid_from": 3}}, "both valid_from and test_from"),
+        ({"sources": {"files": [with_file(format="cvs")]}}, "format"),
+        ({"sources": {"files": [with_file(encoding="latin-1")]}}, "need a format"),
+        ({"sources": {"files": [with_file(format="csv", header=False)]}}, "needs columns"),
+        ({"sources": {"files": [with_file(format="recbole", header=True)]}}, "belongs to csv"),
+        ({"sources": {"files": [with_file(format="recbole", columns={"a": "INT"})]}}, "file itself"),
+        ({"sources": {"files": [with_file(format="jsonl", encoding="latin-1")]}}, "is UTF-8"),
         ({"ties": "random"}, "ties"),
         ({"sources": {}}, "at least one"),
         ({"sources": {"a": [{"path": ".", "url": "https://x", "files": {}}]}}, "exactly one of"),

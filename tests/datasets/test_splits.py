@@ -1,6 +1,10 @@
-"""Leave-one-out by event and by timestamp."""
+"""Each kind of split, by event and by timestamp."""
+
+from typing import Any
 
 import numpy as np
+import pytest
+from pydantic import ValidationError
 
 from findrec.datasets.splits import Split, cut
 
@@ -27,3 +31,58 @@ def test_equal_times_of_neighbouring_users_are_two_units() -> None:
     valid, test = cut(Split(unit="timestamp"), np.array([1, 2, 2, 3]), offsets(2, 2))
     assert test.tolist() == [1, 1]
     assert valid.tolist() == [1, 1]  # two units: a test, no validation
+
+
+def test_global_times_cut_everyone_at_once() -> None:
+    split = Split(kind="global_temporal", valid_from=10, test_from=20)
+    time = np.array([1, 9, 10, 10, 20, 25, 11, 12, 1, 2, 30])
+    valid, test = cut(split, time, offsets(6, 2, 3))
+    assert valid.tolist() == [2, 0, 2]  # the second user came after the first cut
+    assert test.tolist() == [4, 2, 2]
+
+
+@pytest.mark.parametrize("units", [1, 2, 3, 5, 10, 17, 1000])
+@pytest.mark.parametrize("size", [1, 3])
+def test_ratio_of_each_users_units(units: int, size: int) -> None:
+    time = np.repeat(np.arange(units), size)
+    split = Split(kind="per_user_ratio", unit="timestamp")
+    valid, test = cut(split, time, np.array([0, len(time)]))
+    assert valid[0] % size == test[0] % size == 0
+    train, both = valid[0] // size, test[0] // size
+    if units == 1:
+        assert train == both == 1
+    else:
+        assert train == max(1, int(units * 7 / 10 + 1e-9))
+        assert both == max(train, int(units * 9 / 10 + 1e-9)) < units  # everyone with two units has a test
+    alone = cut(Split(kind="per_user_ratio"), time, np.array([0, len(time)]))
+    if size == 1:
+        assert (alone[0].tolist(), alone[1].tolist()) == (valid.tolist(), test.tolist())
+
+
+def test_dates_are_utc_and_defaults_are_filled() -> None:
+    split = Split.model_validate(
+        {"kind": "global_temporal", "valid_from": "1970-01-02", "test_from": "1970-01-02T01:00:00+01:00"}
+    )
+    assert (split.valid_from, split.test_from) == (86_400, 86_400)
+    assert Split(kind="global_temporal").quantiles == (0.8, 0.9)
+    assert Split(kind="per_user_ratio").ratio == (7, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("tree", "told"),
+    [
+        ({"kind": "global_temporal", "valid_from": 5}, "both valid_from and test_from"),
+        ({"kind": "global_temporal", "valid_from": 5, "test_from": 4}, "not be later"),
+        (
+            {"kind": "global_temporal", "valid_from": 5, "test_from": 6, "quantiles": [0.1, 0.2]},
+            "or quantiles",
+        ),
+        ({"kind": "global_temporal", "quantiles": [0.9, 0.8]}, "must rise"),
+        ({"kind": "leave_one_out", "valid_from": 5, "test_from": 6}, "belong to kind global_temporal"),
+        ({"ratio": [7, 2, 1]}, "belongs to kind per_user_ratio"),
+        ({"kind": "per_user_ratio", "ratio": [7, 2, 0]}, "above 0"),
+    ],
+)
+def test_contradictions_are_told(tree: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        Split.model_validate(tree)

@@ -1,0 +1,115 @@
+"""The recipe's filters on the table `log`, in DuckDB's SQL (on disk where memory is short).
+
+In this order: `min_value`, `duplicates`, `k_core`. Each leaves the row numbers of the source as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import duckdb
+
+from findrec.datasets.recipe import KCore, Recipe
+from findrec.datasets.splits import Split
+from findrec.errors import FindRecError
+from findrec.progress import say
+
+
+def _value(db: duckdb.DuckDBPyConnection, sql: str) -> Any:
+    row = db.execute(sql).fetchone()
+    return row[0] if row else None
+
+
+def _size(db: duckdb.DuckDBPyConnection, table: str = "log") -> int:
+    return int(_value(db, f"SELECT count(*) FROM {table}"))
+
+
+def _keep(db: duckdb.DuckDBPyConnection, query: str) -> int:
+    """Make `log` what `query` gives of it; returns how many events that left out."""
+    before = _size(db)
+    db.execute(f"CREATE TABLE kept AS {query}")
+    db.execute("DROP TABLE log")
+    db.execute("ALTER TABLE kept RENAME TO log")
+    return before - _size(db)
+
+
+def resolve_cuts(db: duckdb.DuckDBPyConnection, split: Split) -> Split:
+    """The split with the two times that its `quantiles` mean in `log`; other splits as they are."""
+    if split.quantiles is None:
+        return split
+    valid, test = (
+        _value(db, f"SELECT quantile_disc(timestamp, {share!r}) FROM log") for share in split.quantiles
+    )
+    return split.model_copy(update={"valid_from": valid, "test_from": test})
+
+
+def _drop_outside_core(db: duckdb.DuckDBPyConnection, core: KCore, cut: int | None) -> int:
+    """Repeat until nothing changes: leave out users and items with too few events among those that are left.
+
+    With `cut` only earlier events count. Of the later ones those of a user outside the core go, while items
+    stay whatever their count (what is new then is a cold item): no later event decides what stays.
+    """
+    training = "" if cut is None else f" WHERE timestamp < {cut}"
+    db.execute(f"CREATE TEMP TABLE core AS SELECT row, raw_user, raw_item FROM log{training}")
+    size = -1
+    while size != (size := _size(db, "core")):
+        db.execute(
+            "CREATE OR REPLACE TEMP TABLE core AS SELECT * FROM core SEMI JOIN "
+            f"(SELECT raw_user FROM core GROUP BY raw_user HAVING count(*) >= {core.users}) USING (raw_user) "
+            f"SEMI JOIN (SELECT raw_item FROM core GROUP BY raw_item HAVING count(*) >= {core.items}) "
+            "USING (raw_item)"
+        )
+    query = "SELECT * FROM log SEMI JOIN core USING (row)"
+    if cut is not None:
+        query += f" UNION ALL SELECT * FROM log SEMI JOIN core USING (raw_user) WHERE timestamp >= {cut}"
+    left_out = _keep(db, f"SELECT * FROM ({query}) ORDER BY row")
+    db.execute("DROP TABLE core")
+    return left_out
+
+
+def apply_filters(
+    db: duckdb.DuckDBPyConnection, recipe: Recipe, extras: list[str]
+) -> tuple[Split, dict[str, int]]:
+    """Filter `log` (row, raw_user, raw_item, timestamp and `extras`) in place.
+
+    Returns the split with its cut times and the number of events: `read`, then what each filter of the
+    recipe left out, by its key. `FindRecError` where `min_value` has no `value` column to look at.
+    """
+    counts = {"read": _size(db)}
+    if recipe.min_value is not None:
+        if "value" not in extras:
+            raise FindRecError(
+                f"recipe {recipe.name}: min_value needs a column `value`, which the events SQL does not give"
+            )
+        counts["min_value"] = _keep(db, f"SELECT * FROM log WHERE value >= {recipe.min_value!r} ORDER BY row")
+    same = ", ".join(["raw_user", "raw_item", "timestamp", *(name for name in extras if name == "event")])
+    if recipe.duplicates == "drop":
+        counts["duplicates"] = _keep(
+            db,
+            f"SELECT * FROM log SEMI JOIN (SELECT min(row) AS row FROM log GROUP BY {same}) "
+            "USING (row) ORDER BY row",
+        )
+    else:
+        repeated = _value(
+            db, f"SELECT coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM log GROUP BY {same})"
+        )
+        if repeated:
+            say(
+                f"{recipe.name}: {int(repeated):,} of {_size(db):,} events repeat another's user, item and "
+                "time; they are kept (`duplicates: drop` leaves them out)"
+            )
+    split = resolve_cuts(db, recipe.split)
+    if recipe.k_core is not None and counts["read"]:
+        counts["k_core"] = _drop_outside_core(db, recipe.k_core, split.valid_from)
+    if split.valid_from is not None and not (
+        _value(db, f"SELECT count(*) FROM log WHERE timestamp < {split.valid_from}") or not _size(db)
+    ):
+        raise FindRecError(
+            f"recipe {recipe.name}: no event is earlier than the split's first cut ({split.valid_from} s "
+            "since 1970): nothing could be trained on. Give earlier times, or check the unit of `timestamp` "
+            "(seconds)"
+        )
+    told = [f"{count:,} by {name}" for name, count in counts.items() if name != "read"]
+    if told:
+        say(f"{recipe.name}: of {counts['read']:,} events left out: {', '.join(told)}")
+    return split, counts
