@@ -63,7 +63,7 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
 
 
 def refuse_strange(folder: Path) -> None:
-    """`FindRecError` where a file, or a folder with anything that is no part of a data folder, is in the way."""
+    """`FindRecError` where a file, or a folder with anything but a data set in it, is in the way."""
     if folder.exists() and not folder.is_dir():
         raise FindRecError(f"{folder} is a file; give a folder to write the data set to")
     if folder.is_dir() and (strange := sorted({p.name for p in folder.iterdir()} - _OURS)):

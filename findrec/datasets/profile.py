@@ -1,7 +1,7 @@
 """Profiles: what a synthetic event log looks like, and the figures of the real data each was fitted to.
 
-A profile is one YAML file in `datasets/profiles/`. Its parameters are what the generator draws with; `targets`
-are statistics of the real data set under the names of `findrec.datasets.stats.Stats`, so that
+A profile is one YAML file in `datasets/profiles/`. Its parameters are what the generator draws with;
+`targets` are statistics of the real data set under the names of `findrec.datasets.stats.Stats`, so that
 `findrec stats FOLDER --profile NAME` shows both side by side.
 """
 
@@ -26,7 +26,7 @@ class Part(BaseModel):
 
 
 class Lengths(Part):
-    """Events of a user: the log of the length has mean `mu` and standard deviation `sigma`, after clipping."""
+    """Events of a user: the log of the length has mean `mu` and deviation `sigma`, after clipping."""
 
     mu: float = Field(ge=0, le=12)
     sigma: float = Field(ge=0, le=3)
@@ -76,10 +76,15 @@ class Activity(Part):
 
 
 class Drift(Part):
-    """A share of the items is there all the time, the others for `life` (of the span) from a random day on."""
+    """How the catalogue changes. A share `new` of the items appears on a random day and is never drawn before
+    it; the others are there from the start. A share `lasting` keeps its popularity; the rest has it for
+    `life` (of the span; new items from their first day on) and is drawn `outside` times as often otherwise.
+    """
 
+    new: float = Field(ge=0, le=1)
     lasting: float = Field(ge=0, le=1)
     life: float = Field(gt=0, le=1)
+    outside: float = Field(gt=0, le=1)
 
 
 class Taste(Part):

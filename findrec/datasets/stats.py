@@ -76,11 +76,11 @@ class _Counted:
     """How often each whole number was seen; quantiles are exact."""
 
     def __init__(self) -> None:
-        self._count = np.zeros(1, dtype=np.int64)
+        self._count: Int64Array = np.zeros(1, dtype=np.int64)
 
     def add(self, values: NDArray[Any]) -> None:
         """Count `values`, none of them negative."""
-        new = np.bincount(values, minlength=len(self._count))
+        new = np.bincount(values, minlength=len(self._count)).astype(np.int64)
         new[: len(self._count)] += self._count
         self._count = new
 
@@ -121,7 +121,7 @@ class _Tally:
         self.sessions.add(np.diff(np.append(np.flatnonzero(begins), len(item))))
         self.gap_hours.add(np.maximum(pause[begins & ~first], 0) // 3600)
         equal = ~first & (pause == 0)
-        self.tied += int((equal | np.append(equal[1:], False)).sum())
+        self.tied += int(np.count_nonzero(equal | np.append(equal[1:], False)))
         fresh = self._repeats(row, item, np.cumsum(begins))
         seen = np.cumsum(fresh)
         for landmark, sums in self.distinct.items():
@@ -157,7 +157,8 @@ def _decile_edges(folder: DataFolder, first: int, last: int) -> NDArray[np.float
         count += np.bincount(np.minimum(place, TIME_BINS - 1), minlength=TIME_BINS)
     cumulative = np.cumsum(count)
     shares = np.arange(1, DECILES) / DECILES * cumulative[-1]
-    return first + width * (np.searchsorted(cumulative, shares) + 1.0)
+    places = np.searchsorted(cumulative, shares).astype(np.float64)
+    return np.asarray(first + width * (places + 1))
 
 
 def _slope(count: Int64Array, begin: float, end: float) -> float:

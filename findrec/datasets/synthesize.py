@@ -16,7 +16,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.manifest import read_manifest
+from findrec.datasets.manifest import SYNTHETIC, read_manifest
 from findrec.datasets.prepare import refuse_strange
 from findrec.datasets.profile import Profile
 from findrec.datasets.splits import Split
@@ -87,7 +87,7 @@ def synthesize(
             "another folder"
         )
     given = FolderInput(
-        recipe=f"synthetic-{profile.name}",
+        recipe=SYNTHETIC + profile.name,
         recipe_sha256=made.sha256,
         split=Split(unit="event" if profile.sessions.within_seconds else "timestamp"),
         users=pa.array(np.arange(1, made.users + 1)).cast(pa.string()),

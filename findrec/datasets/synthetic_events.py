@@ -23,8 +23,9 @@ from findrec.datasets.writer import Block
 USERS_PER_BLOCK = 512
 FIRST_SECOND = 1_420_070_400  # 2015-01-01
 DAY_S = 86_400
-FREE_AFTER = 4  # draws that respect the category; later ones may be of any
-MOST_DRAWS = 16
+FREE_AFTER = 12  # draws that respect the category; later ones may be of any
+MOST_DRAWS = 100  # until an item exists at the event's time
+MOST_ROUNDS = 10  # of drawing again what the user had already
 
 Int64Array = NDArray[np.int64]
 Float64Array = NDArray[np.float64]
@@ -131,8 +132,8 @@ class EventMaker:
         # Sessions fall into the user's active time as the points of a Poisson process do, pushed apart so
         # that no two of them merge.
         duration = inside[np.append(start[1:], len(row)) - 1]
-        active_s = activity.active_days * DAY_S * np.exp(
-            activity.active_sigma * rng.standard_normal(len(length))
+        active_s = (
+            activity.active_days * DAY_S * np.exp(activity.active_sigma * rng.standard_normal(len(length)))
         )
         active_s = np.minimum(active_s, self._span_s)
         begin_s = rng.random(len(length)) * (self._span_s - active_s)
@@ -174,7 +175,7 @@ class EventMaker:
 
         def choose(size: int | tuple[int, int]) -> Int64Array:
             found = np.searchsorted(edge, edge[-1] * rng.random(size), side="right") - 1
-            return np.minimum(found, len(edge) - 2)
+            return np.asarray(np.minimum(found, len(edge) - 2))
 
         favourite = choose((int(frame.row[-1]) + 1, taste.favourites))
         anew = np.diff(frame.session[fresh], prepend=-1) > 0
@@ -182,40 +183,52 @@ class EventMaker:
         row = frame.row[fresh[anew]]
         own = favourite[row, rng.integers(taste.favourites, size=len(row))]
         chosen = np.where(rng.random(len(row)) < taste.loyalty, own, choose(len(row)))
-        return chosen[np.cumsum(anew) - 1]
+        return np.asarray(chosen[np.cumsum(anew) - 1])
 
     def _fresh_items(
         self, rng: np.random.Generator, frame: _Frame, fresh: Int64Array
     ) -> tuple[Int64Array, BoolArray]:
         """Places of the fresh events' items in the catalogue, and which of these events to keep.
 
-        Items that do not exist at the event's time are drawn again, and where nobody repeats so are those
-        that the user had. What is still double at the end is not kept.
+        Where nobody repeats, items that the user had are drawn again, after the first time from any category;
+        what is still double at the end is not kept.
         """
-        catalogue = self._catalogue
-        unique = self._profile.repeats.rate == 0
         category = self._categories(rng, frame, fresh)
         time = ((frame.timestamp[fresh] - FIRST_SECOND) / self._span_s).clip(0, 1).astype(np.float32)
-        key_of_row = frame.row[fresh] * len(catalogue.item)
-        place = np.zeros(len(fresh), dtype=np.int64)
-        wrong = np.arange(len(fresh))
+        place = self._draw(rng, category, time)
         double = np.zeros(len(fresh), dtype=bool)
-        for draw in range(MOST_DRAWS):
-            low, high = catalogue.edge[category[wrong]], catalogue.edge[category[wrong] + 1]
-            if draw >= FREE_AFTER:
-                low, high = np.zeros(len(wrong)), np.full(len(wrong), catalogue.total[-1])
-            place[wrong] = catalogue.draw(low, high, rng.random(len(wrong)))
-            if unique:
+        if self._profile.repeats.rate == 0:
+            key_of_row = frame.row[fresh] * len(self._catalogue.item)
+            for again in range(MOST_ROUNDS):
                 double = _seen_before(key_of_row + place)
-                away = (time < catalogue.born[place]) | (time >= catalogue.gone[place])
-                wrong = np.flatnonzero(double | away)
+                wrong = np.flatnonzero(double)
+                if not len(wrong):
+                    break
+                place[wrong] = self._draw(rng, category[wrong], time[wrong], free=again > 0)
             else:
-                there = place[wrong]
-                away = (time[wrong] < catalogue.born[there]) | (time[wrong] >= catalogue.gone[there])
-                wrong = wrong[away]
+                double = _seen_before(key_of_row + place)
+        return place, ~double
+
+    def _draw(
+        self, rng: np.random.Generator, category: Int64Array, time: NDArray[np.float32], free: bool = False
+    ) -> Int64Array:
+        """Draw by weight, from the category unless `free`, and reject by the item's popularity at `time`."""
+        catalogue, outside = self._catalogue, self._profile.drift.outside
+        place = np.zeros(len(time), dtype=np.int64)
+        wrong = np.arange(len(time))
+        low, high = catalogue.edge[category], catalogue.edge[category + 1]
+        for draw in range(MOST_DRAWS):
+            if free or draw >= FREE_AFTER:
+                low, high = np.zeros(len(wrong)), np.full(len(wrong), catalogue.total[-1])
+            there = catalogue.draw(low, high, rng.random(len(wrong)))
+            place[wrong] = there
+            now = time[wrong]
+            faded = (now < catalogue.peak[there]) | (now >= catalogue.past[there])
+            away = (now < catalogue.born[there]) | (faded & (rng.random(len(wrong)) >= outside))
+            wrong, low, high = wrong[away], low[away], high[away]
             if not len(wrong):
                 break
-        return place, ~double
+        return place
 
 
 def _seen_before(key: Int64Array) -> BoolArray:

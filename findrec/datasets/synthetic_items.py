@@ -37,8 +37,9 @@ class Catalogue:
     """Items in drawing order (by category, then popularity); `[V]` unless said otherwise."""
 
     item: NDArray[np.int32]  # 1-based id
-    born: NDArray[np.float32]  # in shares of the time span; may be negative
-    gone: NDArray[np.float32]
+    born: NDArray[np.float32]  # when it appears, in shares of the time span
+    peak: NDArray[np.float32]  # when it is at its most popular: [peak, past)
+    past: NDArray[np.float32]
     total: Float64Array  # running sum of the weights
     edge: Float64Array  # [C+1] running sum at the categories' edges
     category: NDArray[np.int32]  # [V] category of each id: `category[v - 1]`
@@ -59,16 +60,19 @@ def make_catalogue(profile: Profile, num_items: int, seed: int) -> Catalogue:
     total = np.cumsum(popularity_weights(profile.popularity, num_items)[order])
     ends = np.searchsorted(of_rank[order], np.arange(num_categories), side="right")
     item = (rng.permutation(num_items) + 1).astype(np.int32)[order]
-    life = profile.drift.life
-    born = rng.uniform(-life, 1.0, num_items)
-    born = np.where(rng.random(num_items) < profile.drift.lasting, -np.inf, born)
-    gone = np.where(np.isinf(born), np.inf, born + life)
+    drift = profile.drift
+    new = rng.random(num_items) < drift.new
+    born = np.where(new, rng.random(num_items), -np.inf)
+    peak = np.where(new, born, rng.uniform(-drift.life, 1.0, num_items))
+    past = np.where(rng.random(num_items) < drift.lasting, np.inf, peak + drift.life)
+    peak = np.where(np.isinf(past), born, peak)
     category = np.empty(num_items, dtype=np.int32)
     category[item - 1] = of_rank[order]
     return Catalogue(
         item=item,
         born=born.astype(np.float32),
-        gone=gone.astype(np.float32),
+        peak=peak.astype(np.float32),
+        past=past.astype(np.float32),
         total=total,
         edge=np.concatenate([[0.0], np.concatenate([[0.0], total])[ends]]),
         category=category,
@@ -78,7 +82,9 @@ def make_catalogue(profile: Profile, num_items: int, seed: int) -> Catalogue:
 def items_table(catalogue: Catalogue) -> pa.Table:
     """V rows: raw, title, text, category."""
     raw = pa.array(np.arange(1, len(catalogue.item) + 1)).cast(pa.string())
-    category = pc.binary_join_element_wise("category", pa.array(catalogue.category + 1).cast(pa.string()), " ")
+    category = pc.binary_join_element_wise(
+        "category", pa.array(catalogue.category + 1).cast(pa.string()), " "
+    )
     title = pc.binary_join_element_wise("item", raw, " ")
     text = pc.binary_join_element_wise(title, category, ", ")
     return pa.table({"raw": raw, "title": title, "text": text, "category": category})
