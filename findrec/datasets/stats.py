@@ -127,7 +127,7 @@ class _Tally:
         for landmark, sums in self.distinct.items():
             long = offset[:-1][length >= landmark]
             sums[0] += len(long)
-            sums[1] += int((seen[long + landmark - 1] - seen[long] + 1).sum())
+            sums[1] += int(np.sum(seen[long + landmark - 1] - seen[long] + 1))
 
     def _repeats(self, row: Int64Array, item: Int64Array, session: Int64Array) -> NDArray[np.bool_]:
         """Count the repeats; `[N]` True where an item comes for the first time."""
