@@ -49,8 +49,8 @@ class Popularity(Part):
 
 
 class Repeats(Part):
-    """With probability `rate` an event copies one of the user's earlier sessions, if there is one so far
-    back: the distance in sessions is lognormal. `rate` 0 means that nobody ever has an item twice.
+    """A share `rate` of the events has an item that the user had before: most copy an event of an earlier
+    session, whose distance in sessions is lognormal. `rate` 0 means that nobody ever has an item twice.
     """
 
     rate: float = Field(0, ge=0, lt=1)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from findrec.datasets.profile import Lengths, Profile, Sessions
 from findrec.datasets.stats import SESSION_GAP_S
-from findrec.datasets.synthetic_items import EVENT_STREAM, Catalogue
+from findrec.datasets.synthetic_items import EVENT_STREAM, PILOT_STREAM, Catalogue
 from findrec.datasets.writer import Block
 
 USERS_PER_BLOCK = 512
@@ -25,6 +25,8 @@ FIRST_SECOND = 1_420_070_400  # 2015-01-01
 DAY_S = 86_400
 FREE_AFTER = 12  # draws that respect the category; later ones may be of any
 MOST_DRAWS = 100  # until an item exists at the event's time
+PILOT_USERS = 256
+PILOT_ROUNDS = 5
 MOST_ROUNDS = 10  # of drawing again what the user had already
 
 Int64Array = NDArray[np.int64]
@@ -93,13 +95,34 @@ class EventMaker:
         self._seed = seed
         self._mu, self._sigma = fit_lengths(profile.lengths)
         self._span_s = profile.activity.span_days * DAY_S
+        self._copy_rate = self._fit_copy_rate() if profile.repeats.rate else 0.0
 
     def block(self, index: int) -> Block:
         """The block's users, oldest event first; every user has at least one event."""
         rng = np.random.default_rng([self._seed, EVENT_STREAM, index])
         num_rows = min(USERS_PER_BLOCK, self.num_users - index * USERS_PER_BLOCK)
         log = self._mu + self._sigma * rng.standard_normal(num_rows)
-        length = _clipped(self._profile.lengths, log)
+        return self._histories(rng, _clipped(self._profile.lengths, log))
+
+    def _fit_copy_rate(self) -> float:
+        """How often to copy an earlier event for the repeat rate asked for.
+
+        Popular items come twice by chance too, more often in a small catalogue, and the first sessions have
+        nothing to copy. Both are measured on a pilot of 256 users of evenly spread lengths. Where chance alone
+        gives more repeats than asked for (histories as long as the catalogue), nothing is copied.
+        """
+        z = np.array([NormalDist().inv_cdf((k + 0.5) / PILOT_USERS) for k in range(PILOT_USERS)])
+        length = _clipped(self._profile.lengths, self._mu + self._sigma * z)
+        row = np.repeat(np.arange(PILOT_USERS), length)
+        wanted = self._copy_rate = self._profile.repeats.rate
+        for _ in range(PILOT_ROUNDS):
+            rng = np.random.default_rng([self._seed, PILOT_STREAM])
+            item = self._histories(rng, length).columns["item"]
+            found = _seen_before(row * (len(self._catalogue.item) + 1) + item).mean()
+            self._copy_rate = min(max(self._copy_rate + wanted - float(found), 0.0), 1.0)
+        return self._copy_rate
+
+    def _histories(self, rng: np.random.Generator, length: Int64Array) -> Block:
         if self._profile.repeats.rate == 0:  # nobody can have more items than there are
             length = np.minimum(length, max(1, len(self._catalogue.item) // 2))
         frame = self._frame(rng, length)
@@ -112,7 +135,7 @@ class EventMaker:
         timestamp = frame.timestamp
         if not kept.all():  # only where nobody repeats, so all events are fresh
             item, timestamp = item[kept], timestamp[kept]
-            length = np.bincount(frame.row[kept], minlength=num_rows)
+            length = np.bincount(frame.row[kept], minlength=len(length))
         return Block({"item": item, "timestamp": timestamp}, length)
 
     def _frame(self, rng: np.random.Generator, length: Int64Array) -> _Frame:
@@ -155,7 +178,7 @@ class EventMaker:
         source = np.arange(num)
         if repeats.rate == 0:
             return source
-        copies = np.flatnonzero(rng.random(num) < repeats.rate)
+        copies = np.flatnonzero(rng.random(num) < self._copy_rate)
         lag = np.exp(np.log(repeats.lag_median) + repeats.lag_sigma * rng.standard_normal(len(copies)))
         back = frame.session[copies] - np.maximum(np.rint(np.minimum(lag, 1e9)), 1).astype(np.int64)
         possible = back >= 0

@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from findrec.datasets.features import FeatureInput
 from findrec.datasets.profile import Modality, Popularity, Profile
 
-ITEM_STREAM, EVENT_STREAM, FEATURE_STREAM = 1, 2, 3  # keys of the random streams, beside the seed
+ITEM_STREAM, EVENT_STREAM, FEATURE_STREAM, PILOT_STREAM = (
+    1,
+    2,
+    3,
+    4,
+)  # keys of the random streams, beside the seed
 ITEMS_PER_CATEGORY = 20  # at least, on average: small catalogues have fewer categories
 ROWS_AT_ONCE = 1 << 16
 
