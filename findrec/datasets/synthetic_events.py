@@ -108,8 +108,8 @@ class EventMaker:
         """How often to copy an earlier event for the repeat rate asked for.
 
         Popular items come twice by chance too, more often in a small catalogue, and the first sessions have
-        nothing to copy. Both are measured on a pilot of 256 users of evenly spread lengths. Where chance alone
-        gives more repeats than asked for (histories as long as the catalogue), nothing is copied.
+        nothing to copy. Both are measured on a pilot of 256 users of evenly spread lengths. Where chance
+        alone gives more repeats than asked for (histories as long as the catalogue), nothing is copied.
         """
         z = np.array([NormalDist().inv_cdf((k + 0.5) / PILOT_USERS) for k in range(PILOT_USERS)])
         length = _clipped(self._profile.lengths, self._mu + self._sigma * z)

@@ -21,8 +21,8 @@ from findrec.datasets.synthetic_events import USERS_PER_BLOCK, EventMaker, fit_l
 from findrec.datasets.synthetic_items import make_catalogue, make_feature
 from findrec.errors import FindRecError
 
-# How far from the real figure. The longest lags are the weakest: popular items also come again by chance, long
-# after, and the real log has fewer of these.
+# How far from the real figure. The longest lags are the weakest: popular items also come again by chance,
+# long after, and the real log has fewer of these.
 TOLERANCE = {
     "length_mu": 0.1,
     "length_sigma": 0.06,
@@ -273,7 +273,7 @@ def test_items_follow_the_users_in_the_profiles_proportion() -> None:
     assert made.items == pytest.approx(profile.items / 10, rel=0.01)
 
 
-@pytest.mark.parametrize("items", [10_000, 50_000, 200_000])
+@pytest.mark.parametrize("items", [20_000, 60_000, 200_000])
 def test_the_repeat_rate_holds_for_any_catalogue(items: int, tmp_path: Path) -> None:
     profile = load_profile("complete-journey")
     found = measure(synthesize(tmp_path / "data", profile, users=400, items=items))
