@@ -71,4 +71,5 @@ def print_figures(rows: list[Figures]) -> None:
         rates = [f"{row[f'{kind}_events_per_s'] / 1000:,.0f}" for kind in ("draw", "write", "measure")]
         sizes = [f"{row[key]:,}" for key in ("users", "items", "events")]
         table.add_row(row["profile"], *sizes, *rates, f"{row['peak_bytes'] / 2**20:,.0f}")
-    Console().print(table)
+    console = Console()
+    console.print(table, width=max(console.width, 110), soft_wrap=True)
