@@ -1,4 +1,4 @@
-"""The `findrec` command: prepare, verify, train, evaluate, report, inspect, doctor, version.
+"""The `findrec` command and what it is told: data sets, runs, reports.
 
 Heavy packages are imported inside the commands: `findrec --help` answers at once.
 """
@@ -57,6 +57,50 @@ def prepare(
     target = data_folder_of(DataConfig(recipe=recipe, folder=folder))  # where a run looks for it
     make(loaded, target, force=force)
     typer.echo(f"ready: {target}")
+
+
+@app.command()
+def synthesize(
+    target: Annotated[str, typer.Argument(help="A folder, or a raw log to write: FILE.csv or FILE.parquet.")],
+    profile: Annotated[
+        str, typer.Option(help="complete-journey, ml-latest-small, amazon-grocery, or a YAML file.")
+    ] = "complete-journey",
+    users: Annotated[int | None, typer.Option(help="Default: as many as the profile's data has.")] = None,
+    items: Annotated[int | None, typer.Option(help="Default: in the profile's proportion to users.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same data anywhere.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace another data set that is there.")] = False,
+) -> None:
+    """Make an event log of any size that resembles a real data set, with planted item features."""
+    from findrec.datasets.profile import load_profile
+    from findrec.datasets.synthesize import LOG_KINDS, write_log
+    from findrec.datasets.synthesize import synthesize as make
+
+    path, loaded = resolve(target), load_profile(profile)
+    if path.suffix in LOG_KINDS:
+        num_events = write_log(path, loaded, users=users, items=items, seed=seed)
+        typer.echo(f"written: {path} ({num_events:,} events)")
+        return
+    folder = make(path, loaded, users=users, items=items, seed=seed, force=force)
+    typer.echo(f"ready: {path} ({folder.manifest.num_events:,} events)")
+
+
+@app.command()
+def stats(
+    data: Annotated[str, typer.Argument(help="A data folder, or a recipe (prepared first where needed).")],
+    profile: Annotated[str | None, typer.Option(help="Show a profile's real figures beside them.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
+) -> None:
+    """Measure a data set: sizes, lengths, popularity, repeats, sessions, drift, features."""
+    from findrec.datasets.profile import load_profile
+    from findrec.datasets.stats import measure
+    from findrec.datasets.stats_show import open_data, print_stats, write_stats
+
+    targets = load_profile(profile).targets if profile is not None else {}
+    found = measure(open_data(data))
+    print_stats(found, targets)
+    if json is not None:
+        write_stats(found, json)
+        typer.echo(f"written: {json}")
 
 
 @app.command()

@@ -43,7 +43,17 @@ def test_help_names_every_command_quickly() -> None:
         [sys.executable, "-m", "findrec.cli", "--help"], capture_output=True, text=True, check=True
     )
     assert time.monotonic() - start < 5  # under a second on an idle machine; importing torch takes longer
-    for command in ("prepare", "verify", "train", "evaluate", "report", "inspect", "doctor", "version"):
+    for command in (
+        "prepare",
+        "synthesize",
+        "stats",
+        "verify",
+        "train",
+        "evaluate",
+        "report",
+        "inspect",
+        "doctor",
+    ):
         assert command in done.stdout
     loaded = subprocess.run(
         [

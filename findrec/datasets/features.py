@@ -78,13 +78,19 @@ class FeatureTable:
         self.modality = modality
         try:
             tensors = _tensors(path)
-            self._values, self._present = tensors["values"], np.asarray(tensors["present"])
+            self._values = tensors["values"]
+            self._present: NDArray[np.bool_] = np.asarray(tensors["present"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FindRecError(f"feature file {path} cannot be read: {error}") from None
         self.dim = int(self._values.shape[1])
 
     def __len__(self) -> int:
         return int(self._values.shape[0])
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """`[V+1]` which items have this modality."""
+        return self._present
 
     def rows(self, ids: Tensor) -> ModalRows:
         """Features of `ids` `[U]` (item ids, 0 is padding) on the device of `ids`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,3 +167,13 @@ class DataFolder:
             if event is not None:
                 event[offset[r] : offset[r + 1]] = sample["event"][cut]
         return Histories(item, timestamp, offset, event)
+
+    def blocks(self) -> Iterator[Histories]:
+        """All histories in user order, as they are packed: at most a few hundred users at a time.
+
+        The arrays are views of the mapped shards: one pass over any folder takes little memory.
+        """
+        for place in range(len(self.manifest.shards)):
+            for sample in self._reader(place).samples:
+                yield Histories(sample["item"], sample["timestamp"], sample["offset"], sample.get("event"))
+            del self._readers[place]  # so that a pass does not keep every shard mapped

@@ -96,8 +96,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
 
+SYNTHETIC = "synthetic-"  # begins the recipe's name where a profile made the folder
+
+
 def how_to_mend(name: str) -> str:
     """The sentence that ends every message about a folder that cannot be used."""
+    if name.startswith(SYNTHETIC):
+        return f"Make it again with: findrec synthesize --profile {name.removeprefix(SYNTHETIC)} --force"
     return f"Make it again with: findrec prepare {name} --force"
 
 

@@ -63,6 +63,16 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
     return DataFolder.open(folder)
 
 
+def refuse_strange(folder: Path) -> None:
+    """`FindRecError` where a file, or a folder with anything but a data set in it, is in the way."""
+    if folder.exists() and not folder.is_dir():
+        raise FindRecError(f"{folder} is a file; give a folder to write the data set to")
+    if folder.is_dir() and (strange := sorted({p.name for p in folder.iterdir()} - _OURS)):
+        raise FindRecError(
+            f"{folder} holds {strange[0]!r}, which is no part of a data folder: give an empty or new folder"
+        )
+
+
 def prepare(
     recipe: Recipe, folder: Path, *, force: bool = False, limit_users: int | None = None
 ) -> DataFolder:
@@ -76,10 +86,7 @@ def prepare(
     recipe_sha256 = recipe.sha256(limit_users)
     if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
         return ready
-    if folder.is_dir() and (strange := sorted({p.name for p in folder.iterdir()} - _OURS)):
-        raise FindRecError(
-            f"{folder} holds {strange[0]!r}, which is no part of a data folder: give an empty or new folder"
-        )
+    refuse_strange(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = beside(folder, "scratch")

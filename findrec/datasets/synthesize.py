@@ -1,0 +1,135 @@
+"""`findrec synthesize`: event logs of any size after a profile, straight into a data folder or a raw file.
+
+What is made depends on the profile, the numbers of users and items and the seed, never on the machine.
+Events stream; memory grows with the items (their features, most of all) and by a few numbers for each user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.manifest import SYNTHETIC, read_manifest
+from findrec.datasets.prepare import refuse_strange
+from findrec.datasets.profile import Profile
+from findrec.datasets.splits import Split
+from findrec.datasets.synthetic_events import USERS_PER_BLOCK, EventMaker
+from findrec.datasets.synthetic_items import Catalogue, items_table, make_catalogue, make_feature
+from findrec.datasets.writer import SHARD_BYTES, Block, FolderInput, beside, cannot_write, write_folder
+from findrec.errors import FindRecError
+from findrec.progress import progress
+
+LOG_KINDS = (".csv", ".parquet")
+LARGEST_ITEMS = 2**31 - 2  # ids are 32-bit
+
+
+class Synthesis:
+    """The events and items of a profile at a size. `items` defaults to the profile's proportion to `users`.
+
+    Raises `FindRecError` for sizes that make no data set.
+    """
+
+    def __init__(self, profile: Profile, users: int | None, items: int | None, seed: int) -> None:
+        self.profile = profile
+        self.users = profile.users if users is None else users
+        if self.users < 1:
+            raise FindRecError(f"users={self.users}: a data set needs at least one user")
+        self.items = profile.items_for(self.users) if items is None else items
+        if not 2 <= self.items <= LARGEST_ITEMS:
+            raise FindRecError(f"items={self.items}: give from 2 to {LARGEST_ITEMS:,} items")
+        if seed < 0:
+            raise FindRecError(f"seed={seed}: a seed is 0 or more")
+        self.seed = seed
+        self.sha256 = profile.sha256(self.users, self.items, seed)
+        self.catalogue: Catalogue = make_catalogue(profile, self.items, seed)
+        self._maker = EventMaker(profile, self.catalogue, self.users, seed)
+
+    def blocks(self) -> Iterator[Block]:
+        """All histories, 512 users at a time, with progress."""
+        with progress("make histories", total=self.users, unit="users") as bar:
+            for index in range(self._maker.num_blocks):
+                block = self._maker.block(index)
+                yield block
+                bar.advance(len(block.length))
+
+
+def synthesize(
+    path: Path,
+    profile: Profile,
+    *,
+    users: int | None = None,
+    items: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> DataFolder:
+    """Write a data folder after `profile`, or open it if the very same one is there already.
+
+    `users` and `items` are sizes (default: the profile's own; items in proportion to the users). The split is
+    leave-one-out, by timestamp where a session has a single one (a basket). With `force` a data folder of
+    something else is replaced; a folder with anything else in it is never touched.
+    """
+    path = Path(path)
+    made = Synthesis(profile, users, items, seed)
+    refuse_strange(path)
+    if not force and path.is_dir() and any(path.iterdir()):
+        if read_manifest(path).recipe_sha256 == made.sha256:
+            return DataFolder.open(path)
+        raise FindRecError(
+            f"{path} holds another data set, or one of other options. Make it anew with --force, or give "
+            "another folder"
+        )
+    given = FolderInput(
+        recipe=SYNTHETIC + profile.name,
+        recipe_sha256=made.sha256,
+        split=Split(unit="event" if profile.sessions.within_seconds else "timestamp"),
+        users=pa.array(np.arange(1, made.users + 1)).cast(pa.string()),
+        items=items_table(made.catalogue),
+        blocks=made.blocks(),
+        features=[
+            make_feature(made.catalogue, name, modality, seed) for name, modality in profile.features.items()
+        ],
+    )
+    write_folder(path, given, shard_bytes=shard_bytes)
+    return DataFolder.open(path, verify=False)  # it was hashed while it was written
+
+
+def write_log(
+    path: Path, profile: Profile, *, users: int | None = None, items: int | None = None, seed: int = 0
+) -> int:
+    """Write the same events as a raw log (user, item, timestamp in seconds) and return their number.
+
+    `path` ends with .csv or .parquet; a file that is there is replaced once the new one is complete.
+    """
+    path = Path(path)
+    if path.suffix not in LOG_KINDS:
+        raise FindRecError(f"{path}: a raw log ends with {' or '.join(LOG_KINDS)}")
+    made = Synthesis(profile, users, items, seed)
+    schema = pa.schema([("user", pa.int64()), ("item", pa.int64()), ("timestamp", pa.int64())])
+    num_events = 0
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = beside(path, "partial")
+        try:
+            kind = pa_csv.CSVWriter if path.suffix == ".csv" else pq.ParquetWriter
+            with kind(str(partial), schema) as writer:
+                for index, block in enumerate(made.blocks()):
+                    rows = index * USERS_PER_BLOCK + np.arange(1, len(block.length) + 1)
+                    user = np.repeat(rows, block.length)
+                    columns = [user, block.columns["item"], block.columns["timestamp"]]
+                    writer.write_table(pa.table([pa.array(c) for c in columns], schema=schema))
+                    num_events += len(user)
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                partial.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return num_events
