@@ -57,7 +57,8 @@ def home(tmp_path_factory):
     config["cluster"] |= {"workers": 2, "threads": 1}
     config["evaluation"]["baselines"] = ["popularity", "sasrec"]
     (home / "run.yaml").write_text(yaml.safe_dump(config))
-    train(home, "name=two")
+    done = train(home, "name=two")
+    assert "Traceback" not in done.stdout + done.stderr
     return home
 
 

@@ -73,6 +73,11 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         say(f"starting Ray on this machine ({cores} CPU cores)")
         # The token stays with the run: one in ~/.ray would switch authentication on for later clusters.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray Train's helpers look for "the" cluster of this machine and may find another one, or one that was
+        # killed and left its address behind: all processes are told which one is theirs.
+        port = _free_port()
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        environment["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
         # The dashboard also serves the state API by which Ray Train cleans up after itself.
         local = {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
         # "local": not some other cluster that happens to run on this machine.
@@ -81,6 +86,13 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _refuse_dead_address(address: str) -> None:
