@@ -11,7 +11,7 @@ Every implementation computes `sum_t (logsumexp_v s_tv - s_t,target)` with `s = 
 Forming gradients with the loss is the idea of Liger's fused linear cross-entropy (arXiv 2410.10989).
 The estimates from sampled negatives are in sampled_cross_entropy.py.
 
-Shape letters: T tokens, V catalogue size, d width, B users, N distinct items of a user's history, r rows of
+Shape letters: T tokens, V catalogue size, d width, B rows, N distinct items of a row's history, r rows of
 a tile.
 """
 
@@ -30,11 +30,14 @@ _CPU_ROWS = 512  # of a tile at most: more do not speed the products up and push
 
 @dataclass(frozen=True)
 class OwnBonus:
-    """Additions to the logits of the items a user already met (see findrec/models/repeat.py)."""
+    """Additions to the logits of the items a user met lately (see findrec/models/repeat.py).
 
-    ids_BN: Tensor  # int64, distinct items of each user's inputs, 0 where there is none
-    row_T: Tensor  # int64, the user of each token
-    seen_TN: Tensor  # bool, the item occurred at or before the token
+    A row is a user's history, or a piece of a long one; tokens of a row stand together, rows ascend.
+    """
+
+    ids_BN: Tensor  # int64, distinct items that tokens of the row may have met, 0 where there is none
+    row_T: Tensor  # int64, the row of each token
+    seen_TN: Tensor  # bool, the item occurred at or before the token, lately enough to count
     bonus_TN: Tensor  # float, 0 where unseen; carries the gradient
 
 
