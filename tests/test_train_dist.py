@@ -18,6 +18,7 @@ from planted import make_config, planted_folder
 
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.run import load_streaming
+from findrec.train_dist import main
 
 UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
 
@@ -37,6 +38,21 @@ def train(home: Path, *overrides: str, check: bool = True, **more: str) -> subpr
     if check:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done
+
+
+@pytest.fixture
+def refused(home, monkeypatch, capsys):
+    """Runs that are refused before anything starts, in this process: exit code 2 and what was said."""
+
+    def run(*overrides: str, **variables: str) -> str:
+        for name, value in {"FINDREC_HOME": str(home), **variables}.items():
+            monkeypatch.setenv(name, value)
+        assert main(["--config", str(home / "run.yaml"), *overrides]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said
+
+    return run
 
 
 def metrics(home: Path, name: str) -> list[dict]:
@@ -212,17 +228,13 @@ def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
     assert steps == sorted(set(steps))
 
 
-def test_no_cluster_at_the_address_is_told(home):
-    done = train(home, "name=nobody", check=False, RAY_ADDRESS=f"127.0.0.1:{free_port()}")
-    assert done.returncode == 2
-    assert "no Ray cluster answers" in done.stderr
+def test_no_cluster_at_the_address_is_told(refused):
+    said = refused("name=nobody", RAY_ADDRESS=f"127.0.0.1:{free_port()}")
+    assert "no Ray cluster answers" in said
 
 
-def test_other_configuration_under_the_same_name_is_refused(home):
-    done = train(home, "name=two", "training.seed=5", check=False)
-    assert done.returncode == 2
-    assert "training.seed: 0 there, 5 now" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_other_configuration_under_the_same_name_is_refused(refused):
+    assert "training.seed: 0 there, 5 now" in refused("name=two", "training.seed=5")
 
 
 @pytest.mark.parametrize(
@@ -232,14 +244,18 @@ def test_other_configuration_under_the_same_name_is_refused(home):
         (["cluster.workers=3", "training.microbatches=2"], "must divide training.microbatches"),
         (["data.folder=data/nothing"], "data/nothing"),
         (["data.folder=null", "data.recipe=nothing", "name=no-recipe"], "called 'nothing'"),
-        (["cluster.cpus_per_worker=500", "name=wide"], "the cluster has"),
         (["runs=/proc/nowhere"], "cannot write the run folder"),
     ],
 )
-def test_bad_input_gets_one_clear_message(home, cluster, overrides, message):
+def test_bad_input_gets_one_clear_message(refused, overrides, message):
+    assert message in refused(*overrides)
+
+
+def test_a_placement_the_cluster_cannot_fulfil_is_refused(home, cluster):
+    overrides = ["cluster.cpus_per_worker=500", "name=wide"]
     done = train(home, *overrides, check=False, RAY_ADDRESS=cluster.address)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "the cluster has" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -254,15 +270,13 @@ def test_divergence_is_told_once_and_not_retried(home, cluster):
     assert done.stdout.count("weights in the tower") == 1
 
 
-def test_altered_shard_is_refused(home, tmp_path):
+def test_altered_shard_is_refused(refused, tmp_path):
     folder = planted_folder(tmp_path / "data", num_users=30)
     (shard, *_) = sorted((folder.path / "shards").glob("*.tar"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(bytes(data))
-    done = train(home, f"data.folder={folder.path}", "name=altered", check=False)
-    assert done.returncode == 2
-    assert shard.name in done.stderr
+    assert shard.name in refused(f"data.folder={folder.path}", "name=altered")
 
 
 def test_submitted_to_a_running_cluster_as_a_job(home, cluster):

@@ -11,7 +11,6 @@ from findrec.bench.model import bench_lengths, bench_published, print_rates
 from findrec.bench.peers import Settings, bench_peers, default_peers, setup_peers
 from findrec.bench.rows import write_json
 from findrec.paths import resolve
-from findrec.training.allocator import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("published", "lengths", "peers")
@@ -29,7 +28,6 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.setup_peers:
         raise SystemExit(setup_peers(given.peers, HERE / "peers.txt"))
-    keep_freed_memory()  # as training does; it serves the baselines too
     rows = bench_published(given.runs, given.set) if "published" in given.only else []
     rows += bench_lengths(given.runs, given.set) if "lengths" in given.only else []
     if "peers" in given.only:

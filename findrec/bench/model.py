@@ -32,6 +32,7 @@ from findrec.models.registry import build_model
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import progress
 from findrec.tables.item_table import ItemTable
+from findrec.training.allocator import keep_freed_memory
 from findrec.training.objectives import microbatch_loss
 from findrec.training.tower import PlainTower
 
@@ -259,6 +260,7 @@ def measure(
 
     Times are divided by the targets a step reports. `baseline` is one of `makers`.
     """
+    keep_freed_memory()  # as training does; it serves the baselines too
     steps = {name: make(*arguments) for name, (_, make, arguments) in makers.items()}
     targets = {name: step() for name, step in steps.items()}  # also the warm-up
     timings = {
