@@ -13,16 +13,15 @@ Shape letters: T tokens, t tokens of a tile, d width, B users, N own items of a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from findrec.ops._eager import Gradients
 
 _CPU_ROWS = 512  # of a tile at most: more do not speed the products up
-_FLOATS = 5  # the differentiable fields of `Inputs` come first
-
-Gradients = tuple[Tensor | None, ...]  # of those fields
+NUM_FLOATS = 5  # the differentiable fields of `Inputs` come first
 
 
 class Inputs(NamedTuple):
@@ -41,38 +40,12 @@ class Inputs(NamedTuple):
     seen_TN: Tensor | None
 
 
-class TiledSampledCrossEntropy(torch.autograd.Function):
-    """`apply(tile_bytes, differentiate, *Inputs)`: the loss; its gradients wait for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, tile_bytes: int, differentiate: bool, *tensors: Tensor | None) -> Tensor:
-        ctx.tile_bytes = tile_bytes
-        ctx.wanted = tuple(ctx.needs_input_grad[2 : 2 + _FLOATS])
-        ctx.save_for_backward(*tensors)
-        wanted = ctx.wanted if differentiate else (False,) * _FLOATS
-        loss, ctx.gradients = _walk(Inputs(*tensors), tile_bytes, wanted)  # type: ignore[arg-type]
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a retained graph, whose first backward pass gave the gradients away
-            _, gradients = _walk(Inputs(*tensors), ctx.tile_bytes, ctx.wanted)
-        scaled = [
-            None if gradient is None else gradient.mul_(grads[0]).to(source.dtype)
-            for gradient, source in zip(gradients, tensors, strict=False)
-        ]
-        return (None, None, *scaled, *(None,) * (len(tensors) - _FLOATS))
-
-
-def _walk(inputs: Inputs, tile_bytes: int, wanted: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+def walk_tiles(inputs: Inputs, tile_bytes: int, wanted: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
     """The loss and the `wanted` gradients, in the dtype that is computed in."""
     dtype = torch.promote_types(inputs.h_Td.dtype, inputs.sample_row_Sd.dtype)
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     h_Td, target_row_Td, sample_row_Sd, own_row_BNd, bonus_TN = (
-        None if x is None else x.detach().to(dtype) for x in inputs[:_FLOATS]
+        None if x is None else x.detach().to(dtype) for x in inputs[:NUM_FLOATS]
     )
     assert h_Td is not None
     assert target_row_Td is not None

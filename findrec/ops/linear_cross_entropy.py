@@ -18,11 +18,12 @@ a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from findrec.ops._eager import Gradients, eager_loss
 
 DEFAULT_TILE_BYTES = 32 << 20
 _CPU_ROWS = 512  # of a tile at most: more do not speed the products up and push the tile out of the cache
@@ -68,10 +69,11 @@ def linear_cross_entropy(
     if impl == "reference":
         return _dense(h_Td, table_Vd, target_T, own, blocked)
     bonus, ids, row = (own.bonus_TN, own.ids_BN, own.row_T) if own is not None else (None, None, None)
-    loss: Tensor = _TiledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        tile_bytes, torch.is_grad_enabled(), h_Td, table_Vd, bonus, target_T, ids, row, blocked
-    )
-    return loss
+
+    def walk(tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+        return _walk(_Inputs(*tensors), tile_bytes, wanted)  # type: ignore[arg-type]
+
+    return eager_loss(walk, 3, h_Td, table_Vd, bonus, target_T, ids, row, blocked)
 
 
 def _check(table_Vd: Tensor, target_T: Tensor, allowed_V: Tensor | None, impl: str) -> None:
@@ -121,34 +123,7 @@ class _Inputs(NamedTuple):
     blocked: Tensor  # ids that are no class
 
 
-class _TiledCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tile_bytes: int, differentiate: bool, *tensors: Tensor | None) -> Tensor:
-        ctx.tile_bytes = tile_bytes
-        ctx.wanted = tuple(ctx.needs_input_grad[2:5])
-        ctx.save_for_backward(*tensors)
-        wanted = ctx.wanted if differentiate else (False, False, False)
-        loss, ctx.gradients = _walk(_Inputs(*tensors), tile_bytes, wanted)  # type: ignore[arg-type]
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:  # a retained graph, whose first backward pass gave the gradients away
-            _, gradients = _walk(_Inputs(*tensors), ctx.tile_bytes, ctx.wanted)
-        # Scaled in place, as a product would be a second gradient of the table's size.
-        scaled = [
-            None if gradient is None else gradient.mul_(grads[0]).to(source.dtype)
-            for gradient, source in zip(gradients, tensors, strict=False)
-        ]
-        return (None, None, *scaled, None, None, None, None)
-
-
-def _walk(
-    inputs: _Inputs, tile_bytes: int, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+def _walk(inputs: _Inputs, tile_bytes: int, wanted: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
     """The loss and the `wanted` gradients in h, table and bonus, in the dtype that is computed in."""
     h_Td, table_Vd, bonus_TN, target_T, ids_BN, row_T, blocked = inputs
     dtype = torch.promote_types(h_Td.dtype, table_Vd.dtype)

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from findrec.ops._sampled_tiles import TiledSampledCrossEntropy
+from findrec.ops._eager import Gradients, eager_loss
+from findrec.ops._sampled_tiles import NUM_FLOATS, Inputs, walk_tiles
 from findrec.ops.linear_cross_entropy import OwnBonus
 
 DEFAULT_TILE_BYTES = 2 << 20  # the passes over a tile want it in the processor's cache
@@ -74,13 +75,12 @@ def sampled_cross_entropy(
         (None, None, None, None) if own is None else (own.bonus_TN, own.ids_BN, own.row_T, own.seen_TN)
     )
     floats = (h_Td, target_row_Td, sample_row_Sd, own_row_BNd, bonus)
-    loss: Tensor = TiledSampledCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        tile_bytes,
-        torch.is_grad_enabled(),
-        *floats,
-        *(target_T, sample_S, log_expected_S, ids, row, seen),
-    )
-    return loss
+
+    def walk(tensors: tuple[Tensor | None, ...], wanted: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
+        return walk_tiles(Inputs(*tensors), tile_bytes, wanted)  # type: ignore[arg-type]
+
+    others = (target_T, sample_S, log_expected_S, ids, row, seen)
+    return eager_loss(walk, NUM_FLOATS, *floats, *others)
 
 
 def _dense(
