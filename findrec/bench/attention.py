@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from findrec.bench.compare import compare
+from findrec.bench.compare import Case, compare
 from findrec.bench.rows import Row
 from findrec.ops.cross_modal_attention import cross_modal_attention
-from findrec.progress import progress
 
 WINDOW = 256
 IMPLS = ("full", f"window {WINDOW}")
@@ -35,11 +34,14 @@ def make_run(impl: str, shape: tuple[int, int, int, int, int], device: str = "cp
 
 def bench_attention(shapes: Sequence[tuple[int, int, int, int, int]] = SHAPES, runs: int = 11) -> list[Row]:
     """Rows of the full and the windowed attention at each `(M, B, L, H, h)`."""
-    rows = []
-    with progress("cross-modal attention", total=len(shapes), unit="shapes") as bar:
-        for shape in shapes:
-            label = "M{} B{} L{} H{} h{}".format(*shape)
-            turns = min(runs, 3) if shape[2] >= LONG else runs
-            rows += compare("cross_modal_attention", label, make_run, IMPLS, shape, runs=turns)
-            bar.advance()
-    return rows
+    cases = [
+        Case(
+            shape,
+            "M{} B{} L{} H{} h{}".format(*shape),
+            IMPLS[:1],
+            IMPLS[1:],
+            min(runs, 3) if shape[2] >= LONG else runs,
+        )
+        for shape in shapes
+    ]
+    return compare("cross_modal_attention", cases, make_run)

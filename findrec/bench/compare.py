@@ -1,8 +1,9 @@
-"""The rows of one op at one shape: every implementation timed in turn with the baseline, memory apart."""
+"""The rows of one op at many shapes: every implementation timed in turn with the baselines, memory apart."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,35 +11,61 @@ import torch
 from findrec.bench.memory import peak_bytes, peak_cuda_bytes
 from findrec.bench.rows import Row
 from findrec.bench.timer import time_alternating
+from findrec.progress import progress
 
 MakeRun = Callable[..., Callable[[], object]]
 
 
-def compare(
-    op: str, label: str, make_run: MakeRun, impls: Sequence[str], shape: Sequence[Any], *, runs: int = 11
-) -> list[Row]:
-    """One float32 row for each of `impls`, the first of which is the baseline.
+@dataclass(frozen=True)
+class Case:
+    """One shape of an op."""
 
-    `make_run(impl, shape, device)` returns the function to time. It must be importable: its memory on the
-    CPU is measured in a fresh process.
+    shape: Sequence[Any]
+    label: str
+    baselines: Sequence[str]
+    ours: Sequence[str]
+    runs: int
+
+
+def compare(
+    op: str, cases: Sequence[Case], make_run: MakeRun, make_measured_run: MakeRun | None = None
+) -> list[Row]:
+    """For each case a float32 row of every baseline, then of each of `ours` against each baseline.
+
+    `make_run(impl, shape, device)` returns the function to time. Memory on the CPU is measured in a fresh
+    process with what `make_measured_run` (default: `make_run`) returns there; it must be importable.
     """
+    rows = []
+    with progress(op.replace("_", " "), total=len(cases), unit="shapes") as bar:
+        for case in cases:
+            rows += _compare_case(op, case, make_run, make_measured_run or make_run)
+            bar.advance()
+    return rows
+
+
+def _compare_case(op: str, case: Case, make_run: MakeRun, make_measured_run: MakeRun) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    functions = {impl: make_run(impl, shape, device) for impl in impls}
+    functions = {impl: make_run(impl, case.shape, device) for impl in (*case.baselines, *case.ours)}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    timings = time_alternating(functions, runs=runs, wait=wait)
+    timings = time_alternating(functions, runs=case.runs, wait=wait)
+    if device == "cuda":
+        peaks = {impl: peak_cuda_bytes(function) for impl, function in functions.items()}
+    else:
+        del functions  # their inputs need not be in memory beside those of the measured processes
+        peaks = {impl: peak_bytes(make_measured_run, impl, case.shape, device) for impl in timings}
+    pairs = [(name, name) for name in case.baselines]
+    pairs += [(impl, name) for impl in case.ours for name in case.baselines]
     return [
         Row(
             op=op,
-            shape=label,
+            shape=case.label,
             dtype="float32",
             impl=impl,
-            baseline=impls[0],
-            median_s=timing.median_s,
-            p10_s=timing.p10_s,
-            peak_bytes=peak_cuda_bytes(functions[impl])
-            if device == "cuda"
-            else peak_bytes(make_run, impl, shape, device),
-            ratio=timings[impls[0]].median_s / timing.median_s,
+            baseline=baseline,
+            median_s=timings[impl].median_s,
+            p10_s=timings[impl].p10_s,
+            peak_bytes=peaks[impl],
+            ratio=timings[baseline].median_s / timings[impl].median_s,
         )
-        for impl, timing in timings.items()
+        for impl, baseline in pairs
     ]

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from findrec.bench.compare import compare
+from findrec.bench.compare import Case, compare
 from findrec.bench.rows import Row
 from findrec.ops.linear_cross_entropy import linear_cross_entropy
 from findrec.ops.sampled_cross_entropy import sampled_cross_entropy
-from findrec.progress import progress
 
 SHAPES = ((2048, 100_000, 128), (4096, 20_000, 64), (8192, 1682, 64))  # T, V, d
 BASELINE = "F.cross_entropy"
@@ -65,11 +64,14 @@ def make_run(impl: str, shape: tuple[int, int, int], device: str = "cpu") -> Cal
 
 def bench_cross_entropy(shapes: Sequence[tuple[int, int, int]] = SHAPES, runs: int = 11) -> list[Row]:
     """Rows of the baseline and of the tiled loss at each `(T, V, d)`; of the sampled one at the first."""
-    rows = []
-    with progress("cross-entropy", total=len(shapes), unit="shapes") as bar:
-        for place, shape in enumerate(shapes):
-            impls = (BASELINE, "tiled", "sampled") if place == 0 else (BASELINE, "tiled")
-            label = "T{} V{} d{}".format(*shape)
-            rows += compare("linear_cross_entropy", label, make_run, impls, shape, runs=runs)
-            bar.advance()
-    return rows
+    cases = [
+        Case(
+            shape,
+            "T{} V{} d{}".format(*shape),
+            [BASELINE],
+            ["tiled", "sampled"] if place == 0 else ["tiled"],
+            runs,
+        )
+        for place, shape in enumerate(shapes)
+    ]
+    return compare("linear_cross_entropy", cases, make_run)

@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from findrec.bench.compare import compare
+from findrec.bench.compare import Case, compare
 from findrec.bench.model import draw_items, shown_batch
 from findrec.bench.rows import Row
 from findrec.models.repeat import OWN_WINDOW, own_items
 from findrec.ops.own_bonus import NUM_REPEAT_FEATURES
-from findrec.progress import progress
 
 Shape = tuple[int, int]  # B, L
 SHAPES: tuple[Shape, ...] = ((16, 200), (4, 1024), (1, 16_384))
@@ -47,11 +46,10 @@ def make_run(impl: str, shape: Shape, device: str = "cpu") -> Callable[[], None]
 
 def bench_own_items(shapes: Sequence[Shape] = SHAPES, runs: int = 11) -> list[Row]:
     """Rows of the three implementations at each `(B, L)`."""
-    rows = []
-    with progress("own items", total=len(shapes), unit="shapes") as bar:
-        for shape in shapes:
-            label = "B{} L{}".format(*shape)
-            turns = min(runs, 3) if shape[1] >= LONG else runs
-            rows += compare("own_bonus", label, make_run, IMPLS, shape, runs=turns)
-            bar.advance()
-    return rows
+    cases = [
+        Case(
+            shape, "B{} L{}".format(*shape), IMPLS[:1], IMPLS[1:], min(runs, 3) if shape[1] >= LONG else runs
+        )
+        for shape in shapes
+    ]
+    return compare("own_bonus", cases, make_run)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from findrec.bench.compare import compare
+from findrec.bench.compare import Case, compare
 from findrec.bench.rows import Row
 from findrec.ops.expert_routing import expert_routing
-from findrec.progress import progress
 
 Shape = tuple[int, int, int, int, int, int | None]
 SHAPES: tuple[Shape, ...] = (  # T, H, E, i, o, k
@@ -71,11 +70,14 @@ def make_run(impl: str, shape: Shape, device: str = "cpu") -> Callable[[], None]
 
 def bench_routing(shapes: Sequence[Shape] = SHAPES, runs: int = 11) -> list[Row]:
     """Rows of the loops and of the op at each `(T, H, E, i, o, k)`; k None: all experts count."""
-    rows = []
-    with progress("expert routing", total=len(shapes), unit="shapes") as bar:
-        for shape in shapes:
-            label = "T{} H{} E{} i{} o{} k{}".format(*shape)
-            impls = IMPLS[:2] if shape[-1] is None else IMPLS
-            rows += compare("expert_routing", label, make_run, impls, shape, runs=runs)
-            bar.advance()
-    return rows
+    cases = [
+        Case(
+            shape,
+            "T{} H{} E{} i{} o{} k{}".format(*shape),
+            IMPLS[:1],
+            IMPLS[1:2] if shape[-1] is None else IMPLS[1:],
+            runs,
+        )
+        for shape in shapes
+    ]
+    return compare("expert_routing", cases, make_run)

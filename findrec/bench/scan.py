@@ -17,17 +17,17 @@ the first call loads is not counted: a tiny scan has run before.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from findrec.bench.memory import peak_bytes, peak_cuda_bytes
+from findrec.bench.compare import Case, compare
 from findrec.bench.rows import Row
-from findrec.bench.timer import time_alternating
 from findrec.ops.selective_scan import scan_backend, selective_scan
-from findrec.progress import progress, say
+from findrec.progress import say
 
 Shape = tuple[int, int, int, int]  # B, L, D, N
 
@@ -108,10 +108,10 @@ def make_run(impl: str, shape: Shape, device: str = "cpu") -> Callable[[], None]
     return run
 
 
-def make_warm_run(impl: str, shape: Shape) -> Callable[[], None]:
-    """`make_run` on the CPU after a tiny run that loads all code."""
-    make_run(impl, (1, 4, 4, shape[3]))()
-    return make_run(impl, shape)
+def make_warm_run(impl: str, shape: Shape, device: str = "cpu") -> Callable[[], None]:
+    """`make_run` after a tiny run that loads all code."""
+    make_run(impl, (1, 4, 4, shape[3]), device)()
+    return make_run(impl, shape, device)
 
 
 def input_bytes(shape: Shape) -> int:
@@ -125,37 +125,14 @@ def bench_scan(shapes: Sequence[Shape] = SHAPES, runs: int = 11) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     baselines = usable_baselines()
     ours = scan_backend(device)  # outside the clock: it may build the kernel
-    rows = []
-    with progress("selective scan", total=len(shapes), unit="shapes") as bar:
-        for shape in shapes:
-            rows += _bench_shape(shape, ours, baselines, runs, device)
-            bar.advance()
-    return rows
-
-
-def _bench_shape(shape: Shape, ours: str, baselines: Sequence[str], runs: int, device: str) -> list[Row]:
-    batch, length, width, states = shape
-    functions = {name: make_run(name, shape, device) for name in (*baselines, ours)}
-    affordable = max(FEWEST_RUNS, MANY_STATES // (batch * length * width * states))
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    timings = time_alternating(functions, runs=min(runs, affordable), wait=wait)
-    if device == "cuda":
-        peaks = {name: peak_cuda_bytes(function) for name, function in functions.items()}
-    else:
-        del functions  # their inputs need not be in memory beside those of the measured processes
-        peaks = {name: peak_bytes(make_warm_run, name, shape) for name in timings}
-    pairs = [(name, name) for name in baselines] + [(ours, name) for name in baselines]
-    return [
-        Row(
-            op="selective_scan",
-            shape=f"B{batch} L{length} D{width} N{states}",
-            dtype="float32",
-            impl=name,
-            baseline=baseline,
-            median_s=timings[name].median_s,
-            p10_s=timings[name].p10_s,
-            peak_bytes=peaks[name],
-            ratio=timings[baseline].median_s / timings[name].median_s,
+    cases = [
+        Case(
+            shape,
+            "B{} L{} D{} N{}".format(*shape),
+            baselines,
+            [ours],
+            min(runs, max(FEWEST_RUNS, MANY_STATES // math.prod(shape))),
         )
-        for name, baseline in pairs
+        for shape in shapes
     ]
+    return compare("selective_scan", cases, make_run, make_warm_run)

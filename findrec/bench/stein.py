@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from findrec.bench.compare import compare
+from findrec.bench.compare import Case, compare
 from findrec.bench.rows import Row
 from findrec.ops.stein_discrepancy import Impl, stein_discrepancy
-from findrec.progress import progress
 
 SHAPES = ((512, 64), (2048, 64))  # n rows of either sample, D
 IMPLS = ("reference", "tiled")
@@ -29,10 +28,5 @@ def make_run(impl: Impl, shape: tuple[int, int], device: str = "cpu") -> Callabl
 
 def bench_stein(shapes: Sequence[tuple[int, int]] = SHAPES, runs: int = 11) -> list[Row]:
     """Rows of both implementations (Gaussian score, RBF kernel, bandwidth by the median) at each `(n, D)`."""
-    rows = []
-    with progress("Stein discrepancy", total=len(shapes), unit="shapes") as bar:
-        for shape in shapes:
-            label = "n{} D{}".format(*shape)
-            rows += compare("stein_discrepancy", label, make_run, IMPLS, shape, runs=runs)
-            bar.advance()
-    return rows
+    cases = [Case(shape, "n{} D{}".format(*shape), IMPLS[:1], IMPLS[1:], runs) for shape in shapes]
+    return compare("stein_discrepancy", cases, make_run)

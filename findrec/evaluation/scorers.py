@@ -146,11 +146,8 @@ class ModelScorer(VectorScorer):
         self.name = name
         self.max_length = max_length
         self.model, self.catalogue = model.eval(), catalogue
-        self.rows_Vd = self.items_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
-        if model.content_scores:
-            with torch.no_grad():
-                features = self.catalogue.all_features(device)
-                self.items_Vd = model.item_transform(self.rows_Vd, features).float()
+        self.rows_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
+        self.items_Vd = model.item_vectors(self.rows_Vd, catalogue)
 
     @torch.no_grad()
     def queries(self, block: UserBlock) -> Queries:

@@ -6,9 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from findrec.datasets.batch import Batch, ModalRows
+from findrec.datasets.catalogue import ItemFeatures
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,10 @@ class SequenceModel(nn.Module, ABC):
         `rows` `[n, d]` and `features` belong to the same n items. Works on each item for itself.
         """
         return rows
+
+    @torch.no_grad()
+    def item_vectors(self, rows_Vd: Tensor, catalogue: ItemFeatures) -> Tensor:
+        """What items 0..V are scored by, `[V + 1, d]`; `rows_Vd` are their table rows (float32)."""
+        if not self.content_scores:
+            return rows_Vd
+        return self.item_transform(rows_Vd, catalogue.all_features(rows_Vd.device)).float()

@@ -84,16 +84,17 @@ class Control(nn.Module):
         correction_Bd, _ = self._decide(id_Bd, normed_Bd, normed_MBd, list(reads_id), list(reads_modal))
         return correction_Bd, memory
 
-    def empty_memory(self, num_users: int) -> Tensor:
-        """The memory of `step` before the first event."""
-        weight = self.qkv_id.weight
-        streams, width = 1 + len(self.qkv_modal), weight.shape[1] // self.heads
-        return weight.new_zeros(streams, num_users, 0, 2, self.heads, width)
+    def remember(self, id_BLd: Tensor, z_MBLd: list[Tensor]) -> Tensor:
+        """The memory of `step` after whole rows of events, arguments as there; L may be 0."""
+        lately = slice(-self.routing.window, None)  # all of them where the window is 0
+        _, id_qkv = self._ask_id(id_BLd[:, lately])
+        _, modal_MBLX = self._ask_modal([z_BLd[:, lately] for z_BLd in z_MBLd])
+        return torch.stack([id_qkv, *(x.view(id_qkv.shape) for x in modal_MBLX)])[:, :, :, 1:]
 
     def _ask_id(self, id_d: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised ID vectors `[..., d]`, and their queries, keys and values `[..., 3, H, h]`."""
         normed_d = self.norm_id(id_d)
-        return normed_d, self.qkv_id(normed_d).view(*id_d.shape[:-1], 3, self.heads, -1)
+        return normed_d, self.qkv_id(normed_d).unflatten(-1, (3, self.heads, -1))
 
     def _ask_modal(self, z_Mnd: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The same for latents `[n, d]` of each modality; queries, keys and values in one row `[n, 3 d]`."""

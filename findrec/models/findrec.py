@@ -67,10 +67,7 @@ class FindRec(SequenceModel):
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `SequenceModel`. Auxiliary terms: those of `Alignment`, and `balance` and `z` of the router."""
-        rows_Ud = x_items
-        if self.item_side is not None and self.content_inputs:
-            rows_Ud = self.item_side(rows_Ud, features)
-        id_BLd = self.stream(self.inputs.drop(self.inputs(batch, rows_Ud)))
+        id_BLd = self.stream(self.inputs.drop(self.embed(batch, x_items, features)))
         h_Td = asked_rows(id_BLd, batch)
         aux: dict[str, Term] = {}
         diagnostics: dict[str, float] = {}
@@ -88,6 +85,13 @@ class FindRec(SequenceModel):
             h_Td = self.moment(h_Td, batch)
         h_Td = self.norm(h_Td)
         return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
+
+    def embed(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """What enters the stream, `[B, L, d]`, without dropout; arguments as in `forward`."""
+        if self.item_side is not None and self.content_inputs:
+            x_items = self.item_side(x_items, features)
+        embedded: Tensor = self.inputs(batch, x_items)
+        return embedded
 
     def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
         """See `SequenceModel`: content is added where `model.items.features` says `score` or `both`."""

@@ -15,6 +15,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from findrec.datasets.batch import Batch
 from findrec.datasets.batches import gap_bucket
@@ -59,21 +60,30 @@ class StreamingFindRec:
             )
         self._model, self._stream, self._catalogue = model.eval(), model.stream, catalogue
         self._own_window = own_window
-        self._rows_Vd = self.items_Vd = table_weight.detach().float()
-        if model.content_scores:
-            with torch.no_grad():
-                features = catalogue.all_features(self._rows_Vd.device)
-                self.items_Vd = model.item_transform(self._rows_Vd, features)
+        self._rows_Vd = table_weight.detach().float()
+        self.items_Vd = model.item_vectors(self._rows_Vd, catalogue)
 
+    @torch.no_grad()
     def start(
         self, items: Sequence[int] = (), timestamps: Sequence[int] = (), events: Sequence[int] = ()
     ) -> UserState:
-        """The state after a history (ids 1..V, seconds, codes of event types), oldest event first."""
-        memory = None if self._model.control is None else self._model.control.empty_memory(1)
-        state = UserState(self._stream.initial_state(1), memory)
-        for place, item in enumerate(items):
-            when = timestamps[place] if len(timestamps) else None
-            self.append(state, item, when, events[place] if len(events) else None)
+        """The state after a history (ids 1..V, seconds, codes of event types), oldest event first.
+
+        All events but the last are read in one parallel pass. Raises `ValueError` as `append` does.
+        """
+        times = list(timestamps) if len(timestamps) else [0] * len(items)
+        codes = list(events) if len(events) else [None] * len(items)
+        state = UserState(stream=self._stream.initial_state(1), memory=None)
+        earlier = max(0, len(items) - 1)
+        batch = self._batch(state, items[:earlier], times[:earlier], codes[:earlier])
+        entered_1Ld, latents_M1Ld = self._look_up(batch)
+        stream_1Ld, state.stream = self._stream.prefill(entered_1Ld, batch.length)
+        if self._model.control is not None:
+            state.memory = self._model.control.remember(stream_1Ld, latents_M1Ld)
+        for item, now in zip(items[:earlier], times, strict=False):
+            self._remember(state, item, now)
+        if len(items):
+            self.append(state, items[-1], times[-1], codes[-1])
         return state
 
     @torch.no_grad()
@@ -81,29 +91,52 @@ class StreamingFindRec:
         self, state: UserState, item: int, timestamp: int | None = None, event: int | None = None
     ) -> None:
         """One more event of the user. Raises `ValueError` for an unknown item or a time before the last."""
-        if not 1 <= item < len(self._rows_Vd):
-            raise ValueError(f"item {item} is not in the catalogue: ids are 1..{len(self._rows_Vd) - 1}")
         now = state.timestamp if timestamp is None else timestamp
-        if state.num_events and now < state.timestamp:
-            raise ValueError(
-                f"an event at {now} s cannot follow one at {state.timestamp} s: events come in order of time"
-            )
-        batch = self._one_event(state, item, now, event)
-        features = self._catalogue.features(batch.ids)
-        rows_Ud = self._rows_Vd[batch.ids]
-        if self._model.item_side is not None and self._model.content_inputs:
-            rows_Ud = self._model.item_side(rows_Ud, features)
-        vector_1d, state.stream = self._stream.step(self._model.inputs(batch, rows_Ud)[:, 0], state.stream)
+        entered_11d, latents_M11d = self._look_up(self._batch(state, [item], [now], [event]))
+        vector_1d, state.stream = self._stream.step(entered_11d[:, 0], state.stream)
         if self._model.control is not None and state.memory is not None:
-            latents = [encoder(features[m]).z_Ud for m, encoder in self._model.encoders.items()]
-            z_M1d = torch.stack([z_Ud[batch.index[:, 0]] for z_Ud in latents])
+            z_M1d = torch.cat(latents_M11d)
             correction_1d, state.memory = self._model.control.step(vector_1d, z_M1d, state.memory)
             vector_1d = vector_1d + correction_1d
-        state.vector_d, state.timestamp = vector_1d[0], now
-        self._remember(state, item)
+        state.vector_d = vector_1d[0]
+        self._remember(state, item, now)
 
-    def _remember(self, state: UserState, item: int) -> None:
-        """Count an event in, and out the one that leaves the window."""
+    def _look_up(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What enters the stream, `[1, L, d]`, and each modality's latents of the same events."""
+        features = self._catalogue.features(batch.ids)
+        latents = [encoder(features[name]).z_Ud for name, encoder in self._model.encoders.items()]
+        entered_1Ld = self._model.embed(batch, self._rows_Vd[batch.ids], features)
+        return entered_1Ld, [F.embedding(batch.index, z_Ud) for z_Ud in latents]
+
+    def _batch(
+        self, state: UserState, items: Sequence[int], times: Sequence[int], events: Sequence[int | None]
+    ) -> Batch:
+        """The events that follow `state`, as one row."""
+        for item in items:
+            if not 1 <= item < len(self._rows_Vd):
+                raise ValueError(f"item {item} is not in the catalogue: ids are 1..{len(self._rows_Vd) - 1}")
+        before = [state.timestamp if state.num_events else times[0], *times[:-1]] if times else []
+        for earlier, now in zip(before, times, strict=True):
+            if now < earlier:
+                raise ValueError(
+                    f"an event at {now} s cannot follow one at {earlier} s: events come in order of time"
+                )
+        gaps = [gap_bucket(now - earlier) for earlier, now in zip(before, times, strict=True)]
+        if gaps and not state.num_events:
+            gaps[0] = 0  # nothing came before
+        return Batch.build(
+            item=torch.tensor([items], dtype=torch.int64),
+            length=torch.tensor([len(items)]),
+            user=torch.zeros(1, dtype=torch.int64),
+            position=torch.zeros(0, dtype=torch.int64),
+            target=torch.zeros(0, dtype=torch.int64),
+            gap=torch.tensor([gaps], dtype=torch.int64),
+            event=torch.tensor([[1 if event is None else event + 2 for event in events]], dtype=torch.int64),
+        )
+
+    def _remember(self, state: UserState, item: int, now: int) -> None:
+        """Count an event in, and out the one that leaves the window of own items."""
+        state.timestamp = now
         state.times_met[item] += 1
         state.last_met[item] = state.num_events
         state.lately.append(item)
@@ -113,18 +146,6 @@ class StreamingFindRec:
             state.times_met[gone] -= 1
             if not state.times_met[gone]:
                 del state.times_met[gone], state.last_met[gone]
-
-    def _one_event(self, state: UserState, item: int, now: int, event: int | None) -> Batch:
-        gap = gap_bucket(now - state.timestamp) if state.num_events else 0
-        return Batch.build(
-            item=torch.tensor([[item]]),
-            length=torch.ones(1, dtype=torch.int64),
-            user=torch.zeros(1, dtype=torch.int64),
-            position=torch.zeros(1, dtype=torch.int64),
-            target=torch.zeros(0, dtype=torch.int64),
-            gap=torch.tensor([[gap]]),
-            event=torch.tensor([[1 if event is None else event + 2]]),
-        )
 
     @torch.no_grad()
     def scores(self, state: UserState, now: int | None = None) -> Tensor:

@@ -71,6 +71,12 @@ def test_ranking_after_each_history_equals_the_full_forward_pass(folder, name):
         asked = int(whole.timestamp[whole.offset[b + 1] - 1])
         got = streaming.scores(state, asked)
         torch.testing.assert_close(got[1:], want[b, 1:], rtol=1e-4, atol=1e-4)
+        appended = streaming.start()
+        for item, when, event in zip(
+            *(x[shown].tolist() for x in (whole.item, whole.timestamp, whole.event)), strict=True
+        ):
+            streaming.append(appended, item, when, event)
+        torch.testing.assert_close(streaming.scores(appended, asked), got, rtol=1e-4, atol=1e-4)
         first = streaming.recommend(state, 5, asked)
         assert [item for item, _ in first] == want[b, 1:].topk(5).indices.add(1).tolist()
 
