@@ -10,19 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
+from findrec.schema import Part, read_mapping, validate
 
 
-class Section(BaseModel):
-    """A node of the tree: unknown keys are errors, values cannot change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class DataConfig(Section):
+class DataConfig(Part):
     """What is trained on."""
 
     recipe: str = "ml-100k"  # name or path of a recipe; prepared on first use
@@ -33,7 +28,7 @@ class DataConfig(Section):
     shuffle_ties: bool = True  # events of one timestamp get a new order every epoch (training only)
 
 
-class StreamConfig(Section):
+class StreamConfig(Part):
     """The layers that mix a sequence over time."""
 
     kind: Literal["mamba", "gru", "transformer"] = "mamba"
@@ -45,7 +40,7 @@ class StreamConfig(Section):
     scan: Literal["auto", "reference", "torch", "cpp", "mamba_ssm"] = "auto"
 
 
-class AlignConfig(Section):
+class AlignConfig(Part):
     """Alignment of each modality's latents to the ID stream (specs: IICM)."""
 
     # mmd: the control. legacy: the wrong term of the public code, to show what it does.
@@ -61,7 +56,7 @@ class AlignConfig(Section):
     diagnose_every: int = Field(20, ge=0)  # steps between measurements of the alignment; 0: never
 
 
-class RoutingConfig(Section):
+class RoutingConfig(Part):
     """Cross-modal expert routing."""
 
     kind: Literal["learned", "mean"] = "learned"  # mean: all experts weigh the same, no router
@@ -74,14 +69,14 @@ class RoutingConfig(Section):
     z_weight: float = Field(1e-3, ge=0)
 
 
-class ItemsConfig(Section):
+class ItemsConfig(Part):
     """Item vectors: the id row alone, or with projected modal features added."""
 
     features: Literal["none", "input", "score", "both"] = "none"  # where features are added
     id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that train on their features alone
 
 
-class ModelConfig(Section):
+class ModelConfig(Part):
     """Which system, and its sizes. Sections that a system does not use are ignored by it."""
 
     name: Literal["findrec", "sasrec"] = "findrec"
@@ -100,7 +95,7 @@ class ModelConfig(Section):
     routing: RoutingConfig = RoutingConfig()
 
 
-class LossConfig(Section):
+class LossConfig(Part):
     """The catalogue loss."""
 
     kind: Literal["exact", "sampled", "gbce"] = "exact"
@@ -112,7 +107,7 @@ class LossConfig(Section):
     tile_mib: int = Field(32, ge=1)  # exact: largest logit tile held at once
 
 
-class OptimConfig(Section):
+class OptimConfig(Part):
     """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both."""
 
     lr: float = Field(2e-3, gt=0)
@@ -125,7 +120,7 @@ class OptimConfig(Section):
     clip_table: float = Field(0.0, ge=0)
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Part):
     """The loop."""
 
     epochs: int = Field(20, ge=1)
@@ -142,7 +137,7 @@ class TrainingConfig(Section):
     optim: OptimConfig = OptimConfig()
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Part):
     """Where it runs."""
 
     address: str | None = None  # a Ray cluster to join; default: RAY_ADDRESS, else one is started here
@@ -155,17 +150,17 @@ class ClusterConfig(Section):
     timeout_s: float = Field(300, gt=0)  # a collective that takes longer is a hang
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(Part):
     """Full-catalogue ranking."""
 
-    ks: list[int] = [5, 10, 20, 50]
+    ks: list[int] = Field([5, 10, 20, 50])
     users_per_block: int = Field(256, ge=1)
     mask_seen: bool = False  # take met items out of the ranking; leave off where items come again
-    baselines: list[str] = ["popularity", "cooccurrence", "own_frequent", "sasrec"]
+    baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
 
 
-class TrackingConfig(Section):
+class TrackingConfig(Part):
     """MLflow, a mirror of `metrics.jsonl`."""
 
     uri: str | None = None  # default: sqlite file below FINDREC_HOME
@@ -173,7 +168,7 @@ class TrackingConfig(Section):
     enabled: bool = True
 
 
-class RunConfig(Section):
+class RunConfig(Part):
     """The whole tree."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -201,24 +196,11 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, type[Base
     for name, info in model.model_fields.items():
         annotation: Any = info.annotation
         nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-        section = next((a for a in nested if issubclass(a, Section)), None)
+        section = next((a for a in nested if issubclass(a, Part)), None)
         keys[prefix + name] = section
         if section is not None:
             keys |= _known_keys(section, f"{prefix}{name}.")
     return keys
-
-
-def _explain(error: ValidationError, source: str) -> FindRecError:
-    known = _known_keys(RunConfig)
-    lines = []
-    for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key!r}{suggest(key, known)}")
-        else:
-            where = f"{key}: " if key else ""
-            lines.append(f"{where}{problem['msg']} (given: {problem['input']!r})" if key else problem["msg"])
-    return FindRecError(f"{source}: " + "; ".join(lines))
 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
@@ -236,22 +218,13 @@ def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: st
         for part in parents:
             node = node.setdefault(part, {})
         node[leaf] = yaml.safe_load(value)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(error, source) from None
+    return validate(RunConfig, tree, source, lambda place: suggest(".".join(map(str, place)), known))
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run configuration by path or name (`demo` finds `configs/demo.yaml`)."""
     path = find_asset(str(name), "configs")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise FindRecError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise FindRecError(f"{path} must hold a mapping of sections, found {type(tree).__name__}")
-    return parse_config(tree, overrides, source=str(path))
+    return parse_config(read_mapping(path), overrides, source=str(path))
 
 
 def dump_config(config: RunConfig) -> str:

@@ -10,19 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from findrec.errors import FindRecError
 from findrec.paths import find_asset
+from findrec.schema import Part, read_mapping, validate
 
 GENERATOR_VERSION = 1  # raised when the same profile and seed give other events
-
-
-class Part(BaseModel):
-    """Base of the tree: unknown keys are errors, nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Lengths(Part):
@@ -123,8 +116,8 @@ class Profile(Part):
     activity: Activity
     drift: Drift
     taste: Taste
-    features: dict[str, Modality] = {}
-    targets: dict[str, float] = {}
+    features: dict[str, Modality] = Field({})
+    targets: dict[str, float] = Field({})
 
     def items_for(self, users: int) -> int:
         """Items that `users` users have in the profile's proportion."""
@@ -143,12 +136,4 @@ class Profile(Part):
 def load_profile(name_or_path: str) -> Profile:
     """A built-in profile by name (`complete-journey`, `ml-latest-small`, `amazon-grocery`) or a YAML file."""
     path = find_asset(str(name_or_path), "datasets/profiles")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FindRecError(f"{path} is not valid YAML: {error}") from None
-    try:
-        return Profile.model_validate(tree)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
-        raise FindRecError(f"{path}: " + "; ".join(lines)) from None
+    return validate(Profile, read_mapping(path), str(path))

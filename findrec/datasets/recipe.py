@@ -10,25 +10,19 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from findrec.datasets.splits import Split
 from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
+from findrec.schema import Part, read_mapping, validate
 
 FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
 _LATER_KEYS = ("max_bad_rows", "min_value", "duplicates", "k_core")  # came after data folders had been made
 _LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
-
-
-class Part(BaseModel):
-    """Base of the tree: unknown keys are errors, nothing changes after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SourceFile(Part):
@@ -169,41 +163,14 @@ class Recipe(Part):
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _keys(model: type[BaseModel]) -> set[str]:
-    keys = set(model.model_fields)
-    for info in model.model_fields.values():
-        for annotation in (info.annotation, *get_args(info.annotation)):
-            for inner in (annotation, *get_args(annotation)):
-                if isinstance(inner, type) and issubclass(inner, BaseModel):
-                    keys |= _keys(inner)
-    return keys
-
-
-def parse_recipe(tree: Any, source: str, folder: Path) -> Recipe:
+def parse_recipe(tree: dict[str, Any], source: str, folder: Path) -> Recipe:
     """Validate a tree of plain values; `FindRecError` lists every problem with its place in the tree."""
-    if not isinstance(tree, dict):
-        raise FindRecError(f"{source} must hold a mapping, found {type(tree).__name__}")
     if "folder" in tree:
         raise FindRecError(f"{source}: unknown key 'folder' (findrec prepare --folder says where to write)")
-    try:
-        return Recipe.model_validate({**tree, "folder": folder})
-    except ValidationError as error:
-        known = _keys(Recipe) - {"folder"}
-        lines = []
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"])
-            if problem["type"] == "extra_forbidden":
-                lines.append(f"unknown key {key!r}{suggest(str(problem['loc'][-1]), known)}")
-            else:
-                lines.append(f"{key}: {problem['msg']}" if key else problem["msg"])
-        raise FindRecError(f"{source}: " + "; ".join(lines)) from None
+    return validate(Recipe, {**tree, "folder": folder}, source)
 
 
 def load_recipe(name_or_path: str) -> Recipe:
     """Read a recipe by name (`ml-100k` finds `datasets/ml-100k.yaml`) or by path."""
     path = find_asset(str(name_or_path), "datasets")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FindRecError(f"{path} is not valid YAML: {error}") from None
-    return parse_recipe(tree, str(path), path.parent)
+    return parse_recipe(read_mapping(path), str(path), path.parent)
