@@ -4,15 +4,13 @@ python evaluation/benchmarks/synthesize.py [--json FILE] [--events N] [--items V
 """
 
 import argparse
-import json
-from pathlib import Path
 
-from findrec.bench.rows import machine
+from findrec.bench.rows import add_json_argument, write_json_lines
 from findrec.bench.synthesize import bench_synthesize, print_figures
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    add_json_argument(parser)
     parser.add_argument("--events", type=int, default=1_000_000, help="about so many (default 1,000,000)")
     parser.add_argument("--items", type=int, help="default: in each profile's proportion")
     parser.add_argument("--seed", type=int, default=0)
@@ -20,5 +18,4 @@ if __name__ == "__main__":
     figures = bench_synthesize(given.events, given.items, given.seed)
     print_figures(figures)
     if given.json:
-        tree = {"machine": machine(), "rows": figures}
-        given.json.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        write_json_lines(figures, given.json)

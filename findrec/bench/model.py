@@ -13,18 +13,16 @@ once, and that is part of what is measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from findrec.bench.memory import peak_bytes
 from findrec.bench.published import Published, PublishedConfig
-from findrec.bench.rows import Row
+from findrec.bench.rows import UNIT, Row
 from findrec.bench.timer import Timing, time_alternating
 from findrec.config import parse_config
 from findrec.datasets.batch import Batch, ModalRows
@@ -37,7 +35,6 @@ from findrec.training.objectives import microbatch_loss
 from findrec.training.tower import PlainTower
 
 FEATURES = {"image": 2048, "text": 1024}
-UNIT = "1,000 targets"  # what a row's seconds are for; ends the name of its op
 OP = f"train step, {UNIT}"
 LENGTH_OP = f"train step by length, {UNIT}"
 BASELINE = "published shape"
@@ -292,19 +289,3 @@ def against(row: Row, baseline: Row) -> Row:
 def per_thousand(timing: Timing, targets: int) -> Timing:
     """The same runs in seconds per 1,000 targets."""
     return Timing(tuple(seconds * 1000 / targets for seconds in timing.seconds))
-
-
-def print_rates(rows: Iterable[Row]) -> None:
-    """A table for people: rows of 1,000 targets as targets per second, other rows in seconds."""
-    table = Table(title="medians; times faster than the baseline")
-    for name in ("op", "shape", "impl", "baseline"):
-        table.add_column(name)
-    for name in ("median", "peak MiB", "times faster"):
-        table.add_column(name, justify="right")
-    for row in rows:
-        rated = row.op.endswith(UNIT)
-        median = f"{1000 / row.median_s:,.0f} targets/s" if rated else f"{row.median_s:,.1f} s"
-        op = row.op.removesuffix(f", {UNIT}")
-        peak = f"{row.peak_bytes / 2**20:,.0f}"
-        table.add_row(op, row.shape, row.impl, row.baseline, median, peak, f"{row.ratio:.2f}")
-    Console(width=None if Console().is_terminal else 140).print(table)

@@ -29,8 +29,7 @@ from typing import Any
 import torch
 
 from findrec.bench.memory import peak_rss_bytes
-from findrec.bench.model import UNIT
-from findrec.bench.rows import Row
+from findrec.bench.rows import UNIT, Row
 from findrec.bench.timer import Timing
 from findrec.config import RunConfig, parse_config
 from findrec.datasets.folder import DataFolder
@@ -111,7 +110,7 @@ def setup_peers(peers: Path, requirements: Path) -> None:
 
 
 def bench_peers(
-    peers: Path, worker: Path, data: Path, settings: Settings, overrides: Sequence[str] = ()
+    peers: Path, worker: Path, folder: DataFolder, settings: Settings, overrides: Sequence[str] = ()
 ) -> list[Row]:
     """Two rows for each of RecTools' SASRec, RecBole's, our SASRec and our FindRec: rate, time to the level.
 
@@ -125,20 +124,19 @@ def bench_peers(
             f"python evaluation/benchmarks/model.py --setup-peers --peers {peers}"
         )
         return []
-    folder = DataFolder.open(data)
     found: dict[str, Trained] = {}
     with (
         tempfile.TemporaryDirectory(prefix="findrec-peers-") as scratch,
-        progress(f"trainings on {data.name}", total=len(PEERS) + len(OURS), unit="systems") as bar,
+        progress(f"trainings on {folder.path.name}", total=len(PEERS) + len(OURS), unit="systems") as bar,
     ):
         export_events(folder, Path(scratch) / "events.csv")
         for name, (model, keys) in OURS.items():
-            found[name] = train_ours(model, data, settings, [*keys, *overrides])
+            found[name] = train_ours(model, folder.path, settings, [*keys, *overrides])
             bar.advance()
         for name in PEERS:
             found[f"{name} sasrec"] = train_peer(name, _python(peers), worker, Path(scratch), settings)
             bar.advance()
-    return make_rows(found, data.name, settings)
+    return make_rows(found, folder.path.name, settings)
 
 
 def make_rows(found: dict[str, Trained], data: str, settings: Settings) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Benchmark results as rows: one JSON object each, with the machine they were measured on, and a table."""
+"""Benchmark results as rows: a JSON line each, with the machine it was measured on, and a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from findrec import __version__
+
+UNIT = "1,000 targets"  # what a row's seconds are for; ends the name of its op
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,11 @@ def _cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def write_json(rows: Iterable[Row], path: Path) -> None:
-    """Write `{"machine": ..., "rows": [...]}`, one row a line so that versions can be compared."""
-    body = ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)
-    path.write_text(f'{{"machine": {json.dumps(machine())},\n "rows": [\n{body}\n ]}}\n')
-
-
-def read_json(path: Path) -> list[Row]:
-    """The rows of a file written by `write_json`."""
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]]
+def write_json_lines(rows: Iterable[Row | Mapping[str, object]], path: Path) -> None:
+    """One JSON object a line, each with the `machine` it was measured on."""
+    here = machine()
+    lines = [{**(asdict(row) if isinstance(row, Row) else row), "machine": here} for row in rows]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
 
 
 def make_table(rows: Iterable[Row]) -> Table:
@@ -89,17 +87,38 @@ def make_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def publish(rows: Sequence[Row], argv: Sequence[str] | None = None) -> None:
-    """Print the table and, with `--json FILE`, write the rows."""
-    path = parse_arguments(argv).json
-    Console(width=None if Console().is_terminal else 120).print(make_table(rows))
+def make_rate_table(rows: Iterable[Row]) -> Table:
+    """The same for steps and trainings: rows of 1,000 targets as targets a second, others in seconds."""
+    table = Table(title="medians; times faster than the baseline")
+    for name in ("op", "shape", "impl", "baseline"):
+        table.add_column(name)
+    for name in ("median", "peak MiB", "times faster"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        rated = row.op.endswith(UNIT)
+        median = f"{1000 / row.median_s:,.0f} targets/s" if rated else f"{row.median_s:,.1f} s"
+        op = row.op.removesuffix(f", {UNIT}")
+        peak = f"{row.peak_bytes / 2**20:,.0f}"
+        table.add_row(op, row.shape, row.impl, row.baseline, median, peak, f"{row.ratio:.2f}")
+    return table
+
+
+def publish(
+    rows: Sequence[Row], path: Path | None, table: Callable[[Iterable[Row]], Table] = make_table
+) -> None:
+    """Print the rows as a table and, where a file is given, write them."""
+    Console(width=None if Console().is_terminal else 140).print(table(rows))
     if path is not None:
-        write_json(rows, path)
+        write_json_lines(rows, path)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments every benchmark program has: `--json FILE` and `--runs N`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
-    parser.add_argument("--runs", type=int, default=11, metavar="N", help="timed runs of each (default 11)")
-    return parser.parse_args(argv)
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """`--json FILE`, refused before anything is measured where it could not be written after."""
+    parser.add_argument("--json", type=_file, metavar="FILE", help="write JSON lines here too")
+
+
+def _file(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name} cannot be written: give a file in a folder that exists")
+    return path

@@ -17,10 +17,10 @@ from findrec.bench.model import (
     draw_items,
     findrec_step,
     per_thousand,
-    print_rates,
     published_step,
     shown_batch,
 )
+from findrec.bench.rows import make_rate_table, publish
 from findrec.bench.timer import Timing
 
 TINY = Shape(3, 5, 16, 30, (("image", 6), ("text", 4)))
@@ -75,7 +75,7 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
         baseline = rows[0] if row.baseline == BASELINE else rows[1]
         assert row.ratio == pytest.approx(baseline.median_s / row.median_s)
         assert row.peak_bytes > 0
-    print_rates([rows[0], replace(rows[1], op="training to a level", median_s=12.0)])
+    publish([rows[0], replace(rows[1], op="training to a level", median_s=12.0)], None, make_rate_table)
     shown = capsys.readouterr().out
     assert f"{1000 / rows[0].median_s:,.0f} targets/s" in shown
     assert "12.0 s" in shown

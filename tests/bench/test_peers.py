@@ -70,7 +70,8 @@ def test_setup_installs_pytorch_first_and_recbole_bare(
 def test_without_the_environment_there_are_no_rows_but_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert bench_peers(tmp_path / "none", WORKER, tmp_path, Settings()) == []
+    folder = write_data_folder(tmp_path / "data", [[3, 1, 2]], num_items=3)
+    assert bench_peers(tmp_path / "none", WORKER, folder, Settings()) == []
     assert "--setup-peers" in "".join(capsys.readouterr())
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from findrec.bench.rows import Row, publish, read_json
+from findrec.bench.rows import Row, add_json_argument, publish
 
 ROWS = [
     Row("scan", "B1", "float32", "loop", "loop", 0.002, 0.001, 3 * 2**20, 1.0),
@@ -17,9 +18,22 @@ ROWS = [
 
 def test_publish_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
-    publish(ROWS, ["--json", str(path)])
-    assert read_json(path) == ROWS
-    assert json.loads(path.read_text())["machine"]["torch"]
+    publish(ROWS, path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop("machine")["torch"] for line in lines)
+    assert [Row(**line) for line in lines] == ROWS
     shown = capsys.readouterr().out
     assert "0.50" in shown  # milliseconds
     assert "4.00" in shown
+
+
+def test_a_file_that_could_not_be_written_is_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_json_argument(parser)
+    assert parser.parse_args(["--json", str(tmp_path / "rows.json")]).json == tmp_path / "rows.json"
+    for wrong in (tmp_path, tmp_path / "missing" / "rows.json"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--json", str(wrong)])
+        assert "give a file in a folder that exists" in capsys.readouterr().err
