@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from findrec.datasets._native import Impl
 from findrec.datasets.features import FeatureTable
+from findrec.datasets.histories import Histories
 from findrec.datasets.manifest import Manifest, how_to_mend, read_manifest, sha256_file
-from findrec.datasets.shards import ShardReader
+from findrec.datasets.packed import PackedHistories, UserTable
 from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError, suggest
-
-
-@dataclass(frozen=True)
-class Histories:
-    """Events of some users: row r owns `offset[r]:offset[r+1]`, oldest first."""
-
-    item: Int64Array  # [N] 1-based ids
-    timestamp: Int64Array  # [N] seconds
-    offset: Int64Array  # [R+1]
-    event: Int64Array | None = None  # [N] codes of `Manifest.event_types`, -1 unknown; None: no such column
-
-    def take(self, place: NDArray[np.intp], offset: Int64Array) -> Histories:
-        """The events at `place`, cut into users by `offset`."""
-        event = None if self.event is None else self.event[place]
-        return Histories(self.item[place], self.timestamp[place], offset, event)
 
 
 def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
@@ -59,18 +44,24 @@ class DataFolder:
     `[valid_start, test_start)`, test targets `[test_start, length)`, counted from its first event.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        location: str | None = None,
+        fetch: Callable[[int], Path] | None = None,
+        mapped_bytes: int | None = None,
+    ) -> None:
+        self.path = path  # where everything but the shards lies
+        self.location = location or str(path)  # what `open` takes, in another process too
         self.manifest = manifest
         self.num_items = manifest.num_items
         self.num_users = manifest.num_users
-        users = pq.read_table(
-            path / "users.parquet", columns=["shard", "member", "row", "length", "valid_start", "test_start"]
-        )
-        self._shard, self._member, self._row, self.length, self.valid_start, self.test_start = (
-            column.to_numpy().astype(np.int64) for column in users.columns
-        )
-        self._readers: dict[int, ShardReader] = {}
+        users = _user_table(path, manifest)
+        self.length, self.valid_start, self.test_start = users.length, users.valid_start, users.test_start
+        fetch = fetch or (lambda shard: path / manifest.shards[shard].name)
+        self._packed = PackedHistories(manifest, users, fetch, mapped_bytes=mapped_bytes)
         self._features: dict[str, FeatureTable] = {}
 
     @staticmethod
@@ -126,54 +117,44 @@ class DataFolder:
             self._features[modality] = table
         return self._features[modality]
 
-    def _reader(self, shard: int) -> ShardReader:
-        if shard not in self._readers:
-            try:
-                self._readers[shard] = ShardReader(self.path / self.manifest.shards[shard].name)
-            except (OSError, ValueError) as error:
-                if isinstance(error, FindRecError):
-                    raise
-                name = self.path / self.manifest.shards[shard].name
-                raise FindRecError(
-                    f"cannot read {name}: {error}. {how_to_mend(self.manifest.recipe)}"
-                ) from None
-        return self._readers[shard]
-
     def histories(
         self,
         rows: Int64Array | Sequence[int],
         start: Int64Array | None = None,
         stop: Int64Array | None = None,
+        *,
+        tie_seed: int | None = None,
+        impl: Impl = "auto",
     ) -> Histories:
         """Events of the users `rows` `[R]`, or of each only the events `[start, stop)`.
 
-        Random access through the mapped shards: only the pages that hold these events are read.
+        With `tie_seed` training events of one timestamp are in an order drawn anew for each seed; then a slice
+        ends with the training events at the latest (and does by default). Events of one instant have no order
+        of their own (films rated in one burst, a basket): a fixed one is learnt by heart. The order depends on
+        the user and the seed alone, so slices of a user agree.
         """
         rows = np.asarray(rows, dtype=np.int64)
         start = np.zeros(len(rows), dtype=np.int64) if start is None else start
-        stop = self.length[rows] if stop is None else stop
-        if np.any(start < 0) or np.any(stop > self.length[rows]) or np.any(stop < start):
-            raise IndexError("a slice reaches outside its user's history")
-        offset = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
-        item = np.empty(offset[-1], dtype=np.int64)
-        timestamp = np.empty(offset[-1], dtype=np.int64)
-        event = np.empty(offset[-1], dtype=np.int64) if self.manifest.event_types else None
-        for r, user in enumerate(rows):
-            sample = self._reader(int(self._shard[user])).samples[self._member[user]]
-            base = sample["offset"][self._row[user]]
-            cut = slice(base + start[r], base + stop[r])
-            item[offset[r] : offset[r + 1]] = sample["item"][cut]
-            timestamp[offset[r] : offset[r + 1]] = sample["timestamp"][cut]
-            if event is not None:
-                event[offset[r] : offset[r + 1]] = sample["event"][cut]
-        return Histories(item, timestamp, offset, event)
+        if stop is None:
+            stop = (self.length if tie_seed is None else self.valid_start)[rows]
+        return self._packed.gather(rows, start, stop, tie_seed=tie_seed, impl=impl)
 
     def blocks(self) -> Iterator[Histories]:
         """All histories in user order, as they are packed: at most a few hundred users at a time.
 
         The arrays are views of the mapped shards: one pass over any folder takes little memory.
         """
-        for place in range(len(self.manifest.shards)):
-            for sample in self._reader(place).samples:
-                yield Histories(sample["item"], sample["timestamp"], sample["offset"], sample.get("event"))
-            del self._readers[place]  # so that a pass does not keep every shard mapped
+        return self._packed.blocks()
+
+
+def _user_table(path: Path, manifest: Manifest) -> UserTable:
+    file, mend = path / "users.parquet", how_to_mend(manifest.recipe)
+    names = ["shard", "member", "row", "length", "valid_start", "test_start"]
+    try:
+        table = pq.read_table(file, columns=names)
+        users = UserTable(*(table[name].to_numpy().astype(np.int64) for name in names))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise FindRecError(f"{file} cannot be read ({error}). {mend}") from None
+    if problem := users.problem(manifest):
+        raise FindRecError(f"{file} holds {problem}: it does not belong to this manifest.json. {mend}")
+    return users

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.batches import gap_bucket
+from findrec.datasets.padding import gap_bucket
 from findrec.datasets.catalogue import ItemFeatures
 from findrec.errors import FindRecError
 from findrec.models.findrec import FindRec
