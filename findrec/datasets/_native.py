@@ -18,7 +18,8 @@ from findrec.ops._build import BuildError, load_library
 from findrec.progress import say
 
 Impl = Literal["auto", "reference", "cpp"]
-NOT_MAPPED, BAD_ITEM, BAD_TIME = 1, 2, 3  # `Problem` of the C++ source
+PROBLEMS = 8  # a row's result is this times the row and one of:
+NOT_MAPPED, BAD_ITEM, BAD_TIME, BAD_SLICE = 1, 2, 3, 4
 
 
 def _fields(sizes: Sequence[str], pointers: Sequence[str]) -> list[tuple[str, Any]]:
@@ -29,9 +30,9 @@ class GatherArgs(ctypes.Structure):
     """Field by field the `GatherArgs` of the C++ source."""
 
     _fields_ = [
-        *_fields(("rows", "num_items", "shuffle"), ()),
+        *_fields(("rows", "users", "num_items", "shuffle"), ()),
         ("seed", ctypes.c_uint64),
-        *_fields((), ("user", "start", "stop", "place", "sample_of", "first_of", "limit_of")),
+        *_fields((), ("user", "start", "stop", "place", "sample_of", "first_of", "end_of")),
         *_fields((), ("item_at", "timestamp_at", "event_at", "item", "timestamp", "event")),
     ]
 

@@ -131,8 +131,15 @@ class TrainLoader:
             except queue.Full:
                 continue
 
+    def _read_ahead(self) -> None:
+        steps = self._plan.steps[self._first_step :]
+        mine = [chosen for step in steps for _, chosen in share(step, self._rank, self._world)]
+        if mine and self._folder.remote:
+            self._folder.read_ahead(self._windows.user[np.concatenate(mine)])
+
     def _work(self) -> None:
         try:
+            self._read_ahead()
             for index in range(self._first_step, len(self._plan.steps)):
                 mine = share(self._plan.steps[index], self._rank, self._world)
                 batches = [

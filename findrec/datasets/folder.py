@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -13,10 +14,25 @@ import pyarrow.parquet as pq
 from findrec.datasets._native import Impl
 from findrec.datasets.features import FeatureTable
 from findrec.datasets.histories import Histories
-from findrec.datasets.manifest import Manifest, how_to_mend, read_manifest, sha256_file
+from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.packed import PackedHistories, UserTable
+from findrec.datasets.remote import RemoteFolder, is_remote
 from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError, suggest
+
+_PART = r"[A-Za-z0-9_][^/\\:\0]*"
+_NAME = re.compile(rf"{_PART}(/{_PART})*")  # no absolute paths, no `..`, no drives and no addresses
+
+
+def _check_names(place: str, manifest: Manifest) -> None:
+    names = [shard.name for shard in manifest.shards]
+    names += [*manifest.files, *(entry.file for entry in manifest.features)]
+    for name in names:
+        if _NAME.fullmatch(name) is None:
+            raise FindRecError(
+                f"{place}/{MANIFEST_NAME} names a file outside the folder: {name!r}. "
+                f"{how_to_mend(manifest.recipe)}"
+            )
 
 
 def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
@@ -25,8 +41,6 @@ def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
     expected = {shard.name: (shard.sha256, shard.bytes) for shard in manifest.shards}
     expected |= {name: (digest, -1) for name, digest in manifest.files.items()}
     for name, (digest, size) in expected.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise FindRecError(f"{path}/manifest.json names a file outside the folder: {name!r}. {mend}")
         file = path / name
         if not file.is_file():
             raise FindRecError(f"{file} is missing. {mend}")
@@ -49,33 +63,52 @@ class DataFolder:
         path: Path,
         manifest: Manifest,
         *,
-        location: str | None = None,
-        fetch: Callable[[int], Path] | None = None,
-        mapped_bytes: int | None = None,
+        remote: RemoteFolder | None = None,
     ) -> None:
         self.path = path  # where everything but the shards lies
-        self.location = location or str(path)  # what `open` takes, in another process too
+        self.location = str(path) if remote is None else remote.url  # what `open` takes, elsewhere too
+        self._remote = remote
         self.manifest = manifest
         self.num_items = manifest.num_items
         self.num_users = manifest.num_users
         users = _user_table(path, manifest)
         self.length, self.valid_start, self.test_start = users.length, users.valid_start, users.test_start
-        fetch = fetch or (lambda shard: path / manifest.shards[shard].name)
-        self._packed = PackedHistories(manifest, users, fetch, mapped_bytes=mapped_bytes)
+        if remote is None:
+            self._packed = PackedHistories(manifest, users, lambda s: path / manifest.shards[s].name)
+        else:
+            self._packed = PackedHistories(manifest, users, remote.shard, mapped_bytes=remote.cache_bytes)
         self._features: dict[str, FeatureTable] = {}
 
     @staticmethod
-    def open(path: Path, *, verify: bool = True) -> DataFolder:
-        """Open a folder made by `prepare` or `write_data_folder`.
+    def open(place: Path | str, *, verify: bool = True, cache_bytes: int | None = None) -> DataFolder:
+        """Open a folder made by `prepare` or `write_data_folder`, here or at an address (http(s), s3, gs).
 
         `verify` hashes every file (about 1 GB/s); without it only presence and sizes are checked, which is
-        enough where another process of the same run has verified already. `FindRecError` names the file
-        that is missing or altered.
+        enough where another process of the same run has verified already. The shards of an address are
+        fetched when they are needed, each verified then, into a cache of about `cache_bytes` (default:
+        `FINDREC_CACHE_BYTES`, else 64 GiB). `FindRecError` names the file that is missing or altered.
         """
-        path = Path(path)
+        if is_remote(place):
+            remote = RemoteFolder(str(place), cache_bytes)
+            _check_names(remote.url, remote.manifest)
+            remote.fetch_tables(verify=verify)
+            return DataFolder(remote.path, remote.manifest, remote=remote)
+        path = Path(place)
         manifest = read_manifest(path)
+        _check_names(str(path), manifest)
         _check_files(path, manifest, verify)
         return DataFolder(path, manifest)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the shards come from an address."""
+        return self._remote is not None
+
+    def read_ahead(self, users: Int64Array) -> None:
+        """Users whose histories will be asked for, soonest first: their shards are fetched meanwhile."""
+        if self._remote is not None:
+            shards, first = np.unique(self._packed.shards_of(users), return_index=True)
+            self._remote.ahead(shards[np.argsort(first)].tolist())
 
     @cached_property
     def items(self) -> pa.Table:
@@ -109,10 +142,11 @@ class DataFolder:
                     f"{suggest(modality, files)} (there: {', '.join(files) or 'none'})"
                 )
             table = FeatureTable(self.path / files[modality], modality)
-            if len(table) != self.num_items + 1:
+            dim = next(entry.dim for entry in self.manifest.features if entry.modality == modality)
+            if (len(table), table.dim) != (self.num_items + 1, dim):
                 raise FindRecError(
-                    f"{self.path / files[modality]} has {len(table)} rows for {self.num_items} items. "
-                    f"{how_to_mend(self.manifest.recipe)}"
+                    f"{self.path / files[modality]} has {len(table)} rows of width {table.dim}, manifest.json "
+                    f"says {self.num_items} items and width {dim}. {how_to_mend(self.manifest.recipe)}"
                 )
             self._features[modality] = table
         return self._features[modality]
@@ -128,10 +162,10 @@ class DataFolder:
     ) -> Histories:
         """Events of the users `rows` `[R]`, or of each only the events `[start, stop)`.
 
-        With `tie_seed` training events of one timestamp are in an order drawn anew for each seed; then a slice
-        ends with the training events at the latest (and does by default). Events of one instant have no order
-        of their own (films rated in one burst, a basket): a fixed one is learnt by heart. The order depends on
-        the user and the seed alone, so slices of a user agree.
+        With `tie_seed` training events of one timestamp are in an order drawn anew for each seed; slices then
+        end with the training events at the latest (and does by default). Events of one instant have no
+        order of their own (films rated in one burst, a basket): a fixed one is learnt by heart. The order
+        depends on the user and the seed alone, so slices of a user agree.
         """
         rows = np.asarray(rows, dtype=np.int64)
         start = np.zeros(len(rows), dtype=np.int64) if start is None else start

@@ -1,4 +1,4 @@
-"""Histories of some users in flat arrays, what every reader of a data folder gives and every batch is made of."""
+"""Histories of some users in flat arrays: what a data folder gives and every batch is made of."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ clock when it is read, so that a file of somebody else's making ends in a messag
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from findrec.datasets._native import BAD_ITEM, GatherArgs, Impl, dense, native, pointer
+from findrec.datasets._native import (
+    BAD_ITEM,
+    BAD_SLICE,
+    BAD_TIME,
+    PROBLEMS,
+    GatherArgs,
+    Impl,
+    dense,
+    native,
+    pointer,
+)
 from findrec.datasets.histories import Histories
 from findrec.datasets.manifest import Manifest, how_to_mend
 from findrec.datasets.shards import ShardReader
@@ -24,6 +35,7 @@ from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError
 
 COLUMNS = ("item", "timestamp", "event")
+RACES = 10  # a cache shared with other processes may drop a shard before it is opened
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,9 @@ class UserTable:
 
     def problem(self, manifest: Manifest) -> str | None:
         """Why the table does not belong to the manifest, or None."""
+        columns = {"item", "timestamp", "offset", *(["event"] if manifest.event_types else [])}
+        if not columns <= set(manifest.dtypes):
+            return f"users of shards that have no {', '.join(sorted(columns - set(manifest.dtypes)))}"
         if len(self.length) != manifest.num_users or int(self.length.sum()) != manifest.num_events:
             return f"{len(self.length)} users with {int(self.length.sum())} events"
         first = self.row == 0
@@ -56,10 +71,10 @@ class UserTable:
         counts = np.bincount(self.shard, minlength=len(manifest.shards))
         if counts.tolist() != [entry.users for entry in manifest.shards]:
             return "other numbers of users in the shards"
-        cuts = (self.valid_start, self.test_start, self.length)
-        if np.any(self.length < 0) or any(np.any(a > b) for a, b in zip(cuts, cuts[1:], strict=False)):
+        cuts = (np.zeros_like(self.length), self.valid_start, self.test_start, self.length)
+        if any(np.any(a > b) for a, b in itertools.pairwise(cuts)):
             return "a split outside of its history"
-        return "a split outside of its history" if np.any(self.valid_start < 0) else None
+        return None
 
 
 def _follow(shard: Int64Array, member: Int64Array) -> bool:
@@ -85,7 +100,7 @@ class PackedHistories:
         mapped_bytes: int | None = None,
     ) -> None:
         self._manifest, self._fetch = manifest, fetch
-        self._length, self._limit = users.length, users.valid_start
+        self._length, self._limit = dense(users.length), dense(users.valid_start)
         first_user = np.flatnonzero(users.row == 0)  # of each sample
         self._first_user = np.append(first_user, len(users.row))
         self._sample = dense(np.cumsum(users.row == 0) - 1)
@@ -94,6 +109,14 @@ class PackedHistories:
         self._shard = users.shard[first_user]  # of each sample
         self._member = users.member[first_user]
         self._address = np.zeros((len(COLUMNS), len(first_user)), dtype=np.int64)
+        self._arguments = {
+            "users": len(users.row),
+            "num_items": manifest.num_items,
+            "sample_of": pointer(self._sample),
+            "first_of": pointer(self._first),
+            **{f"{name}_at": pointer(self._address[c]) for c, name in enumerate(COLUMNS)},
+        }
+        self._pointers = {"end_of": pointer(self._length), "training_end_of": pointer(self._limit)}
         total = sum(entry.bytes for entry in manifest.shards)
         self._mapped_bytes = None if mapped_bytes is None or mapped_bytes >= total else mapped_bytes
         self._readers: dict[int, ShardReader] = {}  # by use, the latest last
@@ -119,19 +142,16 @@ class PackedHistories:
         slice outside of its history, `FindRecError` for events that no data folder may hold.
         """
         users, start, stop = dense(users), dense(start), dense(stop)
-        if len(users) and users.min() < 0:
-            raise IndexError("user rows count from 0")
-        end = self._length[users] if tie_seed is None else self._limit[users]
-        if np.any(start < 0) or np.any(stop > end) or np.any(stop < start):
-            raise IndexError("a slice reaches outside its user's history")
         offset = np.zeros(len(users) + 1, dtype=np.int64)
         np.cumsum(stop - start, out=offset[1:])
         count = int(offset[-1])
+        if count < 0:
+            raise _outside()
         event = np.empty(count, dtype=np.int64) if self._manifest.event_types else None
         out = Histories(np.empty(count, np.int64), np.empty(count, np.int64), offset, event)
         with self._lock:
             for rows in self._opened(users):
-                self._fill(out, rows, users, start, stop, tie_seed, impl)
+                self._fill(out, rows, users, start, stop, tie_seed, native(impl))
         return out
 
     def _opened(self, users: Int64Array) -> Iterator[slice | NDArray[np.intp]]:
@@ -155,35 +175,29 @@ class PackedHistories:
         start: Int64Array,
         stop: Int64Array,
         tie_seed: int | None,
-        impl: Impl,
+        library: ctypes.CDLL | None,
     ) -> None:
-        library = native(impl)
         place = out.offset[:-1][rows]
         users, start, stop = users[rows], start[rows], stop[rows]
         if library is None:
             return self._fill_reference(out, place, users, start, stop, tie_seed)
         arguments = GatherArgs(
             rows=len(users),
-            num_items=self._manifest.num_items,
             shuffle=tie_seed is not None,
             seed=(tie_seed or 0) % 2**64,
             user=pointer(users),
             start=pointer(start),
             stop=pointer(stop),
             place=pointer(place),
-            sample_of=pointer(self._sample),
-            first_of=pointer(self._first),
-            limit_of=pointer(self._limit),
-            item_at=pointer(self._address[0]),
-            timestamp_at=pointer(self._address[1]),
-            event_at=pointer(self._address[2]),
+            end_of=self._pointers["end_of" if tie_seed is None else "training_end_of"],
             item=pointer(out.item),
             timestamp=pointer(out.timestamp),
             event=pointer(out.event),
+            **self._arguments,
         )
-        found = library.gather_histories(ctypes.byref(arguments))
-        if found:
-            raise self._bad_event(int(users[found // 4]), "item" if found % 4 == BAD_ITEM else "time")
+        row, problem = divmod(library.gather_histories(ctypes.byref(arguments)), PROBLEMS)
+        if problem:
+            raise self._refused(int(users[row]), problem)
 
     def _fill_reference(
         self,
@@ -198,6 +212,8 @@ class PackedHistories:
             number = self._sample[user]
             sample = self.reader(int(self._shard[number])).samples[self._member[number]]
             times = sample["timestamp"][self._first[user] :]
+            if not 0 <= begin <= end <= (self._length if tie_seed is None else self._limit)[user]:
+                raise _outside()
             order = np.arange(begin, end)
             if tie_seed is not None:
                 every = np.arange(self._limit[user])
@@ -208,9 +224,9 @@ class PackedHistories:
                 if values is not None:
                     values[to] = sample[name][self._first[user] + order]
             if end > begin and not 1 <= out.item[to].min() <= out.item[to].max() <= self._manifest.num_items:
-                raise self._bad_event(user, "item")
+                raise self._refused(user, BAD_ITEM)
             if np.any(np.diff(out.timestamp[to]) < 0):
-                raise self._bad_event(user, "time")
+                raise self._refused(user, BAD_TIME)
 
     def reader(self, shard: int) -> ShardReader:
         """The open shard, after checking it against the users' table."""
@@ -222,8 +238,7 @@ class PackedHistories:
                 coming = self._manifest.shards[shard].bytes
                 while self._readers and coming + self._open_bytes() > self._mapped_bytes:
                     self.close(next(iter(self._readers)))
-            path = self._fetch(shard)
-            reader = ShardReader(path, self._manifest.dtypes, mend=how_to_mend(self._manifest.recipe))
+            reader = self._open(shard)
             numbers = np.flatnonzero(self._shard == shard)
             self._check(reader, numbers)
             for number, sample in zip(numbers, reader.samples, strict=True):
@@ -231,6 +246,16 @@ class PackedHistories:
                     self._address[c, number] = pointer(sample[name]) if name in sample else 0
             self._readers[shard] = reader
             return reader
+
+    def _open(self, shard: int) -> ShardReader:
+        for _ in range(RACES):
+            path = self._fetch(shard)
+            try:
+                return ShardReader(path, self._manifest.dtypes, mend=how_to_mend(self._manifest.recipe))
+            except FindRecError:
+                if path.is_file():
+                    raise
+        raise FindRecError(f"{path} vanished while it was opened. {how_to_mend(self._manifest.recipe)}")
 
     def close(self, shard: int) -> None:
         """Unmap a shard; it is opened again where it is needed."""
@@ -254,28 +279,29 @@ class PackedHistories:
     def _check(self, reader: ShardReader, numbers: NDArray[np.intp]) -> None:
         if len(reader.samples) != len(numbers):
             raise reader.refuse(f"it holds {len(reader.samples)} samples, users.parquet has {len(numbers)}")
-        for number, sample in zip(numbers, reader.samples, strict=True):
+        for number, key, sample in zip(numbers, reader.keys, reader.samples, strict=True):
             length = self._length[self._first_user[number] : self._first_user[number + 1]]
-            ends = np.cumsum(length)
             offset = sample["offset"]
-            if len(offset) != len(length) + 1 or offset[0] != 0 or not np.array_equal(offset[1:], ends):
-                raise reader.refuse(
-                    f"the users of sample {reader.keys[self._member[number]]} are cut other than users.parquet says"
-                )
+            if len(offset) != len(length) + 1 or offset[0] or not np.array_equal(np.diff(offset), length):
+                raise reader.refuse(f"sample {key} is cut into users other than those of users.parquet")
             if any(len(values) != offset[-1] for name, values in sample.items() if name != "offset"):
-                raise reader.refuse(
-                    f"the columns of sample {reader.keys[self._member[number]]} differ in length"
-                )
+                raise reader.refuse(f"the columns of sample {key} differ in length")
 
-    def _bad_event(self, user: int, kind: str) -> FindRecError:
+    def _refused(self, user: int, problem: int) -> Exception:
+        if problem == BAD_SLICE:
+            return _outside()
         number = self._sample[user]
         reader = self.reader(int(self._shard[number]))
         key = reader.keys[self._member[number]]
-        if kind == "item":
+        if problem == BAD_ITEM:
             why = f"an item of user row {user} lies outside of 1..{self._manifest.num_items}, the catalogue"
         else:
             why = f"the timestamps of user row {user} go backwards"
         return reader.refuse(f"in sample {key} {why}")
+
+
+def _outside() -> IndexError:
+    return IndexError("a slice reaches outside its user's history")
 
 
 def tie_keys(seed: int, user: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:

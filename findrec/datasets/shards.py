@@ -60,7 +60,11 @@ class ShardReader:
     """
 
     def __init__(
-        self, path: Path, columns: Mapping[str, str] | None = None, *, mend: str = "Make the data folder again."
+        self,
+        path: Path,
+        columns: Mapping[str, str] | None = None,
+        *,
+        mend: str = "Make the data folder again.",
     ) -> None:
         self.path = path
         self._mend = mend
@@ -92,7 +96,7 @@ class ShardReader:
             name = header[:100].rstrip(b"\0").decode("ascii", "replace")
             stated = _OCTAL.fullmatch(header[148:156])
             if stated is None or int(stated[1], 8) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-                raise self.refuse(f"the header of member {name!r} at byte {at} does not fit its own check sum")
+                raise self.refuse(f"the header of member {name!r} at byte {at} does not fit its check sum")
             if header[156:157] not in _REGULAR or header[345:500].strip(b"\0"):
                 raise self.refuse(f"member {name!r} is no plain file (links and folders are refused)")
             found = _MEMBER.fullmatch(name)
@@ -105,7 +109,7 @@ class ShardReader:
             begin = at + BLOCK
             if begin + length > size:
                 raise self.refuse(
-                    f"member {name!r} says it has {length:,} bytes, {size - begin:,} are left (a file cut short?)"
+                    f"member {name!r} says it has {length:,} bytes, {size - begin:,} are left (cut short?)"
                 )
             key, column = found.groups()
             if key not in keys:
@@ -121,10 +125,12 @@ class ShardReader:
     def _array(self, begin: int, length: int, name: str, column: str) -> NDArray[Any]:
         found = _NPY.match(self._map[begin : begin + min(length, 4096)])
         if found is None or int.from_bytes(found[1], "little") != found.end() - 10:
-            raise self.refuse(f"member {name!r} is no flat .npy array of numbers (pickled objects are refused)")
+            raise self.refuse(f"member {name!r} is no flat .npy array of numbers (pickles are refused)")
         dtype, count = found[2].decode(), int(found[3])
-        if column not in DTYPES or dtype != DTYPES[column]:
-            raise self.refuse(f"member {name!r} has type {dtype}, {DTYPES.get(column, 'no such column')} is right")
+        if column not in DTYPES:
+            raise self.refuse(f"member {name!r} is of a column that no sample has")
+        if dtype != DTYPES[column]:
+            raise self.refuse(f"member {name!r} has numbers of type {dtype}, {DTYPES[column]} is right")
         if found.end() + count * np.dtype(dtype).itemsize != length:
             raise self.refuse(f"member {name!r} is not as long as its array of {count:,} numbers")
         return np.frombuffer(self._map, dtype=dtype, count=count, offset=begin + found.end())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.padding import gap_bucket
 from findrec.datasets.catalogue import ItemFeatures
+from findrec.datasets.padding import gap_bucket
 from findrec.errors import FindRecError
 from findrec.models.findrec import FindRec
 from findrec.models.mamba import MambaState, MambaStream

@@ -12,13 +12,13 @@
 extern "C" {
 
 // Row r wants events [start, stop) of `user`, which go to place[r] onwards. Columns of a sample lie at `*_at`
-// (addresses; 0: not there). `shuffle`: events before limit_of[user] that share a timestamp are ordered by a key of
-// (seed, user, place); then no row reaches beyond the limit.
+// (addresses; 0: not there), a user has end_of[user] events. `shuffle`: those that share a timestamp are ordered by
+// a key of (seed, user, place).
 struct GatherArgs {
-  int64_t rows, num_items, shuffle;
+  int64_t rows, users, num_items, shuffle;
   uint64_t seed;
   const int64_t *user, *start, *stop, *place;           // [rows]
-  const int64_t *sample_of, *first_of, *limit_of;       // [users]
+  const int64_t *sample_of, *first_of, *end_of;         // [users]
   const int64_t *item_at, *timestamp_at, *event_at;     // [samples]
   int64_t *item, *timestamp, *event;                    // [events]; event may be null
 };
@@ -41,7 +41,8 @@ constexpr int64_t kLine = 64;
 constexpr int64_t kMostLines = 8;  // of a column: the hardware follows long runs by itself
 constexpr int64_t kLargestGap = 31;
 
-enum Problem : int64_t { kNone = 0, kNotMapped = 1, kBadItem = 2, kBadTime = 3 };
+enum Problem : int64_t { kNone = 0, kNotMapped = 1, kBadItem = 2, kBadTime = 3, kBadSlice = 4 };
+constexpr int64_t kProblems = 8;
 
 template <typename T>
 inline T load(const char* base, int64_t at) {
@@ -75,51 +76,43 @@ struct Gather {
 
   explicit Gather(const GatherArgs& args) : a(args), source(args.rows) {}
 
-  // The order of [start, stop) inside groups of one timestamp: `visit(n, k)` puts event k at the n-th place.
-  template <typename Visit>
-  void in_order(int64_t r, Visit visit) {
-    const char* times = source[r].timestamp;
-    const int64_t start = a.start[r], stop = a.stop[r], limit = a.limit_of[a.user[r]];
-    int64_t from = start;
-    while (from > 0 && load<int64_t>(times, from - 1) == load<int64_t>(times, start)) --from;
-    while (from < stop) {
-      const int64_t now = load<int64_t>(times, from);
-      int64_t end = from + 1;
-      while (end < limit && load<int64_t>(times, end) == now) ++end;
-      if (end == from + 1) {
-        visit(from - start, from);
-      } else {
-        group.clear();
-        for (int64_t k = from; k < end; ++k) group.emplace_back(tie_key(a.seed, a.user[r], k), k);
-        std::sort(group.begin(), group.end());
-        const int64_t last = std::min(end, stop);
-        for (int64_t k = std::max(from, start); k < last; ++k) visit(k - start, group[k - from].second);
-      }
-      from = end;
-    }
-  }
-
   int64_t row(int64_t r) {
     const Source& s = source[r];
     const int64_t start = a.start[r], count = a.stop[r] - start, to = a.place[r];
     int64_t *item = a.item + to, *timestamp = a.timestamp + to, *event = a.event ? a.event + to : nullptr;
-    if (a.shuffle) {
-      in_order(r, [&](int64_t n, int64_t k) {
-        item[n] = load<int32_t>(s.item, k);
-        timestamp[n] = load<int64_t>(s.timestamp, k);
-        if (event) event[n] = load<int16_t>(s.event, k);
-      });
-    } else {
-      for (int64_t n = 0; n < count; ++n) item[n] = load<int32_t>(s.item, start + n);
-      for (int64_t n = 0; n < count; ++n) timestamp[n] = load<int64_t>(s.timestamp, start + n);
-      if (event)
-        for (int64_t n = 0; n < count; ++n) event[n] = load<int16_t>(s.event, start + n);
-    }
+    for (int64_t n = 0; n < count; ++n) item[n] = load<int32_t>(s.item, start + n);
+    for (int64_t n = 0; n < count; ++n) timestamp[n] = load<int64_t>(s.timestamp, start + n);
+    if (event)
+      for (int64_t n = 0; n < count; ++n) event[n] = load<int16_t>(s.event, start + n);
+    if (a.shuffle && count) shuffle_ties(r, item, timestamp, event);
     bool bad_item = false, bad_time = false;
     for (int64_t n = 0; n < count; ++n) bad_item |= item[n] < 1 || item[n] > a.num_items;
     for (int64_t n = 1; n < count; ++n) bad_time |= timestamp[n] < timestamp[n - 1];
     if (bad_item) return kBadItem;
     return bad_time ? kBadTime : kNone;
+  }
+
+  // Groups of one timestamp may reach beyond the row's slice on both sides: all of a group is ordered.
+  void shuffle_ties(int64_t r, int64_t* item, const int64_t* timestamp, int64_t* event) {
+    const Source& s = source[r];
+    const int64_t start = a.start[r], stop = a.stop[r], end = a.end_of[a.user[r]];
+    for (int64_t n = 0; n < stop - start;) {
+      const int64_t now = timestamp[n];
+      int64_t from = start + n, to = from + 1;
+      if (n == 0)
+        while (from > 0 && load<int64_t>(s.timestamp, from - 1) == now) --from;
+      while (to < end && load<int64_t>(s.timestamp, to) == now) ++to;
+      const int64_t first = start + n;
+      n = to - start;
+      if (to == from + 1) continue;
+      group.clear();
+      for (int64_t k = from; k < to; ++k) group.emplace_back(tie_key(a.seed, a.user[r], k), k);
+      std::sort(group.begin(), group.end());
+      for (int64_t k = first; k < std::min(to, stop); ++k) {
+        item[k - start] = load<int32_t>(s.item, group[k - from].second);
+        if (event) event[k - start] = load<int16_t>(s.event, group[k - from].second);
+      }
+    }
   }
 };
 
@@ -178,12 +171,15 @@ thread_local Distinct distinct;
 
 extern "C" {
 
-// 0, or 4 * row + the `Problem` of the first row that has one.
+// 0, or 8 * row + the `Problem` of the first row that has one.
 int64_t gather_histories(const GatherArgs* a) {
   Gather gather(*a);
   for (int64_t r = 0; r < a->rows; ++r) {
-    const int64_t user = a->user[r], sample = a->sample_of[user], first = a->first_of[user];
-    if (!a->item_at[sample]) return 4 * r + kNotMapped;
+    const int64_t user = a->user[r], start = a->start[r], stop = a->stop[r];
+    if (user < 0 || user >= a->users || start < 0 || stop < start || stop > a->end_of[user])
+      return kProblems * r + kBadSlice;
+    const int64_t sample = a->sample_of[user], first = a->first_of[user];
+    if (!a->item_at[sample]) return kProblems * r + kNotMapped;
     gather.source[r] = {reinterpret_cast<const char*>(a->item_at[sample]) + 4 * first,
                         reinterpret_cast<const char*>(a->timestamp_at[sample]) + 8 * first,
                         a->event ? reinterpret_cast<const char*>(a->event_at[sample]) + 2 * first : nullptr};
@@ -197,7 +193,7 @@ int64_t gather_histories(const GatherArgs* a) {
       if (s.event) ask_for(s.event + 2 * start, 2 * count);
     }
     if (r < 0) continue;
-    if (const int64_t problem = gather.row(r)) return 4 * r + problem;
+    if (const int64_t problem = gather.row(r)) return kProblems * r + problem;
   }
   return 0;
 }
@@ -229,7 +225,7 @@ int64_t pad_histories(const PadArgs* a) {
     for (int64_t k = a->skip[r]; k < count; ++k, ++asked) {
       a->position[asked] = at + k;
       a->target[asked] = item[k + 1];
-      a->wait[asked] = gap_bucket(times[k], times[k + 1]);
+      a->wait[asked] = k + 1 < count ? gap[k + 1] : gap_bucket(times[k], times[k + 1]);
     }
   }
   const int64_t count = distinct.list(a->num_items, a->ids);
