@@ -3,7 +3,7 @@
 A ready batch is the whole `Batch` that the trainer takes: right-padded items, their gap buckets and the place
 of each among the distinct items, all int64 `[B, L]`; lengths, users, and the sorted distinct ids; flat
 positions, targets and waiting times of everything that is asked for. `findrec` is a `TrainLoader`, thread and
-queue and all, over a planned and shuffled epoch at the default token budget, with events of one instant shuffled.
+queue and all, over a planned epoch at the default token budget, with events of one instant shuffled.
 `webdataset` reads users one to a tar member (an `.npy` of its items and times) through the library's own
 pipeline and decoder, in the order of the file, and pads as many at a time into the same tensors with the same
 code. All on one core, files in the page cache, runs in turn; planning is not part of it.

@@ -146,7 +146,8 @@ class DataFolder:
             if (len(table), table.dim) != (self.num_items + 1, dim):
                 raise FindRecError(
                     f"{self.path / files[modality]} has {len(table)} rows of width {table.dim}, manifest.json "
-                    f"says {self.num_items} items and width {dim}. {how_to_mend(self.manifest.recipe)}"
+                    f"says {self.num_items} items and width {dim}. "
+                    f"{how_to_mend(self.manifest.recipe)}"
                 )
             self._features[modality] = table
         return self._features[modality]

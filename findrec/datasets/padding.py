@@ -54,14 +54,15 @@ def padded_batch(
     of 1..num_items and for a row with nothing to show.
     """
     held = 0 if skip is None else 1
-    shown = np.diff(histories.offset) - held
-    if not len(shown) or shown.min() < 1 or (skip is not None and np.any((skip < 0) | (skip > shown))):
-        raise ValueError("every row of a batch needs an event to show, and skips no more than it shows")
+    rows = len(histories.offset) - 1
+    shown = histories.offset[1:] - histories.offset[:-1] - held
+    width = int(shown.max()) if rows else 0
+    asked = 0 if skip is None else int(shown.sum() - skip.sum())
+    if width < 1 or asked < 0:
+        raise _bad_rows()
     library = native(impl)
     if library is None:
         return _reference(histories, user, num_items, skip)
-    rows, width = len(shown), int(shown.max())
-    asked = int(shown.sum() - skip.sum()) if skip is not None else 0
     item, gap, index = (torch.empty(rows, width, dtype=torch.int64) for _ in range(3))
     event = None if histories.event is None else torch.empty(rows, width, dtype=torch.int64)
     position, target, wait = (torch.empty(asked, dtype=torch.int64) for _ in range(3))
@@ -93,7 +94,7 @@ def padded_batch(
     )
     distinct = library.pad_histories(ctypes.byref(arguments))
     if distinct < 0:
-        raise _bad_items(num_items)
+        raise _bad_items(num_items) if distinct == -1 else _bad_rows()
     return Batch(
         item=item,
         length=length,
@@ -108,18 +109,25 @@ def padded_batch(
     )
 
 
+def _bad_rows() -> ValueError:
+    return ValueError("every row of a batch needs an event to show, and skips no more than it shows")
+
+
 def _bad_items(num_items: int) -> ValueError:
     return ValueError(f"items of a batch must lie in 1..{num_items}")
 
 
 def _reference(histories: Histories, user: Int64Array, num_items: int, skip: Int64Array | None) -> Batch:
+    shown = np.diff(histories.offset) - (0 if skip is None else 1)
+    if shown.min() < 1 or (skip is not None and np.any((skip < 0) | (skip > shown))):
+        raise _bad_rows()
     if histories.item.min() < 1 or histories.item.max() > num_items:
         raise _bad_items(num_items)
     inputs = histories
     if skip is not None:
-        shown = np.ones(len(histories.item), dtype=bool)
-        shown[histories.offset[1:] - 1] = False
-        inputs = histories.take(shown.nonzero()[0], histories.offset - np.arange(len(histories.offset)))
+        last = np.zeros(len(histories.item), dtype=bool)
+        last[histories.offset[1:] - 1] = True
+        inputs = histories.take((~last).nonzero()[0], histories.offset - np.arange(len(histories.offset)))
     offset = inputs.offset
     length = np.diff(offset)
     width = int(length.max())

@@ -47,7 +47,9 @@ def same(one: Batch, two: Batch) -> None:
     events=st.booleans(),
     seed=st.integers(0, 3),
 )
-def test_both_forms_pad_alike(lengths: list[int], num_items: int, held: bool, events: bool, seed: int) -> None:
+def test_both_forms_pad_alike(
+    lengths: list[int], num_items: int, held: bool, events: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     histories = made(lengths, num_items, events=events, seed=seed)
     skip = rng.integers(0, np.array(lengths)) if held else None
@@ -114,7 +116,9 @@ def test_both_forms_gather_alike(folder: DataFolder, seed: int, tie_seed: int | 
 
 
 @pytest.mark.parametrize("impl", ["cpp", "reference"])
-@pytest.mark.parametrize(("user", "start", "stop"), [(3, -1, 2), (3, 2, 1), (3, 0, 201), (-1, 0, 1), (64, 0, 1)])
+@pytest.mark.parametrize(
+    ("user", "start", "stop"), [(3, -1, 2), (3, 2, 1), (3, 0, 201), (-1, 0, 1), (64, 0, 1)]
+)
 def test_slices_outside_are_refused(folder: DataFolder, impl: Impl, user: int, start: int, stop: int) -> None:
     if impl == "cpp" and isinstance(_library(), str):
         pytest.skip("no C++ compiler here")

@@ -198,8 +198,13 @@ int64_t gather_histories(const GatherArgs* a) {
   return 0;
 }
 
-// The number of distinct ids, 0 (padding) among them; -1 where an item is none of 1..num_items.
+// The number of distinct ids, 0 (padding) among them; -1 where an item is none of 1..num_items, -2 where a row has
+// nothing to show or skips more than it shows.
 int64_t pad_histories(const PadArgs* a) {
+  for (int64_t r = 0; r < a->rows; ++r) {
+    const int64_t count = a->offset[r + 1] - a->offset[r] - a->held;
+    if (count < 1 || count > a->width || (a->held && (a->skip[r] < 0 || a->skip[r] > count))) return -2;
+  }
   for (int64_t n = 0; n < a->offset[a->rows]; ++n)
     if (a->item[n] < 1 || a->item[n] > a->num_items) return -1;
   distinct.fit(a->num_items);
@@ -214,7 +219,7 @@ int64_t pad_histories(const PadArgs* a) {
     for (int64_t k = 0; k < count; ++k) distinct.add(item[k]);
     int64_t* gap = a->out_gap + at;
     std::fill(gap + count, gap + a->width, 0);
-    if (count) gap[0] = 0;
+    gap[0] = 0;
     for (int64_t k = 1; k < count; ++k) gap[k] = gap_bucket(times[k - 1], times[k]);
     if (a->event) {
       int64_t* event = a->out_event + at;
