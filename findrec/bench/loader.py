@@ -66,7 +66,7 @@ class Profile:
         if self.spread:
             drawn = rng.lognormal(np.log(self.mean) - self.spread**2 / 2, self.spread, self.users)
         else:
-            drawn = 1 + rng.geometric(1 / (self.mean - 1), self.users)
+            drawn = 1.0 + rng.geometric(1 / (self.mean - 1), self.users)
         return np.clip(drawn.astype(np.int64), 2, self.longest)
 
     def blocks(self) -> Iterator[Block]:

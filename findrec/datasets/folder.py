@@ -141,13 +141,13 @@ class DataFolder:
                     f"{self.path} has no features of modality {modality!r}"
                     f"{suggest(modality, files)} (there: {', '.join(files) or 'none'})"
                 )
-            table = FeatureTable(self.path / files[modality], modality)
+            file = self.path / files[modality]
+            table = FeatureTable(file, modality)
             dim = next(entry.dim for entry in self.manifest.features if entry.modality == modality)
             if (len(table), table.dim) != (self.num_items + 1, dim):
                 raise FindRecError(
-                    f"{self.path / files[modality]} has {len(table)} rows of width {table.dim}, manifest.json "
-                    f"says {self.num_items} items and width {dim}. "
-                    f"{how_to_mend(self.manifest.recipe)}"
+                    f"{file} has {len(table)} rows of width {table.dim}, manifest.json says "
+                    f"{self.num_items} items and width {dim}. {how_to_mend(self.manifest.recipe)}"
                 )
             self._features[modality] = table
         return self._features[modality]
@@ -189,7 +189,7 @@ def _user_table(path: Path, manifest: Manifest) -> UserTable:
         table = pq.read_table(file, columns=names)
         users = UserTable(*(table[name].to_numpy().astype(np.int64) for name in names))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise FindRecError(f"{file} cannot be read ({error}). {mend}") from None
+        raise FindRecError(f"{file} cannot be read ({str(error).splitlines()[0]}). {mend}") from None
     if problem := users.problem(manifest):
         raise FindRecError(f"{file} holds {problem}: it does not belong to this manifest.json. {mend}")
     return users

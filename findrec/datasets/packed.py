@@ -208,12 +208,13 @@ class PackedHistories:
         stop: Int64Array,
         tie_seed: int | None,
     ) -> None:
+        last = (self._length if tie_seed is None else self._limit)[users]
+        if len(users) and (users.min() < 0 or not np.all((start >= 0) & (start <= stop) & (stop <= last))):
+            raise _outside()
         for at, user, begin, end in zip(place, users.tolist(), start, stop, strict=True):
             number = self._sample[user]
             sample = self.reader(int(self._shard[number])).samples[self._member[number]]
             times = sample["timestamp"][self._first[user] :]
-            if not 0 <= begin <= end <= (self._length if tie_seed is None else self._limit)[user]:
-                raise _outside()
             order = np.arange(begin, end)
             if tie_seed is not None:
                 every = np.arange(self._limit[user])
@@ -243,7 +244,7 @@ class PackedHistories:
             self._check(reader, numbers)
             for number, sample in zip(numbers, reader.samples, strict=True):
                 for c, name in enumerate(COLUMNS):
-                    self._address[c, number] = pointer(sample[name]) if name in sample else 0
+                    self._address[c, number] = pointer(sample.get(name)) or 0
             self._readers[shard] = reader
             return reader
 

@@ -254,10 +254,11 @@ class RemoteFolder:
     def _make_room(self) -> None:
         """Drop the files used longest ago. One that a process has mapped stays readable to it."""
         kept = []
-        for file in self._cache.rglob("*.tar"):
-            with contextlib.suppress(FileNotFoundError):
-                stat = file.stat()
-                kept.append((stat.st_mtime_ns, stat.st_size, file))
+        for folder, _, names in os.walk(self._cache):  # heedless of what vanishes meanwhile
+            for file in (Path(folder) / name for name in names if name.endswith(".tar")):
+                with contextlib.suppress(FileNotFoundError):
+                    stat = file.stat()
+                    kept.append((stat.st_mtime_ns, stat.st_size, file))
         room = self.cache_bytes - sum(self._coming.values()) - sum(size for _, size, _ in kept)
         for _, size, file in sorted(kept):
             if room >= 0:

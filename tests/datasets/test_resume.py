@@ -72,7 +72,7 @@ def whole(place: Path) -> Read:
     return found
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(WORLDS, WORLDS))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(WORLDS, WORLDS)))
 def test_any_number_of_workers_goes_on_after_any_other(
     place: Path, whole: Read, before: int, after: int
 ) -> None:
