@@ -64,10 +64,11 @@ class Profile:
         """`[U]` training events of each user, at least 2."""
         rng = np.random.default_rng(0)
         if self.spread:
-            drawn = rng.lognormal(np.log(self.mean) - self.spread**2 / 2, self.spread, self.users)
+            mu = np.log(self.mean) - self.spread**2 / 2
+            drawn = rng.lognormal(mu, self.spread, self.users).astype(np.int64)
         else:
-            drawn = 1.0 + rng.geometric(1 / (self.mean - 1), self.users)
-        return np.clip(drawn.astype(np.int64), 2, self.longest)
+            drawn = 1 + rng.geometric(1 / (self.mean - 1), self.users)
+        return np.clip(drawn, 2, self.longest)
 
     def blocks(self) -> Iterator[Block]:
         """The users' events, as many users at a time as a member holds."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from findrec.ops._build import BuildError, load_library
 from findrec.progress import say
 
+_Nothing = ctypes.c_char * 0
 Impl = Literal["auto", "reference", "cpp"]
 PROBLEMS = 8  # a row's result is this times the row and one of:
 NOT_MAPPED, BAD_ITEM, BAD_TIME, BAD_SLICE = 1, 2, 3, 4
@@ -84,9 +85,10 @@ def pointer(values: NDArray[Any] | Tensor | None) -> int | None:
         return None
     if isinstance(values, Tensor):
         return values.data_ptr()
-    assert values.flags.c_contiguous
-    address: int = values.__array_interface__["data"][0]
-    return address
+    if not values.flags.writeable:
+        address: int = values.__array_interface__["data"][0]
+        return address
+    return ctypes.addressof(_Nothing.from_buffer(values))  # in a sixth of the time; refuses strides
 
 
 def dense(values: Any) -> NDArray[np.int64]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -39,9 +40,24 @@ def train_batch(
     """The batch of the windows `chosen`: every event of `[first_target, stop)` is asked for once, at the
     position of the event before it. With `tie_seed`, events of one timestamp are shuffled by it.
     """
+    return train_batches(folder, windows, [chosen], tie_seed=tie_seed)[0]
+
+
+def train_batches(
+    folder: DataFolder, windows: Windows, parts: Sequence[Int64Array], *, tie_seed: int | None = None
+) -> list[Batch]:
+    """The batch of each of `parts`, all read at once; see `train_batch`."""
+    chosen = np.concatenate(parts)
     user, start, stop = windows.user[chosen], windows.start[chosen], windows.stop[chosen]
     shown = folder.histories(user, start, stop, tie_seed=tie_seed)  # and, last, what is only asked for
-    return padded_batch(shown, user, folder.num_items, skip=windows.first_target[chosen] - 1 - start)
+    skip = windows.first_target[chosen] - 1 - start
+    batches, begin = [], 0
+    for end in itertools.accumulate(len(part) for part in parts):
+        rows = slice(begin, end)
+        some = shown.rows(begin, end)
+        batches.append(padded_batch(some, user[rows], folder.num_items, skip=skip[rows]))
+        begin = end
+    return batches
 
 
 def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:
@@ -142,13 +158,11 @@ class TrainLoader:
             self._read_ahead()
             for index in range(self._first_step, len(self._plan.steps)):
                 mine = share(self._plan.steps[index], self._rank, self._world)
-                batches = [
-                    (m, train_batch(self._folder, self._windows, chosen, tie_seed=self._tie_seed))
-                    for m, chosen in mine
-                ]
+                parts = [chosen for _, chosen in mine]
+                batches = train_batches(self._folder, self._windows, parts, tie_seed=self._tie_seed)
                 if self._stopped.is_set():
                     return
-                self._put((index, batches))
+                self._put((index, [(m, batch) for (m, _), batch in zip(mine, batches, strict=True)]))
             self._put(None)
         except BaseException as error:
             self._put(error)

@@ -118,6 +118,7 @@ def _bad_items(num_items: int) -> ValueError:
 
 
 def _reference(histories: Histories, user: Int64Array, num_items: int, skip: Int64Array | None) -> Batch:
+    histories = histories.from_zero()
     shown = np.diff(histories.offset) - (0 if skip is None else 1)
     if shown.min() < 1 or (skip is not None and np.any((skip < 0) | (skip > shown))):
         raise _bad_rows()

@@ -58,7 +58,7 @@ LABELS = {
 
 
 def open_data(name: str) -> DataFolder:
-    """The data set a user means: a folder, its address, one in `data/`, or a recipe, prepared if it is not."""
+    """The data set a user means: a folder, its address, one in `data/`, or a recipe prepared if need be."""
     if is_remote(name):
         return DataFolder.open(name, verify=False)
     for path in (Path(name).expanduser().resolve(), resolve(name), resolve("data") / name):

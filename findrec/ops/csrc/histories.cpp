@@ -205,7 +205,7 @@ int64_t pad_histories(const PadArgs* a) {
     const int64_t count = a->offset[r + 1] - a->offset[r] - a->held;
     if (count < 1 || count > a->width || (a->held && (a->skip[r] < 0 || a->skip[r] > count))) return -2;
   }
-  for (int64_t n = 0; n < a->offset[a->rows]; ++n)
+  for (int64_t n = a->offset[0]; n < a->offset[a->rows]; ++n)
     if (a->item[n] < 1 || a->item[n] > a->num_items) return -1;
   distinct.fit(a->num_items);
   distinct.add(0);
