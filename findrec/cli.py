@@ -105,15 +105,16 @@ def stats(
 
 @app.command()
 def verify(
-    folder: Annotated[str, typer.Argument(help="A data folder, e.g. data/ml-100k.")],
+    folder: Annotated[str, typer.Argument(help="A data folder, e.g. data/ml-100k, or its address.")],
 ) -> None:
-    """Check every file of a data folder against its manifest."""
-    from findrec.datasets.folder import DataFolder
+    """Check every file of a data folder against its manifest, and what is in it."""
+    from findrec.datasets.check import check_folder
+    from findrec.datasets.remote import is_remote
 
     given = Path(folder).expanduser()
-    path = given.resolve() if given.is_dir() else resolve(folder)
-    DataFolder.open(path, verify=True)
-    typer.echo(f"whole and unaltered: {path}")
+    place = folder if is_remote(folder) else given.resolve() if given.is_dir() else resolve(folder)
+    check_folder(place)
+    typer.echo(f"whole and unaltered: {place}")
 
 
 @app.command()

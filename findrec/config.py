@@ -21,7 +21,8 @@ class DataConfig(Part):
     """What is trained on."""
 
     recipe: str = "ml-100k"  # name or path of a recipe; prepared on first use
-    folder: str | None = None  # the prepared folder; default data/<recipe name>
+    folder: str | None = None  # a prepared folder or its address (http://, s3://, ...); default data/<recipe>
+    cache_bytes: int | None = Field(None, ge=0)  # of an address's shards, kept here at most
     max_length: int = Field(200, ge=2, le=65536)  # events a window or an evaluated history holds
     overlap: float = Field(0.5, ge=0.0, lt=1.0)  # part of a window that repeats earlier events as context
     feature_noise: float = Field(0.0, ge=0, le=1)  # share of items that swap features: an ablation

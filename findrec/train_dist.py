@@ -49,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> None:
     folder = open_run_folder(config)
     with ray_session(config):
         check_resources(config)
-        train_on_ray(config, data.path, folder)
+        train_on_ray(config, data.location, folder)
     evaluate_run(folder)
     say(f"done: {folder / 'report.html'}")
 

@@ -137,7 +137,7 @@ def uses_gpu(config: RunConfig) -> bool:
     return config.cluster.gpu
 
 
-def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None:
+def train_on_ray(config: RunConfig, data_folder: str, run_folder: Path) -> None:
     """Run `train_worker` on all workers to the end; lost workers are restarted `max_failures` times."""
     from ray.train import FailureConfig, LoggingConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -159,7 +159,7 @@ def train_on_ray(config: RunConfig, data_folder: Path, run_folder: Path) -> None
         train_worker,
         train_loop_config={
             "config": config.model_dump(mode="json"),
-            "data_folder": str(data_folder),
+            "data_folder": data_folder,
             "run_folder": str(run_folder),
         },
         scaling_config=ScalingConfig(

@@ -40,7 +40,9 @@ def train_worker(payload: dict[str, Any]) -> str | None:
     config = parse_config(payload["config"])
     keep_freed_memory()
     torch.set_num_threads(worker_threads(config))
-    folder = DataFolder.open(Path(payload["data_folder"]), verify=False)  # the driver verified it
+    folder = DataFolder.open(  # the driver verified it
+        payload["data_folder"], verify=False, cache_bytes=config.data.cache_bytes
+    )
     try:
         for job in training_jobs(config, Path(payload["run_folder"])):
             _train_one(job.config, job.folder, folder, worker, ray.train.report)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import queue
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.folder import DataFolder, Histories
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.padding import gap_buckets, padded_batch
 from findrec.datasets.plan import EpochPlan, Windows, share
 from findrec.datasets.splits import Int64Array
 
-LARGEST_GAP = 31
 PREFETCHED_STEPS = 2
 
 Part = Literal["valid", "test"]
@@ -35,113 +34,30 @@ class Cases:
     target: Tensor
 
 
-def gap_buckets(timestamp: Int64Array, offset: Int64Array) -> Int64Array:
-    """`[N]` time since the event before, in buckets that double: `1 + floor(log2(1 + seconds))`, at most 31.
-
-    0 marks the first event shown of a history (what came before it is not known to the model) and padding.
-    """
-    seconds = np.maximum(np.diff(timestamp, prepend=timestamp[:1]), 0)
-    bucket = np.minimum(1 + np.floor(np.log2(1.0 + seconds)).astype(np.int64), LARGEST_GAP)
-    bucket[offset[:-1][np.diff(offset) > 0]] = 0
-    return bucket
-
-
-def gap_bucket(seconds: int) -> int:
-    """The bucket of `gap_buckets` for one time that has passed."""
-    return min(1 + math.floor(math.log2(1.0 + max(seconds, 0))), LARGEST_GAP)
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """Histories as the model sees them; `[B, L]` unless said otherwise."""
-
-    item: Tensor
-    gap: Tensor
-    event: Tensor | None
-    length: Tensor  # [B]
-    place: Int64Array  # [N], each event's flat index b * L + l
-
-
-def _padded(histories: Histories) -> _Padded:
-    offset = histories.offset
-    length = np.diff(offset)
-    width = int(length.max())
-    row = np.repeat(np.arange(len(length)), length)
-    place = row * width + np.arange(offset[-1]) - offset[row]
-
-    def spread(values: Int64Array) -> Tensor:
-        flat: NDArray[np.int64] = np.zeros(len(length) * width, dtype=np.int64)
-        flat[place] = values
-        return torch.from_numpy(flat.reshape(len(length), width))
-
-    return _Padded(
-        item=spread(histories.item),
-        gap=spread(gap_buckets(histories.timestamp, offset)),
-        event=None if histories.event is None else spread(histories.event + 2),  # 0 padding, 1 unknown
-        length=torch.from_numpy(length),
-        place=place,
-    )
-
-
-def _hashed(seed: int, user: NDArray[np.int64], place: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """A pseudo-random key of every event, the same wherever it is asked for (splitmix64's finaliser)."""
-    key = np.uint64(seed % 2**64) + user.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    key = key + place.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        key = (key ^ (key >> np.uint64(shift))) * np.uint64(factor)
-    return key ^ (key >> np.uint64(31))
-
-
-def shuffled_ties(folder: DataFolder, users: Int64Array, seed: int) -> Histories:
-    """Training events of `users`, those of one timestamp in an order drawn anew for each seed.
-
-    Events of one instant have no order of their own (films rated in one burst, a basket): a fixed one is
-    learnt by heart. The order depends on the user and the seed alone, so the windows of a user agree.
-    """
-    whole = folder.histories(users, np.zeros(len(users), dtype=np.int64), folder.valid_start[users])
-    row = np.repeat(np.arange(len(users)), np.diff(whole.offset))
-    place = np.arange(len(row)) - whole.offset[row]
-    order = np.lexsort((_hashed(seed, users[row], place), whole.timestamp, row))
-    return whole.take(order, whole.offset)
-
-
-def _slices(histories: Histories, start: Int64Array, stop: Int64Array) -> Histories:
-    offset = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
-    row = np.repeat(np.arange(len(start)), stop - start)
-    place = np.arange(len(row)) - offset[row] + start[row] + histories.offset[row]
-    return histories.take(place, offset)
-
-
 def train_batch(
     folder: DataFolder, windows: Windows, chosen: Int64Array, *, tie_seed: int | None = None
 ) -> Batch:
     """The batch of the windows `chosen`: every event of `[first_target, stop)` is asked for once, at the
     position of the event before it. With `tie_seed`, events of one timestamp are shuffled by it.
     """
+    return train_batches(folder, windows, [chosen], tie_seed=tie_seed)[0]
+
+
+def train_batches(
+    folder: DataFolder, windows: Windows, parts: Sequence[Int64Array], *, tie_seed: int | None = None
+) -> list[Batch]:
+    """The batch of each of `parts`, all read at once; see `train_batch`."""
+    chosen = np.concatenate(parts)
     user, start, stop = windows.user[chosen], windows.start[chosen], windows.stop[chosen]
-    if tie_seed is None:
-        whole = folder.histories(user, start, stop)  # inputs and, one later, their targets
-    else:
-        whole = _slices(shuffled_ties(folder, user, tie_seed), start, stop)
-    ends = whole.offset[1:]
-    shown = np.ones(len(whole.item), dtype=bool)
-    shown[ends - 1] = False
-    inputs = whole.take(shown.nonzero()[0], whole.offset - np.arange(len(whole.offset)))
-    padded = _padded(inputs)
-    row = np.repeat(np.arange(len(chosen)), np.diff(inputs.offset))
-    event = np.arange(len(row)) - inputs.offset[row] + start[row]  # place of each input in its history
-    asked = event + 1 >= windows.first_target[chosen][row]
-    later = np.delete(np.arange(len(whole.item)), whole.offset[:-1])[asked]  # the event after each position
-    return Batch.build(
-        item=padded.item,
-        length=padded.length,
-        user=torch.from_numpy(user),
-        position=torch.from_numpy(padded.place[asked]),
-        target=torch.from_numpy(whole.item[later]),
-        gap=padded.gap,
-        event=padded.event,
-        wait=torch.from_numpy(gap_buckets(whole.timestamp, whole.offset)[later]),
-    )
+    shown = folder.histories(user, start, stop, tie_seed=tie_seed)  # and, last, what is only asked for
+    skip = windows.first_target[chosen] - 1 - start
+    batches, begin = [], 0
+    for end in itertools.accumulate(len(part) for part in parts):
+        rows = slice(begin, end)
+        some = shown.rows(begin, end)
+        batches.append(padded_batch(some, user[rows], folder.num_items, skip=skip[rows]))
+        begin = end
+    return batches
 
 
 def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:
@@ -183,16 +99,11 @@ def evaluation_batch(
     """
     first, last = _cuts(folder, split)
     start = np.maximum(first[users] - max_length, 0)
-    padded = _padded(folder.histories(users, start, first[users]))
+    shown = padded_batch(folder.histories(users, start, first[users]), users, folder.num_items)
     turn = folder.histories(users, first[users] - 1, first[users] + 1)  # last event shown, first asked for
-    batch = Batch.build(
-        item=padded.item,
-        length=padded.length,
-        user=torch.from_numpy(users.astype(np.int64)),
-        position=torch.arange(len(users)) * padded.item.shape[1] + padded.length - 1,
-        target=torch.zeros(0, dtype=torch.int64),
-        gap=padded.gap,
-        event=padded.event,
+    batch = replace(
+        shown,
+        position=torch.arange(len(users)) * shown.item.shape[1] + shown.length - 1,
         wait=torch.from_numpy(gap_buckets(turn.timestamp, turn.offset)[1::2]),
     )
     targets = folder.histories(users, first[users], last[users])
@@ -236,17 +147,22 @@ class TrainLoader:
             except queue.Full:
                 continue
 
+    def _read_ahead(self) -> None:
+        steps = self._plan.steps[self._first_step :]
+        mine = [chosen for step in steps for _, chosen in share(step, self._rank, self._world)]
+        if mine and self._folder.remote:
+            self._folder.read_ahead(self._windows.user[np.concatenate(mine)])
+
     def _work(self) -> None:
         try:
+            self._read_ahead()
             for index in range(self._first_step, len(self._plan.steps)):
                 mine = share(self._plan.steps[index], self._rank, self._world)
-                batches = [
-                    (m, train_batch(self._folder, self._windows, chosen, tie_seed=self._tie_seed))
-                    for m, chosen in mine
-                ]
+                parts = [chosen for _, chosen in mine]
+                batches = train_batches(self._folder, self._windows, parts, tie_seed=self._tie_seed)
                 if self._stopped.is_set():
                     return
-                self._put((index, batches))
+                self._put((index, [(m, batch) for (m, _), batch in zip(mine, batches, strict=True)]))
             self._put(None)
         except BaseException as error:
             self._put(error)

@@ -80,6 +80,8 @@ class FeatureTable:
             tensors = _tensors(path)
             self._values = tensors["values"]
             self._present: NDArray[np.bool_] = np.asarray(tensors["present"])
+            if self._values.ndim != 2 or self._present.shape != self._values.shape[:1]:
+                raise ValueError("values are no table with a row for each item and its mask")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FindRecError(f"feature file {path} cannot be read: {error}") from None
         self.dim = int(self._values.shape[1])

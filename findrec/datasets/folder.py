@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
+from findrec.datasets._native import Impl
 from findrec.datasets.features import FeatureTable
-from findrec.datasets.manifest import Manifest, how_to_mend, read_manifest, sha256_file
-from findrec.datasets.shards import ShardReader
+from findrec.datasets.histories import Histories
+from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
+from findrec.datasets.packed import PackedHistories, UserTable
+from findrec.datasets.remote import RemoteFolder, is_remote
 from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError, suggest
 
+_PART = r"[A-Za-z0-9_][^/\\:\0]*"
+_NAME = re.compile(rf"{_PART}(/{_PART})*")  # no absolute paths, no `..`, no drives and no addresses
 
-@dataclass(frozen=True)
-class Histories:
-    """Events of some users: row r owns `offset[r]:offset[r+1]`, oldest first."""
 
-    item: Int64Array  # [N] 1-based ids
-    timestamp: Int64Array  # [N] seconds
-    offset: Int64Array  # [R+1]
-    event: Int64Array | None = None  # [N] codes of `Manifest.event_types`, -1 unknown; None: no such column
-
-    def take(self, place: NDArray[np.intp], offset: Int64Array) -> Histories:
-        """The events at `place`, cut into users by `offset`."""
-        event = None if self.event is None else self.event[place]
-        return Histories(self.item[place], self.timestamp[place], offset, event)
+def _check_names(place: str, manifest: Manifest) -> None:
+    names = [shard.name for shard in manifest.shards]
+    names += [*manifest.files, *(entry.file for entry in manifest.features)]
+    for name in names:
+        if _NAME.fullmatch(name) is None:
+            raise FindRecError(
+                f"{place}/{MANIFEST_NAME} names a file outside the folder: {name!r}. "
+                f"{how_to_mend(manifest.recipe)}"
+            )
 
 
 def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
@@ -40,8 +41,6 @@ def _check_files(path: Path, manifest: Manifest, verify: bool) -> None:
     expected = {shard.name: (shard.sha256, shard.bytes) for shard in manifest.shards}
     expected |= {name: (digest, -1) for name, digest in manifest.files.items()}
     for name, (digest, size) in expected.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise FindRecError(f"{path}/manifest.json names a file outside the folder: {name!r}. {mend}")
         file = path / name
         if not file.is_file():
             raise FindRecError(f"{file} is missing. {mend}")
@@ -59,32 +58,57 @@ class DataFolder:
     `[valid_start, test_start)`, test targets `[test_start, length)`, counted from its first event.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        remote: RemoteFolder | None = None,
+    ) -> None:
+        self.path = path  # where everything but the shards lies
+        self.location = str(path) if remote is None else remote.url  # what `open` takes, elsewhere too
+        self._remote = remote
         self.manifest = manifest
         self.num_items = manifest.num_items
         self.num_users = manifest.num_users
-        users = pq.read_table(
-            path / "users.parquet", columns=["shard", "member", "row", "length", "valid_start", "test_start"]
-        )
-        self._shard, self._member, self._row, self.length, self.valid_start, self.test_start = (
-            column.to_numpy().astype(np.int64) for column in users.columns
-        )
-        self._readers: dict[int, ShardReader] = {}
+        users = _user_table(path, manifest)
+        self.length, self.valid_start, self.test_start = users.length, users.valid_start, users.test_start
+        if remote is None:
+            self._packed = PackedHistories(manifest, users, lambda s: path / manifest.shards[s].name)
+        else:
+            self._packed = PackedHistories(manifest, users, remote.shard, mapped_bytes=remote.cache_bytes)
         self._features: dict[str, FeatureTable] = {}
 
     @staticmethod
-    def open(path: Path, *, verify: bool = True) -> DataFolder:
-        """Open a folder made by `prepare` or `write_data_folder`.
+    def open(place: Path | str, *, verify: bool = True, cache_bytes: int | None = None) -> DataFolder:
+        """Open a folder made by `prepare` or `write_data_folder`, here or at an address (http(s), s3, gs).
 
         `verify` hashes every file (about 1 GB/s); without it only presence and sizes are checked, which is
-        enough where another process of the same run has verified already. `FindRecError` names the file
-        that is missing or altered.
+        enough where another process of the same run has verified already. The shards of an address are
+        fetched when they are needed, each verified then, into a cache of about `cache_bytes` (default:
+        `FINDREC_CACHE_BYTES`, else 64 GiB). `FindRecError` names the file that is missing or altered.
         """
-        path = Path(path)
+        if is_remote(place):
+            remote = RemoteFolder(str(place), cache_bytes)
+            _check_names(remote.url, remote.manifest)
+            remote.fetch_tables(verify=verify)
+            return DataFolder(remote.path, remote.manifest, remote=remote)
+        path = Path(place)
         manifest = read_manifest(path)
+        _check_names(str(path), manifest)
         _check_files(path, manifest, verify)
         return DataFolder(path, manifest)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the shards come from an address."""
+        return self._remote is not None
+
+    def read_ahead(self, users: Int64Array) -> None:
+        """Users whose histories will be asked for, soonest first: their shards are fetched meanwhile."""
+        if self._remote is not None:
+            shards, first = np.unique(self._packed.shards_of(users), return_index=True)
+            self._remote.ahead(shards[np.argsort(first)].tolist())
 
     @cached_property
     def items(self) -> pa.Table:
@@ -117,63 +141,55 @@ class DataFolder:
                     f"{self.path} has no features of modality {modality!r}"
                     f"{suggest(modality, files)} (there: {', '.join(files) or 'none'})"
                 )
-            table = FeatureTable(self.path / files[modality], modality)
-            if len(table) != self.num_items + 1:
+            file = self.path / files[modality]
+            table = FeatureTable(file, modality)
+            dim = next(entry.dim for entry in self.manifest.features if entry.modality == modality)
+            if (len(table), table.dim) != (self.num_items + 1, dim):
                 raise FindRecError(
-                    f"{self.path / files[modality]} has {len(table)} rows for {self.num_items} items. "
-                    f"{how_to_mend(self.manifest.recipe)}"
+                    f"{file} has {len(table)} rows of width {table.dim}, manifest.json says "
+                    f"{self.num_items} items and width {dim}. {how_to_mend(self.manifest.recipe)}"
                 )
             self._features[modality] = table
         return self._features[modality]
-
-    def _reader(self, shard: int) -> ShardReader:
-        if shard not in self._readers:
-            try:
-                self._readers[shard] = ShardReader(self.path / self.manifest.shards[shard].name)
-            except (OSError, ValueError) as error:
-                if isinstance(error, FindRecError):
-                    raise
-                name = self.path / self.manifest.shards[shard].name
-                raise FindRecError(
-                    f"cannot read {name}: {error}. {how_to_mend(self.manifest.recipe)}"
-                ) from None
-        return self._readers[shard]
 
     def histories(
         self,
         rows: Int64Array | Sequence[int],
         start: Int64Array | None = None,
         stop: Int64Array | None = None,
+        *,
+        tie_seed: int | None = None,
+        impl: Impl = "auto",
     ) -> Histories:
         """Events of the users `rows` `[R]`, or of each only the events `[start, stop)`.
 
-        Random access through the mapped shards: only the pages that hold these events are read.
+        With `tie_seed` training events of one timestamp are in an order drawn anew for each seed; slices then
+        end with the training events at the latest (and does by default). Events of one instant have no
+        order of their own (films rated in one burst, a basket): a fixed one is learnt by heart. The order
+        depends on the user and the seed alone, so slices of a user agree.
         """
         rows = np.asarray(rows, dtype=np.int64)
         start = np.zeros(len(rows), dtype=np.int64) if start is None else start
-        stop = self.length[rows] if stop is None else stop
-        if np.any(start < 0) or np.any(stop > self.length[rows]) or np.any(stop < start):
-            raise IndexError("a slice reaches outside its user's history")
-        offset = np.concatenate([[0], np.cumsum(stop - start)]).astype(np.int64)
-        item = np.empty(offset[-1], dtype=np.int64)
-        timestamp = np.empty(offset[-1], dtype=np.int64)
-        event = np.empty(offset[-1], dtype=np.int64) if self.manifest.event_types else None
-        for r, user in enumerate(rows):
-            sample = self._reader(int(self._shard[user])).samples[self._member[user]]
-            base = sample["offset"][self._row[user]]
-            cut = slice(base + start[r], base + stop[r])
-            item[offset[r] : offset[r + 1]] = sample["item"][cut]
-            timestamp[offset[r] : offset[r + 1]] = sample["timestamp"][cut]
-            if event is not None:
-                event[offset[r] : offset[r + 1]] = sample["event"][cut]
-        return Histories(item, timestamp, offset, event)
+        if stop is None:
+            stop = (self.length if tie_seed is None else self.valid_start)[rows]
+        return self._packed.gather(rows, start, stop, tie_seed=tie_seed, impl=impl)
 
     def blocks(self) -> Iterator[Histories]:
         """All histories in user order, as they are packed: at most a few hundred users at a time.
 
         The arrays are views of the mapped shards: one pass over any folder takes little memory.
         """
-        for place in range(len(self.manifest.shards)):
-            for sample in self._reader(place).samples:
-                yield Histories(sample["item"], sample["timestamp"], sample["offset"], sample.get("event"))
-            del self._readers[place]  # so that a pass does not keep every shard mapped
+        return self._packed.blocks()
+
+
+def _user_table(path: Path, manifest: Manifest) -> UserTable:
+    file, mend = path / "users.parquet", how_to_mend(manifest.recipe)
+    names = ["shard", "member", "row", "length", "valid_start", "test_start"]
+    try:
+        table = pq.read_table(file, columns=names)
+        users = UserTable(*(table[name].to_numpy().astype(np.int64) for name in names))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise FindRecError(f"{file} cannot be read ({str(error).splitlines()[0]}). {mend}") from None
+    if problem := users.problem(manifest):
+        raise FindRecError(f"{file} holds {problem}: it does not belong to this manifest.json. {mend}")
+    return users

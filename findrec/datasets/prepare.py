@@ -20,6 +20,7 @@ from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe, load_recipe
+from findrec.datasets.remote import is_remote
 from findrec.datasets.writer import FolderInput, beside, cannot_write, write_folder
 from findrec.errors import FindRecError
 from findrec.paths import resolve
@@ -74,7 +75,7 @@ def refuse_strange(folder: Path) -> None:
 
 
 def prepare(
-    recipe: Recipe, folder: Path, *, force: bool = False, limit_users: int | None = None
+    recipe: Recipe, folder: Path | str, *, force: bool = False, limit_users: int | None = None
 ) -> DataFolder:
     """Make the data folder of a recipe, or open it if it is there already.
 
@@ -82,6 +83,8 @@ def prepare(
     `force` a folder of ours is made anew; a folder with anything else in it is never touched. Nothing is at
     `folder` until all of it is complete.
     """
+    if is_remote(folder):
+        raise FindRecError(f"a data folder is written to a local path, not to {folder}: copy it there then")
     folder = Path(folder)
     recipe_sha256 = recipe.sha256(limit_users)
     if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
@@ -153,13 +156,20 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
         log.close()
 
 
-def data_folder_of(config: DataConfig) -> Path:
-    """Where a run's data set lies: `data.folder`, or `data/<recipe name>` below the home."""
+def data_folder_of(config: DataConfig) -> Path | str:
+    """Where a run's data set lies: `data.folder` (path or address), or `data/<recipe>` below the home."""
+    if config.folder is not None and is_remote(config.folder):
+        return config.folder
     return resolve(config.folder or f"data/{Path(config.recipe).stem}")
 
 
 def open_or_prepare(config: DataConfig) -> DataFolder:
     """The data set of a run: prepared on first use, or, when `data.folder` is given, just opened."""
     if config.folder is not None:
-        return DataFolder.open(data_folder_of(config))
+        return open_data_folder(config)
     return prepare(load_recipe(config.recipe), data_folder_of(config))
+
+
+def open_data_folder(config: DataConfig, *, verify: bool = True) -> DataFolder:
+    """The data set of a run, which is there already; see `DataFolder.open`."""
+    return DataFolder.open(data_folder_of(config), verify=verify, cache_bytes=config.cache_bytes)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from findrec.datasets.folder import DataFolder, Histories
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.histories import Histories
 from findrec.progress import progress
 
 SESSION_GAP_S = 1800  # a longer pause begins a new session

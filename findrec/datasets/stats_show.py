@@ -14,6 +14,7 @@ from rich.table import Table
 from findrec.config import DataConfig
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_or_prepare
+from findrec.datasets.remote import is_remote
 from findrec.datasets.stats import Stats
 from findrec.errors import FindRecError
 from findrec.paths import resolve
@@ -57,7 +58,9 @@ LABELS = {
 
 
 def open_data(name: str) -> DataFolder:
-    """The data set a user means: a folder, one below `data/`, or a recipe, which is prepared if it is not."""
+    """The data set a user means: a folder, its address, one in `data/`, or a recipe prepared if need be."""
+    if is_remote(name):
+        return DataFolder.open(name, verify=False)
     for path in (Path(name).expanduser().resolve(), resolve(name), resolve("data") / name):
         if path.is_dir():
             return DataFolder.open(path, verify=False)

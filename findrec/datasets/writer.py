@@ -32,13 +32,12 @@ from findrec.datasets.manifest import (
     sha256_file,
     write_manifest,
 )
-from findrec.datasets.shards import append_sample, open_for_writing
+from findrec.datasets.shards import DTYPES, append_sample, open_for_writing
 from findrec.datasets.splits import Split, cut, unit_starts
 from findrec.errors import FindRecError
 
 USERS_PER_MEMBER = 512
 SHARD_BYTES = 64 << 20  # a shard is closed once it is larger
-DTYPES = {"item": "<i4", "timestamp": "<i8", "event": "<i2", "value": "<f4"}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from findrec.datasets.batch import Batch
 from findrec.datasets.batches import train_batch
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows
-from findrec.datasets.prepare import data_folder_of
+from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError, suggest
 from findrec.evaluation.report import Titles, read_lines
 from findrec.evaluation.run import load_scorer
@@ -107,7 +107,7 @@ def inspect_run(run_folder: Path, user: str, last: int = 30) -> Inspection:
             f"{run_folder} is a run of {config.model.name!r}, which has no experts and no modalities to "
             "inspect; give a run with model.name=findrec"
         )
-    folder = DataFolder.open(data_folder_of(config.data), verify=False)
+    folder = open_data_folder(config.data, verify=False)
     if not used_modalities(config, folder):
         raise FindRecError(
             f"{run_folder} was trained on item ids alone: without a modality there is no routing to inspect. "

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.prepare import data_folder_of
+from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
@@ -64,7 +64,7 @@ def load_streaming(run_folder: Path | str) -> StreamingFindRec:
     Raises `FindRecError` for a run of another model or without a usable checkpoint.
     """
     config = read_run_config(Path(run_folder))
-    folder = DataFolder.open(data_folder_of(config.data), verify=False)
+    folder = open_data_folder(config.data, verify=False)
     scorer = load_scorer(training_jobs(config, Path(run_folder))[0], folder)
     if not isinstance(scorer.model, FindRec):
         raise FindRecError(f"{run_folder} is a run of {config.model.name!r}; streaming needs findrec")
@@ -89,7 +89,7 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     table and returns the metrics rows by split.
     """
     config = read_run_config(run_folder)
-    folder = DataFolder.open(data_folder_of(config.data))
+    folder = open_data_folder(config.data)
     # One thread a worker in training and here: the sums behind every vector are then the same.
     torch.set_num_threads(max(1, config.cluster.threads or torch.get_num_threads()))
     rows, ranks = evaluate_scorers(
@@ -110,7 +110,7 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
 def rebuild_report(run_folder: Path) -> Path:
     """Write `report.html` anew from what the run folder holds; returns its path."""
     config = read_run_config(run_folder)
-    folder = DataFolder.open(data_folder_of(config.data))
+    folder = open_data_folder(config.data)
     job = training_jobs(config, run_folder)[0]
     users = draw_users(folder, "test", config.evaluation.samples, seed=config.training.seed)
     samples = sample_recommendations(

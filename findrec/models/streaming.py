@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.batches import gap_bucket
 from findrec.datasets.catalogue import ItemFeatures
+from findrec.datasets.padding import gap_bucket
 from findrec.errors import FindRecError
 from findrec.models.findrec import FindRec
 from findrec.models.mamba import MambaState, MambaStream

@@ -13,12 +13,11 @@ from findrec.datasets.batches import (
     TrainLoader,
     evaluation_batch,
     evaluation_blocks,
-    gap_buckets,
-    shuffled_ties,
     train_batch,
 )
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
+from findrec.datasets.padding import gap_buckets
 from findrec.datasets.plan import EpochPlan, Windows, cut_windows, plan_epoch
 
 
@@ -155,13 +154,13 @@ def test_ties_are_reshuffled_by_seed_and_nothing_else_moves(tmp_path):
     times = [np.repeat([5, 6, 9], 4), np.arange(12)]
     folder = write_data_folder(tmp_path / "d", items, timestamps=times)
     users = np.array([0, 1])
-    first, again, other = (shuffled_ties(folder, users, seed) for seed in (1, 1, 2))
+    first, again, other = (folder.histories(users, tie_seed=seed) for seed in (1, 1, 2))
     assert np.array_equal(first.item, again.item)
     assert not np.array_equal(first.item, other.item)
     assert np.array_equal(first.item[10:], folder.histories(users[1:], np.array([0]), np.array([10])).item)
     for part in (slice(0, 4), slice(4, 8), slice(8, 10)):
         assert sorted(first.item[part]) == sorted(items[0][part])
-    alone = shuffled_ties(folder, users[:1], 1)
+    alone = folder.histories(users[:1], tie_seed=1)
     assert np.array_equal(alone.item, first.item[:10])
 
 
@@ -172,7 +171,7 @@ def test_with_shuffled_ties_each_event_is_still_asked_for_once(tmp_path):
     folder = write_data_folder(tmp_path / "d", items, timestamps=times, num_items=40)
     windows = cut_windows(folder, 8, 0.5)
     asked = train_batch(folder, windows, np.arange(len(windows)), tie_seed=3).target
-    order = shuffled_ties(folder, np.arange(12), 3)
+    order = folder.histories(np.arange(12), tie_seed=3)
     expected = np.delete(order.item, order.offset[:-1])
     assert sorted(asked.tolist()) == sorted(expected.tolist())
 

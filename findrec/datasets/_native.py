@@ -1,0 +1,96 @@
+"""The compiled walk over histories (`ops/csrc/histories.cpp`): its two calls and their arguments.
+
+Built at first use. Where there is no compiler the plain forms beside each call do the same work, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from findrec.ops._build import BuildError, load_library
+from findrec.progress import say
+
+_Nothing = ctypes.c_char * 0
+Impl = Literal["auto", "reference", "cpp"]
+PROBLEMS = 8  # a row's result is this times the row and one of:
+NOT_MAPPED, BAD_ITEM, BAD_TIME, BAD_SLICE = 1, 2, 3, 4
+
+
+def _fields(sizes: Sequence[str], pointers: Sequence[str]) -> list[tuple[str, Any]]:
+    return [*((name, ctypes.c_int64) for name in sizes), *((name, ctypes.c_void_p) for name in pointers)]
+
+
+class GatherArgs(ctypes.Structure):
+    """Field by field the `GatherArgs` of the C++ source."""
+
+    _fields_ = [
+        *_fields(("rows", "users", "num_items", "shuffle"), ()),
+        ("seed", ctypes.c_uint64),
+        *_fields((), ("user", "start", "stop", "place", "sample_of", "first_of", "end_of")),
+        *_fields((), ("item_at", "timestamp_at", "event_at", "item", "timestamp", "event")),
+    ]
+
+
+class PadArgs(ctypes.Structure):
+    """Field by field the `PadArgs` of the C++ source."""
+
+    _fields_ = [
+        *_fields(("rows", "width", "held", "num_items"), ("item", "timestamp", "event", "offset", "skip")),
+        *_fields((), ("out_item", "out_gap", "out_event", "out_index", "length", "ids")),
+        *_fields((), ("position", "target", "wait")),
+    ]
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    try:
+        library = load_library("histories")
+    except BuildError as error:
+        return str(error)
+    for name in ("gather_histories", "pad_histories"):
+        getattr(library, name).restype = ctypes.c_int64
+    return library
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    say(f"Reading histories: {problem}.\nUsing the slower numpy form; batches are the same.")
+
+
+def native(impl: Impl) -> ctypes.CDLL | None:
+    """The library, or None where the plain form is to be used. `ValueError` where `cpp` cannot be had."""
+    if impl not in ("auto", "reference", "cpp"):
+        raise ValueError(f"impl={impl!r} is unknown: choose one of auto, reference, cpp")
+    if impl == "reference":
+        return None
+    library = _library()
+    if not isinstance(library, str):
+        return library
+    if impl == "cpp":
+        raise ValueError(f"impl='cpp' cannot be used here: {library}; 'auto' picks what works")
+    _warn_once(library)
+    return None
+
+
+def pointer(values: NDArray[Any] | Tensor | None) -> int | None:
+    """Where the values of a dense array lie."""
+    if values is None:
+        return None
+    if isinstance(values, Tensor):
+        return values.data_ptr()
+    if not values.flags.writeable:
+        address: int = values.__array_interface__["data"][0]
+        return address
+    return ctypes.addressof(_Nothing.from_buffer(values))  # in a sixth of the time; refuses strides
+
+
+def dense(values: Any) -> NDArray[np.int64]:
+    """As a dense int64 array, which the C++ side reads."""
+    return np.ascontiguousarray(values, dtype=np.int64)

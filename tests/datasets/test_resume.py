@@ -1,0 +1,167 @@
+"""The stream goes on exactly where it was, on any number of workers after any other, and never hangs."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from findrec.datasets.batch import Batch
+from findrec.datasets.batches import TrainLoader
+from findrec.datasets.check import check_folder
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.memory import write_data_folder
+from findrec.datasets.plan import EpochPlan, Windows, cut_windows, plan_epoch
+from findrec.datasets.splits import Split
+
+WORLDS = (1, 2, 3, 4)
+Read = dict[tuple[int, int], str]  # (step, microbatch) -> what was in it
+
+
+def digest(batch: Batch) -> str:
+    """A hash of everything in a batch."""
+    parts = [f"{k}{v.shape}".encode() + v.numpy().tobytes() for k, v in vars(batch).items() if v is not None]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def read(
+    place: Path, windows: Windows, plan: EpochPlan, world: int, *, first: int = 0, steps: int | None = None
+) -> Read:
+    """What `world` workers, each with a folder of its own, read of an epoch from step `first` on."""
+    found: Read = {}
+    for rank in range(world):
+        folder = DataFolder.open(place, verify=False)
+        with TrainLoader(
+            folder, windows, plan, rank=rank, world=world, first_step=first, tie_seed=11
+        ) as loader:
+            for step, batches in itertools.islice(loader, steps):
+                for microbatch, batch in batches:
+                    assert (step, microbatch) not in found
+                    found[step, microbatch] = digest(batch)
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(2)
+    histories = [rng.integers(1, 60, n).tolist() for n in [1, 1, 2, 3, 400, *rng.integers(1, 50, 150)]]
+    times = [np.sort(rng.integers(0, 200, len(h))).tolist() for h in histories]
+    path = tmp_path_factory.mktemp("resume") / "data"
+    write_data_folder(path, histories, times, num_items=60, users_per_member=9, shard_bytes=20_000)
+    return path
+
+
+def planned(place: Path, epoch: int = 0) -> tuple[Windows, EpochPlan]:
+    windows = cut_windows(DataFolder.open(place, verify=False), 20, 0.5)
+    return windows, plan_epoch(windows, seed=5, epoch=epoch, microbatches=12, tokens=60)
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> Read:
+    """An epoch read by one worker without a stop."""
+    windows, plan = planned(place)
+    found = read(place, windows, plan, 1)
+    assert len(found) == 12 * len(plan.steps) >= 12 * 5
+    assert len(set(found.values())) == len(found)
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(WORLDS, WORLDS)))
+def test_any_number_of_workers_goes_on_after_any_other(
+    place: Path, whole: Read, before: int, after: int
+) -> None:
+    stop = 2
+    seen = read(place, *planned(place), before, steps=stop)
+    assert set(seen) == {(s, m) for s in range(stop) for m in range(12)}
+    rest = read(place, *planned(place), after, first=stop)  # planned anew, as a restarted run does
+    assert not seen.keys() & rest.keys()
+    assert seen | rest == whole
+
+
+def test_every_place_to_stop_at(place: Path, whole: Read) -> None:
+    windows, plan = planned(place)
+    for stop in range(len(plan.steps) + 1):
+        rest = read(place, windows, plan, 3, first=stop)
+        assert rest == {key: value for key, value in whole.items() if key[0] >= stop}
+
+
+def test_the_next_epoch_is_another_one(place: Path, whole: Read) -> None:
+    assert not set(read(place, *planned(place, epoch=1), 1).values()) & set(whole.values())
+
+
+@pytest.mark.parametrize(("shards", "world"), [(3, 4), (1, 2), (1, 4), (5, 3)])
+def test_shards_and_workers_need_not_match(tmp_path: Path, shards: int, world: int) -> None:
+    """Users with nothing to train on and a history longer than the budget are among them."""
+    rng = np.random.default_rng(shards)
+    lengths = [1, 2, 2, 300, *rng.integers(1, 30, 46)]
+    histories = [rng.integers(1, 40, n).tolist() for n in lengths]
+    per_member = -(-len(histories) // shards)
+    folder = write_data_folder(
+        tmp_path / "data", histories, num_items=40, users_per_member=per_member, shard_bytes=1
+    )
+    assert len(folder.manifest.shards) == shards
+    windows = cut_windows(folder, 100, 0.5)
+    assert windows.inputs.max() == 100
+    plan = plan_epoch(windows, seed=0, epoch=0, microbatches=12, tokens=64)
+    found = read(folder.path, windows, plan, world)
+    assert set(found) == {(s, m) for s in range(len(plan.steps)) for m in range(12)}
+    assert plan.targets.sum() == np.maximum(folder.valid_start - 1, 0).sum()
+    assert found == read(folder.path, windows, plan, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.one_of(
+        st.lists(st.integers(1, 12), min_size=1, max_size=30),
+        st.just([1]),
+        st.just([5000]),
+        st.just([1, 3000, 1]),
+    ),
+    users_per_member=st.integers(1, 40),
+    shard_bytes=st.sampled_from([1, 5000, 1 << 20]),
+    typed=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_what_is_written_is_read(
+    lengths: list[int], users_per_member: int, shard_bytes: int, typed: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    items = [rng.integers(1, 100, n) for n in lengths]
+    times = [np.sort(rng.integers(-(1 << 40), 1 << 40, n)) for n in lengths]
+    names = np.array(["buy", "rate", "view"])
+    events = [names[rng.integers(0, 3, n)] for n in lengths] if typed else None
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "data"
+        write_data_folder(
+            path,
+            items,  # type: ignore[arg-type]
+            times,  # type: ignore[arg-type]
+            events=events,  # type: ignore[arg-type]
+            num_items=100,
+            split=Split(unit="timestamp"),
+            users_per_member=users_per_member,
+            shard_bytes=shard_bytes,
+        )
+        folder = check_folder(path)
+        if shard_bytes == 1:
+            assert len(folder.manifest.shards) == -(-len(lengths) // users_per_member)
+        order = rng.permutation(len(lengths))
+        got = folder.histories(order)
+        for r, user in enumerate(order):
+            mine = slice(got.offset[r], got.offset[r + 1])
+            assert np.array_equal(got.item[mine], items[user])
+            assert np.array_equal(got.timestamp[mine], times[user])
+            if typed:
+                assert got.event is not None
+                kinds = np.array(folder.manifest.event_types)[got.event[mine]]
+                assert events is not None
+                assert np.array_equal(kinds, events[user])
+        blocks = list(folder.blocks())
+        assert np.array_equal(np.concatenate([b.item for b in blocks]), np.concatenate(items))
+        assert sum(len(b.offset) - 1 for b in blocks) == len(lengths)
