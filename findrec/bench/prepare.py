@@ -32,7 +32,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class PrepareBench:
-    """What is measured: about `events` events of a profile, or a log that is there; and the recipe's extras."""
+    """What is measured: about `events` events of a profile, or a log that is there, and the recipe's keys."""
 
     events: int
     profile: str
