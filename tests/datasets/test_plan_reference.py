@@ -13,6 +13,7 @@ from findrec.datasets import plan as planning
 from findrec.datasets.plan import Windows, plan_epoch
 
 BUDGET_TRIES = 12
+Steps = list[list[list[int]]]
 
 
 def cut_greedily(chunks: list[list[int]], inputs: list[int], tokens: int) -> list[list[int]]:
@@ -27,9 +28,7 @@ def cut_greedily(chunks: list[list[int]], inputs: list[int], tokens: int) -> lis
     return filled
 
 
-def plan_plainly(
-    windows: Windows, seed: int, epoch: int, microbatches: int, tokens: int
-) -> list[list[list[int]]]:
+def plan_plainly(windows: Windows, seed: int, epoch: int, microbatches: int, tokens: int) -> Steps:
     """Window indices of each microbatch of each step."""
     rng = np.random.default_rng([seed, epoch])
     inputs = windows.inputs.tolist()
@@ -66,7 +65,7 @@ def plan_plainly(
     return [shuffled[begin : begin + microbatches] for begin in range(0, len(shuffled), microbatches)]
 
 
-def digest(windows: Windows, steps: list[list[list[int]]]) -> str:
+def digest(windows: Windows, steps: Steps) -> str:
     """sha256 of the windows, the sizes of the microbatches, and what is in them, all as int64."""
     flat = [part for step in steps for part in step]
     columns = [windows.user, windows.start, windows.first_target, windows.stop, [len(p) for p in flat], *flat]
