@@ -139,7 +139,10 @@ def _make(
     watch: Stopwatch,
 ) -> None:
     with watch.stage("fetch"):
-        fetched = [fetch_source(name, places, recipe.folder) for name, places in recipe.sources.items()]
+        fetched = [
+            fetch_source(name, places, recipe.folder, max_ratio=recipe.max_unpack_ratio)
+            for name, places in recipe.sources.items()
+        ]
     log = EventLog(recipe, fetched, scratch, limit, limits, watch)
     try:
         with watch.stage("items"):
