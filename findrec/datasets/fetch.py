@@ -26,7 +26,7 @@ import fsspec.core
 
 from findrec.datasets.manifest import SourceEntry, sha256_file
 from findrec.datasets.recipe import Place, SourceFile
-from findrec.datasets.unpack import TooLarge, allowed_bytes, check_unpacked, copy_bounded
+from findrec.datasets.unpack import TooLargeError, allowed_bytes, check_unpacked, copy_bounded
 from findrec.errors import FindRecError
 from findrec.paths import home
 from findrec.progress import progress, say
@@ -83,10 +83,10 @@ def extract(archive: Path, member: str, target: Path, max_ratio: float = MAX_UNP
         with _opened(archive, member) as stream, part.open("wb") as out:
             copy_bounded(stream, out, allowed_bytes(archive.stat().st_size, max_ratio))
         part.replace(target)
-    except TooLarge as error:
+    except TooLargeError as error:
         raise FetchError(
-            f"{member} of {archive.name} {error}, more than max_unpack_ratio={max_ratio:g} times the archive: "
-            "it may be made to fill the disk. If it is what you expect, raise that key of the recipe"
+            f"{member} of {archive.name} {error}, more than max_unpack_ratio={max_ratio:g} times the "
+            "archive: it may be made to fill the disk. If it is what you expect, raise that key of the recipe"
         ) from None
     except KeyError:
         raise FetchError(f"{archive.name} holds no {member}") from None

@@ -122,9 +122,10 @@ def prepare(
     events = made.manifest.num_events
     say(f"{events:,} events in {format_seconds(watch.total)} ({events / watch.total:,.0f} events/s: {watch})")
     if late := int((made.valid_start == 0).sum()):
+        new = int((made.test_start == 0).sum())
         say(
-            f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are "
-            "neither trained on nor evaluated"
+            f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are not "
+            f"trained on, and {new:,} of them, with none before the second either, are not evaluated"
         )
     return made
 

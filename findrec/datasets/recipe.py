@@ -20,13 +20,8 @@ from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
 
 FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
-_LATER_KEYS = (
-    "max_bad_rows",
-    "max_unpack_ratio",
-    "min_value",
-    "duplicates",
-    "k_core",
-)  # came after data folders had been made
+# These keys came after data folders had been made.
+_LATER_KEYS = ("max_bad_rows", "max_unpack_ratio", "min_value", "duplicates", "k_core")
 _LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 

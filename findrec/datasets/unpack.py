@@ -20,7 +20,7 @@ HARMLESS_BYTES = 1 << 30  # whatever the ratio, so much may come out of a file
 PIECE = 1 << 22
 
 
-class TooLarge(Exception):
+class TooLargeError(Exception):
     """More bytes than were allowed."""
 
 
@@ -30,11 +30,11 @@ def allowed_bytes(packed: int, max_ratio: float) -> int:
 
 
 def copy_bounded(stream: IO[bytes], out: IO[bytes], limit: int) -> None:
-    """Copy a stream to its end; `TooLarge` as soon as it gives more than `limit` bytes."""
+    """Copy a stream to its end; `TooLargeError` as soon as it gives more than `limit` bytes."""
     left = limit
     while piece := stream.read(min(PIECE, left + 1)):
         if (left := left - len(piece)) < 0:
-            raise TooLarge(f"unpacks to more than {limit:,} bytes")
+            raise TooLargeError(f"unpacks to more than {limit:,} bytes")
         out.write(piece)
 
 
@@ -58,9 +58,9 @@ def check_unpacked(path: Path, max_ratio: float) -> None:
                 bar.advance(min(raw.tell(), packed) - bar.done)
                 if done > limit:
                     raise FindRecError(
-                        f"{path} has {packed:,} bytes and unpacks to more than {limit:,}, {max_ratio:g} times as "
-                        "much: it may be made to fill the disk. Nothing of it was read. If it is what you "
-                        "expect, raise the recipe's max_unpack_ratio"
+                        f"{path} has {packed:,} bytes and unpacks to more than {limit:,} (the recipe's "
+                        f"max_unpack_ratio is {max_ratio:g}): it may be made to fill the disk. Nothing of it "
+                        "was read. If it is what you expect, raise max_unpack_ratio"
                     )
     except OSError as error:
         raise FindRecError(f"{path} cannot be unpacked: {error}. Fetch it again") from None
