@@ -46,16 +46,25 @@ def prepare(
     recipe: Annotated[str, typer.Argument(help="Name or path of a recipe, e.g. ml-100k.")],
     folder: Annotated[str | None, typer.Option(help="Where to write; default: data/<recipe name>.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is there.")] = False,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="Memory for DuckDB; default: FINDREC_MEMORY_GIB, or 3 at most.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Default: FINDREC_THREADS, or all cores.")] = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(help="Folder for temporary files; default: FINDREC_SCRATCH, or beside the data folder."),
+    ] = None,
 ) -> None:
     """Fetch a data set and write its data folder; returns at once when it is there already."""
     from findrec.config import DataConfig
+    from findrec.datasets.engine import Limits
     from findrec.datasets.prepare import data_folder_of
     from findrec.datasets.prepare import prepare as make
     from findrec.datasets.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     target = data_folder_of(DataConfig(recipe=recipe, folder=folder))  # where a run looks for it
-    make(loaded, target, force=force)
+    make(loaded, target, force=force, limits=Limits.of(memory_gib, threads, scratch))
     typer.echo(f"ready: {target}")
 
 

@@ -156,7 +156,7 @@ class EvaluationConfig(Part):
 
     ks: list[int] = Field([5, 10, 20, 50])
     users_per_block: int = Field(256, ge=1)
-    mask_seen: bool = False  # take met items out of the ranking; leave off where items come again
+    mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
 

@@ -73,18 +73,20 @@ class Bar:
         self._clock = clock
         self._start = clock()
         self._notes: dict[str, object] = {}
+        self._shown = False
+        self.after_s = 0.0  # nothing is shown before so many seconds have passed
 
     def advance(self, count: int = 1) -> None:
         """Count `count` more units as done."""
         with _lock:
             self.done += count
-            self._show()
+            self._update()
 
     def note(self, **values: object) -> None:
         """Show named values beside the count (`loss=2.31`); `eta=` in seconds replaces our own estimate."""
         with _lock:
             self._notes.update(values)
-            self._show()
+            self._update()
 
     def seconds(self) -> float:
         """Seconds since the bar began."""
@@ -115,6 +117,17 @@ class Bar:
         if eta is not None:
             parts.append(f"{eta} left")
         return ", ".join(parts)
+
+    def _update(self) -> None:
+        if not self._shown and self.seconds() >= self.after_s:
+            self._shown = True
+            self._begin()
+        if self._shown:
+            self._show()
+
+    def _finish(self, failed: bool) -> None:
+        if self._shown:
+            self._end(failed)
 
     def _show(self) -> None:
         """Tell the user, if it is time to; the base class is silent."""
@@ -199,21 +212,26 @@ def progress(
     unit: str = "items",
     *,
     show: bool = True,
+    after_s: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Bar]:
     """Report how far `what` has come: `with progress("encode", total=n) as bar: bar.advance(k)`.
 
     `total` is the number of units expected (None when unknown: no share and no time left are shown).
-    With `show=False` (ranks other than 0) or `FINDREC_QUIET` nothing is printed. `clock` gives seconds.
+    With `show=False` (ranks other than 0) or `FINDREC_QUIET` nothing is printed, and nothing before `after_s`
+    seconds have passed: what is done by then is not worth a line. `clock` gives seconds.
     """
     kind = Bar if quiet() or not show else _LiveBar if sys.stdout.isatty() else _PlainBar
     with _lock:
         bar = kind(what, total, unit, clock)
-        bar._begin()
+        bar.after_s = after_s
+        if not after_s:
+            bar._shown = True
+            bar._begin()
     failed = True
     try:
         yield bar
         failed = False
     finally:
         with _lock:
-            bar._end(failed)
+            bar._finish(failed)

@@ -54,6 +54,22 @@ def test_many_steps_print_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert 60 <= len(lines) <= 75  # an hour: about one line a minute once the gaps have grown
 
 
+def test_what_is_done_soon_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with progress("hash", total=10, unit="bytes", after_s=1, clock=clock) as bar:
+        bar.advance(9)
+        clock.now += 0.9
+        bar.advance(1)
+    assert capsys.readouterr().out == ""
+    with progress("hash", total=10, unit="bytes", after_s=1, clock=clock) as bar:
+        bar.advance(4)
+        clock.now += 2
+        bar.advance(1)
+        assert capsys.readouterr().out == "hash: 10 bytes ...\n"
+        bar.advance(5)
+    assert capsys.readouterr().out == "hash: 10 bytes in 2.0 s (5 bytes/s)\n"
+
+
 def test_failure_is_told_and_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         with progress("read", total=8, unit="shards", clock=Clock()) as bar:

@@ -32,6 +32,20 @@ def reset_peak_rss() -> None:
         return
 
 
+def tree_rss_bytes(pid: int) -> int:
+    """Resident bytes of a process and all its descendants now; 0 where `/proc` does not tell."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                total = int(line.split()[1]) * 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(tree_rss_bytes(int(child)) for child in (task / "children").read_text().split())
+    except OSError:  # it has ended meanwhile
+        pass
+    return total
+
+
 def _measure(pipe: Connection, make: Callable[..., Callable[[], object]], args: tuple[object, ...]) -> None:
     try:
         function = make(*args)

@@ -218,6 +218,7 @@ def our_config(name: str, settings: Settings, overrides: Sequence[str] = ()) -> 
         "training.optim.lr": settings.lr,
         "training.optim.schedule": "constant",
         "training.optim.warmup": 0.0,
+        "evaluation.mask_seen": "false",  # as the peers rank
         "cluster.workers": 1,
     }
     return parse_config({}, [*(f"{key}={value}" for key, value in given.items()), *overrides])

@@ -70,12 +70,13 @@ def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:
 
 
 def evaluated_users(folder: DataFolder, split: Part) -> Int64Array:
-    """User rows with a target in the split and at least one training event, ascending.
+    """User rows with a target in the split and at least one event before it, ascending.
 
-    Only a global_temporal split knows others: users who came after its first cut, of whom nothing is learnt.
+    In a global_temporal split a user may have come after its first cut: nothing of such a user was learnt,
+    but what happened before the second cut is a history to recommend from. Who came after that has none.
     """
     first, last = _cuts(folder, split)
-    return np.flatnonzero((last > first) & (folder.valid_start > 0))
+    return np.flatnonzero((last > first) & (first > 0))
 
 
 def evaluation_blocks(folder: DataFolder, split: Part, users_per_block: int) -> list[Int64Array]:

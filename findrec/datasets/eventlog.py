@@ -1,7 +1,8 @@
 """The canonical event log of a recipe, made by DuckDB in a throw-away database file.
 
 DuckDB reads, joins and sorts, on disk where memory is short. The order it fixes is final: users and items by
-their raw ids, each user's events by time, ties by the recipe's rule.
+their raw ids, each user's events by time, ties by the recipe's rule. Nothing here holds all events in memory;
+what grows with the users is their raw ids and one number each.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
+from findrec.datasets.engine import Limits, Stopwatch, execute, open_database
 from findrec.datasets.fetch import Fetched
 from findrec.datasets.filters import apply_filters
-from findrec.datasets.formats import SourceTables, literals
+from findrec.datasets.formats import SourceTables
 from findrec.datasets.recipe import PLACEHOLDER, Recipe
 from findrec.datasets.writer import USERS_PER_MEMBER, Block
 from findrec.errors import FindRecError
@@ -26,31 +29,51 @@ _NEEDED = ("user", "item", "timestamp")
 _EXTRAS = ("event", "value")
 _ABOUT = ("raw", "title", "text", "category")
 _MORE_ABOUT = ("category", "image")
+_ROWS_AT_ONCE = 1 << 18  # events that are taken from DuckDB at a time
+
+
+def _in_order(column: str) -> str:
+    """Whole numbers by value, then the rest by text: the same ids have the same order whatever their SQL type
+    (a CSV's numbers are read as BIGINT, those of a sequence file as text).
+    """
+    return f"TRY_CAST(CAST({column} AS VARCHAR) AS BIGINT), {column}"
 
 
 class EventLog:
     """The tables `users`, `items` and `events` of a recipe's fetched files; `scratch` is a folder to work in.
 
     `length` `[U]` holds each user's events, `split` the recipe's split with its cut times, `filtered` what
-    each filter left out (`findrec.datasets.filters`). Raises `FindRecError` where the recipe's SQL fails or
-    gives the wrong columns.
+    each filter left out (`findrec.datasets.filters`), `watch` the seconds that each stage took. Raises
+    `FindRecError` where the recipe's SQL fails or gives the wrong columns.
     """
 
-    def __init__(self, recipe: Recipe, fetched: list[Fetched], scratch: Path, limit: int | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        fetched: list[Fetched],
+        scratch: Path,
+        limit: int | None,
+        limits: Limits,
+        watch: Stopwatch,
+    ) -> None:
         self._recipe = recipe
         self._sql = {"events": recipe.events, "items": recipe.items}
         for one in fetched:
             self._sql = {k: getattr(one.place, k) or v for k, v in self._sql.items()}
-        self._db = duckdb.connect(str(scratch / "log.duckdb"))
-        self._db.execute("SET preserve_insertion_order = true")  # the row number is the order of the source
-        self._db.execute(f"SET temp_directory = {literals([scratch])}")
+        self._db = open_database(scratch, limits)
         tables = SourceTables(self._db, scratch, recipe.name, recipe.max_bad_rows)
-        self._files = {
-            name: tables.add(name, one.place.files[name], paths)
-            for one in fetched
-            for name, paths in one.files.items()
-        }
-        self._read(limit)
+        with watch.stage("read"):
+            self._files = {
+                name: tables.add(name, one.place.files[name], paths)
+                for one in fetched
+                for name, paths in one.files.items()
+            }
+            self._read()
+        with watch.stage("filter"):
+            self.split, self.filtered = apply_filters(self._db, recipe, self.extras)
+        with watch.stage("order"):
+            self._number(limit)
+            self._order()
         if tables.bad_rows:
             self.filtered["bad_rows"] = tables.bad_rows
 
@@ -98,12 +121,15 @@ class EventLog:
 
     def _run(self, which: str, sql: str) -> None:
         try:
-            self._db.execute(sql)
+            execute(self._db, f"read {which}", sql)
+        except duckdb.OutOfMemoryException:
+            raise
         except duckdb.Error as error:
             raise self._failed(which, error) from None
 
-    def _read(self, limit: int | None) -> None:
-        recipe, db = self._recipe, self._db
+    def _read(self) -> None:
+        """Make `log`: row (the order of the source), raw_user, raw_item, timestamp and the extras."""
+        recipe = self._recipe
         kinds = self._columns("events", _NEEDED, _EXTRAS)
         self.extras = [name for name in _EXTRAS if name in kinds]
         is_date = kinds["timestamp"].upper().startswith(("TIMESTAMP", "DATE"))
@@ -123,20 +149,34 @@ class EventLog:
                 f"recipe {recipe.name}: {empty:,} events have no user, item or timestamp; "
                 "leave them out in the events SQL"
             )
-        self.split, self.filtered = apply_filters(db, recipe, self.extras)
-        db.execute(
-            "CREATE TABLE users AS SELECT row_number() OVER (ORDER BY raw_user) - 1 AS u, raw_user "
-            f"FROM (SELECT raw_user FROM log GROUP BY raw_user HAVING count(*) >= {recipe.min_events})"
+
+    def _number(self, limit: int | None) -> None:
+        """Make `users` (u from 0 on, raw_user, n events) and `items` (item from 1 on, raw_item)."""
+        db = self._db
+        execute(
+            db,
+            "number users",
+            f"CREATE TABLE users AS SELECT row_number() OVER (ORDER BY {_in_order('raw_user')}) - 1 AS u, "
+            "raw_user, n FROM (SELECT raw_user, count(*) AS n FROM log GROUP BY raw_user "
+            f"HAVING count(*) >= {self._recipe.min_events})",
         )
         log, users = self._value("SELECT count(*) FROM log"), self._value("SELECT count(*) FROM users")
         if not log or not users:
             raise FindRecError(self._nothing_left())
         if limit is not None:
             db.execute(f"DELETE FROM users WHERE u >= {int(limit)}")
-        db.execute(
-            "CREATE TABLE items AS SELECT row_number() OVER (ORDER BY raw_item) AS item, raw_item "
-            "FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))"
+        execute(
+            db,
+            "number items",
+            f"CREATE TABLE items AS SELECT row_number() OVER (ORDER BY {_in_order('raw_item')}) AS item, "
+            "raw_item FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))",
         )
+        counted = db.execute("SELECT n FROM users ORDER BY u").fetchnumpy()["n"]
+        self.length = counted.astype(np.int64)
+
+    def _order(self) -> None:
+        """Make `events` of `log`: item, timestamp and the extras, in the final order."""
+        recipe, db = self._recipe, self._db
         columns, join = "", ""
         if "event" in self.extras:
             db.execute(
@@ -147,15 +187,19 @@ class EventLog:
             join = "LEFT JOIN event_types e ON e.event = CAST(log.event AS VARCHAR)"
         if "value" in self.extras:
             columns += ", coalesce(CAST(value AS FLOAT), CAST('nan' AS FLOAT)) AS value"
-        # md5 and not DuckDB's own hash: the order must not change with DuckDB's version.
-        tie = "row" if recipe.ties == "row" else f"md5(concat('{recipe.seed}:', row))"
-        db.execute(
-            f"CREATE TABLE events AS SELECT u, item, timestamp, {tie} AS tie, row {columns} "
-            f"FROM log JOIN users USING (raw_user) JOIN items USING (raw_item) {join} ORDER BY u"
+        tie = ""
+        if recipe.ties == "shuffle":
+            # md5 and not DuckDB's own hash: the order must not change with DuckDB's version. Its first 64
+            # bits as a number sort as its text does, in half the memory and less.
+            tie = f"CAST('0x' || left(md5(concat('{recipe.seed}:', row)), 16) AS UBIGINT), "
+        execute(
+            db,
+            "order events",
+            f"CREATE TABLE events AS SELECT item, timestamp {columns} "
+            f"FROM log JOIN users USING (raw_user) JOIN items USING (raw_item) {join} "
+            f"ORDER BY u, timestamp, {tie} row",
         )
         db.execute("DROP TABLE log")
-        counted = db.execute("SELECT count(*) AS n FROM events GROUP BY u ORDER BY u").fetchnumpy()["n"]
-        self.length = counted.astype(np.int64)
 
     def _nothing_left(self) -> str:
         """The message where the filters leave no event."""
@@ -172,10 +216,10 @@ class EventLog:
             + ", ".join([n for n in counts if n in ("min_value", "k_core")] + ["min_events"])
         )
 
-    def users(self) -> pa.Array:
+    def users(self) -> pa.ChunkedArray:
         """Raw ids in user order."""
-        rows = self._db.execute("SELECT CAST(raw_user AS VARCHAR) FROM users ORDER BY u").fetchall()
-        return pa.array([row[0] for row in rows], pa.string())
+        found = self._db.sql("SELECT CAST(raw_user AS VARCHAR) AS raw FROM users ORDER BY u")
+        return found.to_arrow_table()["raw"].cast(pa.string())
 
     def event_types(self) -> list[str]:
         """Names of the codes in the `event` column; empty without one."""
@@ -189,7 +233,10 @@ class EventLog:
         """
         about = list(_ABOUT)
         if not self._sql["items"].strip():
-            query = "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL, NULL, NULL FROM items ORDER BY item"
+            query = (
+                "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL AS title, NULL AS text, NULL AS category "
+                "FROM items ORDER BY item"
+            )
         else:
             names = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
             about += ["image"] if "image" in names else []
@@ -208,21 +255,37 @@ class EventLog:
                     f"(e.g. {', '.join(str(row[0]) for row in twice)})"
                 )
             query = (
-                f"SELECT CAST(i.raw_item AS VARCHAR), {', '.join(about[1:])} FROM items i "
+                f"SELECT CAST(i.raw_item AS VARCHAR) AS raw, {', '.join(about[1:])} FROM items i "
                 "LEFT JOIN about a ON a.raw = CAST(i.raw_item AS VARCHAR) ORDER BY i.item"
             )
-        rows = list(zip(*self._db.execute(query).fetchall(), strict=True))
-        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(about, rows, strict=True)})
+        found = self._db.sql(query).to_arrow_table()
+        return found.cast(pa.schema([(name, pa.string()) for name in about]))
 
     def blocks(self) -> Iterator[Block]:
         """The events in final order, `USERS_PER_MEMBER` users at a time."""
         names = ["item", "timestamp", *self.extras]
+        reader = self._db.sql(f"SELECT {', '.join(names)} FROM events").to_arrow_reader(_ROWS_AT_ONCE)
+        waiting = {name: np.empty(0) for name in names}
         with progress("write shards", total=len(self.length), unit="users") as bar:
             for begin in range(0, len(self.length), USERS_PER_MEMBER):
                 length = self.length[begin : begin + USERS_PER_MEMBER]
-                columns = self._db.execute(
-                    f"SELECT {', '.join(names)} FROM events WHERE u >= {begin} AND "
-                    f"u < {begin + len(length)} ORDER BY u, timestamp, tie, row"
-                ).fetchnumpy()
-                yield Block({name: np.asarray(columns[name]) for name in names}, length)
+                wanted = int(length.sum())
+                if len(waiting["item"]) < wanted:
+                    waiting = _further(reader, waiting, wanted)
+                yield Block({name: values[:wanted] for name, values in waiting.items()}, length)
+                waiting = {name: values[wanted:] for name, values in waiting.items()}
                 bar.advance(len(length))
+
+
+def _further(
+    reader: pa.RecordBatchReader, waiting: dict[str, NDArray[Any]], wanted: int
+) -> dict[str, NDArray[Any]]:
+    """The columns that are waiting and so many batches that `wanted` rows are there."""
+    parts = {name: [values] if len(values) else [] for name, values in waiting.items()}
+    have = len(waiting["item"])
+    while have < wanted:
+        batch = reader.read_next_batch()
+        for name, column in parts.items():
+            column.append(batch.column(name).to_numpy(zero_copy_only=False))
+        have += batch.num_rows
+    return {name: np.concatenate(column) for name, column in parts.items()}

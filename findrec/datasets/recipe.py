@@ -20,7 +20,8 @@ from findrec.paths import find_asset
 from findrec.schema import Part, read_mapping, validate
 
 FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
-_LATER_KEYS = ("max_bad_rows", "min_value", "duplicates", "k_core")  # came after data folders had been made
+# These keys came after data folders had been made.
+_LATER_KEYS = ("max_bad_rows", "max_unpack_ratio", "min_value", "duplicates", "k_core")
 _LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 
@@ -117,6 +118,7 @@ class Recipe(Part):
     seed: int = 0  # of the shuffle
     split: Split = Split()
     max_bad_rows: float = Field(0.001, ge=0, le=1)  # share of a file's rows; more stop the work
+    max_unpack_ratio: float = Field(200, ge=1)  # how many times its size a compressed file may unpack to
     min_value: float | None = None  # events whose `value` is below (or missing) are left out
     duplicates: Literal["keep", "drop"] = "keep"  # drop: the first of equal user, item, timestamp (and event)
     k_core: KCore | None = None  # with a global_temporal split counted on training events alone

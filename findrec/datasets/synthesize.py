@@ -28,6 +28,7 @@ from findrec.progress import progress
 
 LOG_KINDS = (".csv", ".parquet")
 LARGEST_ITEMS = 2**31 - 2  # ids are 32-bit
+ROWS_PER_GROUP = 1 << 20  # of a raw log: a row group for each 512 users would be thousands of tiny ones
 
 
 class Synthesis:
@@ -120,12 +121,9 @@ def write_log(
         try:
             kind = pa_csv.CSVWriter if path.suffix == ".csv" else pq.ParquetWriter
             with kind(str(partial), schema) as writer:
-                for index, block in enumerate(made.blocks()):
-                    rows = index * USERS_PER_BLOCK + np.arange(1, len(block.length) + 1)
-                    user = np.repeat(rows, block.length)
-                    columns = [user, block.columns["item"], block.columns["timestamp"]]
-                    writer.write_table(pa.table([pa.array(c) for c in columns], schema=schema))
-                    num_events += len(user)
+                for table in _log_tables(made, schema):
+                    writer.write_table(table)
+                    num_events += table.num_rows
             partial.replace(path)
         finally:
             with contextlib.suppress(FileNotFoundError):
@@ -133,3 +131,17 @@ def write_log(
     except OSError as error:
         raise cannot_write(path, error) from error
     return num_events
+
+
+def _log_tables(made: Synthesis, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The events as rows, about `ROWS_PER_GROUP` at a time."""
+    waiting: list[pa.Table] = []
+    for index, block in enumerate(made.blocks()):
+        rows = index * USERS_PER_BLOCK + np.arange(1, len(block.length) + 1)
+        columns = [np.repeat(rows, block.length), block.columns["item"], block.columns["timestamp"]]
+        waiting.append(pa.table([pa.array(column) for column in columns], schema=schema))
+        if sum(table.num_rows for table in waiting) >= ROWS_PER_GROUP:
+            yield pa.concat_tables(waiting).combine_chunks()
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting).combine_chunks()

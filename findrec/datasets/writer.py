@@ -38,6 +38,9 @@ from findrec.errors import FindRecError
 
 USERS_PER_MEMBER = 512
 SHARD_BYTES = 64 << 20  # a shard is closed once it is larger
+USERS_PER_GROUP = 1 << 20  # of users.parquet
+IDS_AT_ONCE = 1 << 16  # that are hashed
+_PLACES = ("length", "valid_start", "test_start", "shard", "member", "row")  # int64 columns of users.parquet
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class FolderInput:
     recipe: str
     recipe_sha256: str
     split: Split
-    users: pa.Array  # [U] raw ids
+    users: pa.Array | pa.ChunkedArray  # [U] raw ids
     items: pa.Table  # V rows: raw, title, text, category (strings)
     blocks: Iterable[Block]  # at most `USERS_PER_MEMBER` users each
     features: Sequence[FeatureInput] = ()
@@ -125,14 +128,17 @@ class _Tally:
     num_items: int
     train_count: NDArray[np.int64]
     hashers: dict[str, Any] = field(default_factory=dict)
-    columns: dict[str, list[NDArray[np.int64]]] = field(default_factory=dict)
+    longest: int = 0
     train_events: int = 0
     repeats: int = 0
     tied: int = 0
     tied_last: int = 0
+    duplicates: int = 0
 
-    def add(self, block: Block, offset: NDArray[np.int64], split: Split) -> None:
-        """Take in a block whose users start at `offset`; keeps their cuts in `columns`."""
+    def add(
+        self, block: Block, offset: NDArray[np.int64], split: Split
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Take in a block whose users start at `offset`; returns where their validation and test begin."""
         item = block.columns["item"].astype(np.int64)
         timestamp = block.columns["timestamp"].astype(np.int64)
         if len(item) and (item.min() < 1 or item.max() > self.num_items):
@@ -150,24 +156,73 @@ class _Tally:
         sizes = np.bincount(group)
         self.tied += int(sizes[sizes > 1].sum())
         self.tied_last += int((sizes[group[offset[1:] - 1]] > 1).sum())
+        self.duplicates += _repeated(group, item, block.columns.get("event"), sizes[group] > 1)
+        self.longest = max(self.longest, int(block.length.max(initial=0)))
         for name, values in {"length": block.length, **block.columns}.items():
             dtype = DTYPES.get(name, "<i8")
             self.hashers.setdefault(name, hashlib.sha256()).update(values.astype(dtype).tobytes())
-        cuts = {"length": block.length, "valid_start": valid_start, "test_start": test_start}
-        for name, values in cuts.items():
-            self.columns.setdefault(name, []).append(values)
+        return valid_start, test_start
 
-    def digest(self, users: pa.Array, items: pa.Table) -> str:
+    def digest(self, users: pa.Array | pa.ChunkedArray, items: pa.Table) -> str:
         """Hash of the canonical event table, the same however it was cut into blocks."""
-        for name, values in (("users", users), ("items", items["raw"].combine_chunks())):
-            text = "\n".join(str(value) for value in values.to_pylist())
-            self.hashers[name] = hashlib.sha256(text.encode())
+        for name, values in (("users", users), ("items", items["raw"])):
+            self.hashers[name] = hashlib.sha256()
+            for begin in range(0, len(values), IDS_AT_ONCE):
+                some = values.slice(begin, IDS_AT_ONCE).to_pylist()
+                text = "\n".join(str(value) for value in some)
+                self.hashers[name].update(("\n" if begin else "").encode() + text.encode())
         lines = [f"{name} {hasher.hexdigest()}" for name, hasher in sorted(self.hashers.items())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _repeated(
+    group: NDArray[np.int64], item: NDArray[np.int64], event: NDArray[Any] | None, tied: NDArray[np.bool_]
+) -> int:
+    """How many of the `tied` events have the item (and type) of an earlier one of their group."""
+    group, item = group[tied], item[tied]
+    if event is None:
+        key = np.sort(group * (int(item.max(initial=0)) + 1) + item)
+        return int((np.diff(key) == 0).sum())
+    keys = (group, item, event[tied])
+    order = np.lexsort(keys)
+    return int(np.logical_and.reduce([np.diff(key[order]) == 0 for key in keys]).sum())
+
+
+class _UsersTable:
+    """`users.parquet`, written as the users come."""
+
+    def __init__(self, path: Path, raw: pa.Array | pa.ChunkedArray) -> None:
+        columns = [("user", pa.int64()), ("raw", pa.string()), *((name, pa.int64()) for name in _PLACES)]
+        self._writer = pq.ParquetWriter(path, pa.schema(columns))
+        self._raw = raw
+        self._waiting: list[dict[str, NDArray[Any]]] = []
+        self._first = self._rows = 0
+
+    def add(self, places: dict[str, NDArray[Any]]) -> None:
+        """The next users' `_PLACES`."""
+        self._waiting.append(places)
+        self._rows += len(places["row"])
+        if self._rows - self._first >= USERS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        columns = {k: np.concatenate([p[k] for p in self._waiting]).astype(np.int64) for k in _PLACES}
+        raw = self._raw.slice(self._first, self._rows - self._first)
+        user = np.arange(self._first, self._rows)
+        self._writer.write_table(pa.table({"user": user, "raw": raw, **columns}, schema=self._writer.schema))
+        self._first, self._waiting = self._rows, []
+
+    def close(self) -> int:
+        """Write what is waiting and return the number of users."""
+        self._flush()
+        self._writer.close()
+        return self._rows
+
+
 def _write_shards(
-    staging: Path, given: FolderInput, tally: _Tally, shard_bytes: int
+    staging: Path, given: FolderInput, tally: _Tally, table: _UsersTable, shard_bytes: int
 ) -> tuple[list[ShardEntry], dict[str, str]]:
     """Stream the blocks into tars; returns their entries and the dtype of each column."""
     (staging / "shards").mkdir()
@@ -197,17 +252,20 @@ def _write_shards(
             tar = open_for_writing(staging / name)
         offset = np.concatenate([[0], np.cumsum(block.length)]).astype(np.int64)
         columns = {k: v.astype(DTYPES[k]) for k, v in block.columns.items()} | {"offset": offset}
-        tally.add(block, offset, given.split)
+        valid_start, test_start = tally.add(block, offset, given.split)
         append_sample(tar, key, columns)  # keys run on: readers may join equal ones
         dtypes = {k: v.dtype.name for k, v in columns.items()}
         rows = len(block.length)
-        places = {
-            "shard": np.full(rows, len(shards)),
-            "member": np.full(rows, member),
-            "row": np.arange(rows),
-        }
-        for column, values in places.items():
-            tally.columns.setdefault(column, []).append(values)
+        table.add(
+            {
+                "length": block.length,
+                "valid_start": valid_start,
+                "test_start": test_start,
+                "shard": np.full(rows, len(shards)),
+                "member": np.full(rows, member),
+                "row": np.arange(rows),
+            }
+        )
         users, events, member, key = users + rows, events + int(offset[-1]), member + 1, key + 1
         if tar.offset >= shard_bytes:
             close(tar)
@@ -222,14 +280,12 @@ def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYT
     with staged(path) as staging:
         num_items = given.items.num_rows
         tally = _Tally(num_items, np.zeros(num_items + 1, dtype=np.int64))
-        shards, dtypes = _write_shards(staging, given, tally, shard_bytes)
+        table = _UsersTable(staging / "users.parquet", given.users)
+        shards, dtypes = _write_shards(staging, given, tally, table, shard_bytes)
+        num_users = table.close()
         num_events = sum(shard.events for shard in shards)
         if not num_events:
             raise FindRecError(f"{given.recipe}: no events are left to write")
-        users = {k: pa.array(np.concatenate(v).astype(np.int64)) for k, v in tally.columns.items()}
-        length = users["length"].to_numpy()
-        user = pa.array(np.arange(len(length), dtype=np.int64))
-        pq.write_table(pa.table({"user": user, "raw": given.users, **users}), staging / "users.parquet")
         items = given.items.add_column(0, "item", pa.array(np.arange(1, num_items + 1)))
         items = items.append_column("train_count", pa.array(tally.train_count[1:]))
         pq.write_table(items, staging / "items.parquet")
@@ -256,13 +312,14 @@ def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYT
             recipe_sha256=given.recipe_sha256,
             events_sha256=tally.digest(given.users, given.items),
             sources=list(given.sources),
-            num_users=len(length),
+            num_users=num_users,
             num_items=num_items,
             num_events=num_events,
-            longest=int(length.max()),
+            longest=tally.longest,
             repeat_rate=tally.repeats / max(tally.train_events, 1),
             tie_rate=tally.tied / num_events,
-            tied_last_rate=tally.tied_last / len(length),
+            tied_last_rate=tally.tied_last / num_users,
+            duplicates=tally.duplicates,
             split=given.split.model_dump(mode="json", exclude_none=True),
             filtered=dict(given.filtered),
             dtypes=dtypes,

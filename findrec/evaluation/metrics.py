@@ -25,6 +25,7 @@ from findrec.datasets.folder import DataFolder
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 TIE_RULE = "expected rank"
+REPEATS_NOTHING = 0.01  # a repeat rate below it: nobody comes back to an item
 
 
 def _no_lists() -> IntArray:
@@ -95,6 +96,15 @@ def _moment(seconds: int) -> str:
         return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     except (OverflowError, OSError, ValueError):
         return str(seconds)  # not every log counts from 1970
+
+
+def seen_filter(configured: bool | None, folder: DataFolder) -> bool:
+    """Whether the items of a user's history leave the ranking: as configured, else as the data say.
+
+    Where fewer than one training event in a hundred has an item that its user had before, an item met is no
+    answer; where more have, leaving those out would leave out what is asked for.
+    """
+    return folder.manifest.repeat_rate < REPEATS_NOTHING if configured is None else configured
 
 
 def describe_protocol(folder: DataFolder, mask_seen: bool) -> str:

@@ -20,6 +20,7 @@ from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
+from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.report import draw_users, format_table, sample_recommendations, write_report
 from findrec.evaluation.scorers import ModelScorer, Scorer
 from findrec.models.findrec import FindRec
@@ -98,7 +99,7 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
         ks=config.evaluation.ks,
         users_per_block=config.evaluation.users_per_block,
         max_length=config.data.max_length,
-        mask_seen=config.evaluation.mask_seen,
+        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
     )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)
@@ -119,7 +120,7 @@ def rebuild_report(run_folder: Path) -> Path:
         "test",
         users,
         max_length=config.data.max_length,
-        mask_seen=config.evaluation.mask_seen,
+        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
     )
     return write_report(run_folder, folder=folder, samples=samples)
 

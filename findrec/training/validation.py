@@ -10,6 +10,7 @@ from findrec.config import RunConfig
 from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.evaluate import Ranks, rank_split, summarise
+from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.scorers import ModelScorer
 from findrec.progress import say
 from findrec.tables.item_table import ItemTable
@@ -27,6 +28,7 @@ def validate(
 ) -> dict[str, float]:
     """Exact full-catalogue metrics on the validation targets; the same on every rank."""
     tower.model.eval()
+    mask_seen = seen_filter(config.evaluation.mask_seen, folder)
     scorer = ModelScorer(
         tower.model,
         table.weight,
@@ -40,14 +42,12 @@ def validate(
         "valid",
         users_per_block=config.evaluation.users_per_block,
         max_length=config.data.max_length,
-        mask_seen=config.evaluation.mask_seen,
+        mask_seen=mask_seen,
         rank=worker.rank,
         world=worker.world,
     )
     ranks = _gather_ranks(ranks, worker)
-    row = summarise(
-        ranks, folder, "valid", ks=[10], model=config.model.name, mask_seen=config.evaluation.mask_seen
-    )
+    row = summarise(ranks, folder, "valid", ks=[10], model=config.model.name, mask_seen=mask_seen)
     if worker.leads:
         say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")
     return row

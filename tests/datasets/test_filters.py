@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pytest
 
+from findrec.datasets import filters
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import prepare
 from findrec.datasets.recipe import Recipe, parse_recipe
+from findrec.datasets.splits import Split
 from findrec.errors import FindRecError
 
 Event = tuple[int, int, int, int]  # user, item, timestamp, value
@@ -112,9 +115,31 @@ def test_quantiles_become_times_of_the_log(make: Make, capsys: pytest.CaptureFix
     for share, time in zip(split["quantiles"], (split["valid_from"], split["test_from"]), strict=True):
         assert (times < time).mean() <= share < (times <= time).mean() + 1e-9
     assert folder.valid_start.sum() == (times < split["valid_from"]).sum()
-    late = int((folder.valid_start == 0).sum())
+    late, new = int((folder.valid_start == 0).sum()), int((folder.test_start == 0).sum())
     assert late > 0
-    assert f"{late} of {folder.num_users} users have no event before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{late} of {folder.num_users} users have no event before" in said
+    assert f"and {new} of them, with none before the second either, are not evaluated" in said
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7, 1 << 16])
+@pytest.mark.parametrize("shares", [(0.1, 0.5), (0.8, 0.9), (0.001, 0.999)])
+def test_quantiles_are_those_of_the_sorted_times(
+    bins: int, shares: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filters, "TIME_BINS", bins)
+    db = duckdb.connect()
+    rng = np.random.default_rng(0)
+    for count, span in ((1, 5), (2, 1), (10, 3), (1000, 50), (1000, 10**12)):
+        times = rng.integers(-span, span, count)
+        rows = ", ".join(f"({time})" for time in times.tolist())
+        db.execute(f"CREATE OR REPLACE TABLE log AS SELECT * FROM (VALUES {rows}) t(timestamp)")
+        split = filters.resolve_cuts(db, Split(kind="global_temporal", quantiles=shares))
+        disc = [
+            db.execute(f"SELECT quantile_disc(timestamp, {share!r}) FROM log").fetchall()[0][0]
+            for share in shares
+        ]
+        assert [split.valid_from, split.test_from] == disc
 
 
 def test_threshold_then_duplicates(make: Make) -> None:

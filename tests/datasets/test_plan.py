@@ -146,6 +146,84 @@ def test_workers_share_each_step_without_overlap(world: int) -> None:
         share(step, 0, 5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    events=st.lists(st.integers(1, 150), min_size=60, max_size=120),
+    max_length=st.integers(2, 60),
+    overlap=st.floats(0, 0.9),
+    world=st.sampled_from([1, 2, 3, 4, 6]),
+    seed=st.integers(0, 3),
+)
+def test_every_event_is_a_target_once_whatever_the_workers(
+    events: list[int], max_length: int, overlap: float, world: int, seed: int
+) -> None:
+    windows = windows_of([*events, 1, 2, 400], max_length, overlap)
+    plan = plan_epoch(windows, seed=seed, epoch=1, microbatches=12, tokens=400)
+    asked = [
+        (int(windows.user[w]), event)
+        for step in plan.steps
+        for rank in range(world)
+        for _, chosen in share(step, rank, world)
+        for w in chosen
+        for event in range(windows.first_target[w], windows.stop[w])
+    ]
+    users = enumerate([*events, 1, 2, 400])
+    assert sorted(asked) == [(user, event) for user, length in users for event in range(1, length)]
+    assert plan.targets.sum() == len(asked)
+
+
+def shaped(kind: str) -> tuple[Windows, int]:
+    """Windows of a kind of data set, and the tokens of a microbatch."""
+    rng = np.random.default_rng(1)
+    if kind == "short":
+        return of_lengths(np.minimum(rng.geometric(1 / 10, 40_000), 200)), 2048
+    if kind == "long":
+        return of_lengths(np.clip(np.exp(rng.normal(5.8, 1.3, 4000)).astype(int), 1, 500)), 4096
+    return of_lengths(np.full(9000, 37)), 1024
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "equal"])
+@pytest.mark.parametrize("world", [2, 3, 4, 6, 12])
+def test_ranks_have_the_same_work(kind: str, world: int) -> None:
+    windows, tokens = shaped(kind)
+    plan = plan_epoch(windows, seed=0, epoch=0, microbatches=12, tokens=tokens)
+    assert len(plan.steps) >= 12
+    work = np.zeros(world)
+    for step in plan.steps:
+        for rank in range(world):
+            for _, chosen in share(step, rank, world):
+                work[rank] += len(chosen) * windows.inputs[chosen].max()
+    bound = max(0.02, windows.inputs.max() / (tokens * 12 / world))
+    assert work.max() / work.mean() - 1 <= bound
+
+
+@pytest.mark.parametrize("kind", ["short", "long", "equal"])
+def test_any_window_may_come_in_any_step(kind: str) -> None:
+    windows, tokens = shaped(kind)
+    bins, epochs = 10, 4
+    table = np.zeros((bins, bins))
+    for epoch in range(epochs):
+        plan = plan_epoch(windows, seed=5, epoch=epoch, microbatches=12, tokens=tokens)
+        for index, step in enumerate(plan.steps):
+            place = np.concatenate(step) * bins // len(windows)
+            table[index * bins // len(plan.steps)] += np.bincount(place, minlength=bins)
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
+    chi2 = ((table - expected) ** 2 / expected).sum()
+    freedom = (bins - 1) ** 2
+    assert abs(chi2 - freedom) < 5 * np.sqrt(2 * freedom)  # neither lumped nor suspiciously even
+
+
+def test_neighbours_in_the_log_part() -> None:
+    windows, tokens = shaped("equal")
+    plan = plan_epoch(windows, seed=0, epoch=0, microbatches=12, tokens=tokens)
+    part = np.zeros(len(windows), dtype=np.int64)
+    for number, chosen in enumerate(chosen for step in plan.steps for chosen in step):
+        part[chosen] = number
+    together = (np.diff(part) == 0).sum()  # expected: 8,999 pairs over 336 microbatches
+    expected = (len(windows) - 1) / (part.max() + 1)
+    assert abs(together - expected) < 5 * np.sqrt(expected)
+
+
 def test_too_few_windows_are_told() -> None:
     with pytest.raises(FindRecError, match=r"lower training\.microbatches to 7"):
         plan_epoch(of_lengths(np.full(7, 5)), seed=0, epoch=0, microbatches=8, tokens=100)

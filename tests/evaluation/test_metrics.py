@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from findrec.datasets.folder import DataFolder
-from findrec.evaluation.metrics import Ranks, case_metrics, strata, summarise
+from findrec.datasets.memory import write_data_folder
+from findrec.evaluation.metrics import Ranks, case_metrics, seen_filter, strata, summarise
 
 
 def ranks_of(user: list[int], rank: list[float], target: list[int] | None = None) -> Ranks:
@@ -47,6 +49,14 @@ def test_users_weigh_the_same_whatever_their_number_of_targets(folder: DataFolde
     alone = summarise(ranks_of([3], [1]), folder, "test", ks=[10], model="m", mask_seen=True)
     assert alone["ndcg@10_se"] is None
     assert "seen items removed" in alone["protocol"]
+
+
+def test_the_data_decide_whether_seen_items_are_candidates(tmp_path: Path) -> None:
+    often = write_data_folder(tmp_path / "often", [[1, 2, 1, 2, 1, 3]] * 5)
+    never = write_data_folder(tmp_path / "never", [[1, 2, 3, 4, 5, 6]] * 5)
+    assert [seen_filter(None, folder) for folder in (often, never)] == [False, True]
+    for configured in (True, False):
+        assert seen_filter(configured, often) is seen_filter(configured, never) is configured
 
 
 def test_mrr_below_ndcg_below_recall() -> None:

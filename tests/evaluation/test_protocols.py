@@ -56,9 +56,13 @@ def test_the_targets_of_a_period_are_ranked_from_one_history(tmp_path: Path) -> 
     folder = made(tmp_path / "time", TEMPORAL)
     assert folder.valid_start.tolist() == [2, 1, 0]  # user 2 came after the first cut
     assert folder.test_start.tolist() == [4, 3, 2]
-    for split, first, last in (("valid", [2, 1], [4, 3]), ("test", [4, 3], [5, 5])):
+    # Without a history user 2 cannot be validated on; its events of that period are one for the test.
+    for split, able, first, last in (
+        ("valid", [0, 1], [2, 1, 0], [4, 3, 2]),
+        ("test", [0, 1, 2], [4, 3, 2], [5, 5, folder.length[2]]),
+    ):
         part: Part = "valid" if split == "valid" else "test"
-        assert evaluated_users(folder, part).tolist() == draw_users(folder, part, 9).tolist() == [0, 1]
+        assert evaluated_users(folder, part).tolist() == draw_users(folder, part, 9).tolist() == able
         (users,) = evaluation_blocks(folder, part, 8)
         block = UserBlock.read(folder, part, users, 200)
         for b, user in enumerate(users.tolist()):
@@ -67,4 +71,4 @@ def test_the_targets_of_a_period_are_ranked_from_one_history(tmp_path: Path) -> 
             asked = block.cases.target[block.cases.row == b]
             assert asked.tolist() == list(range(first[user] + 1, last[user] + 1))
     rows, _ = evaluate_scorers([Popularity(folder)], folder)
-    assert (rows["test"][0]["users"], rows["test"][0]["cases"]) == (2, 3)
+    assert (rows["test"][0]["users"], rows["test"][0]["cases"]) == (3, 6)
