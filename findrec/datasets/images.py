@@ -94,6 +94,11 @@ def _tar_files(path: Path) -> Iterator[Picture]:
                 name = PurePosixPath(member.name)
                 if member.isreg() and not member.issparse() and name.suffix.lower() in _SUFFIXES:
                     yield Picture(path, name.as_posix(), member.offset_data, member.size, stamp)
+            end = tar.offset
+        with path.open("rb") as stream:  # tarfile takes a file that stops between two members for whole
+            stream.seek(end)
+            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it has no end: it was cut short")
     except tarfile.TarError as error:
         raise FindRecError(
             f"{path} cannot be read as a tar of images: {error}. Give a folder, or a plain tar (images are "
