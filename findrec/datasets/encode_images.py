@@ -28,7 +28,7 @@ from findrec.errors import FindRecError
 from findrec.paths import drop_checkout_from_sys_path
 from findrec.progress import say
 
-BATCH_CPU, BATCH_GPU = 8, 64  # images encoded together; more only make a processor's caches miss
+BATCH_CPU, BATCH_GPU = 4, 64  # images encoded together; more only make a processor's caches miss
 LITE0 = "efficientnet-lite0"
 _LITE0_SIZE = 224
 _LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -176,15 +176,20 @@ class ImageEncoder:
 
 
 def encode_images(
-    pictures: Sequence[Picture | None], encoder: str, *, store: VectorStore | None = None, show: bool = True
+    pictures: Sequence[Picture | None],
+    encoder: str,
+    *,
+    store: VectorStore | None = None,
+    show: bool = True,
+    need_one: bool = True,
 ) -> Encoded:
     """Encode each item's picture; broken ones are counted, named and marked as missing.
 
-    Raises `FindRecError` where the encoder cannot be had or no picture can be read.
+    Raises `FindRecError` where the encoder cannot be had or, with `need_one`, no picture can be read.
     """
     encoded = encode_rows(ImageEncoder(encoder), pictures, store=store, show=show)
     told = [f"{p.name}: {why}" for row, why in encoded.broken if (p := pictures[row]) is not None]
-    if not encoded.present.any():
+    if need_one and not encoded.present.any():
         raise FindRecError(f"no image can be read ({first_few(told) or 'there is none'})")
     if told:
         say(f"images: {len(told):,} are broken and marked as missing ({first_few(told)})")

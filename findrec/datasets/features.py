@@ -123,7 +123,8 @@ def spread(
     if base is not None:
         table[: len(base)] = base.values
         mask[: len(base)] = base.present
-    table[ids[present]] = values[present]
+    if present.any():  # nothing has a width of 0
+        table[ids[present]] = values[present]
     mask[ids[present]] = True
     return table, mask
 

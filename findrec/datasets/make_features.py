@@ -113,12 +113,18 @@ def _inputs(spec: TextFeature | ImageFeature, items: pa.Table, root: Path) -> li
     return list(find_pictures(place_of(spec.path, root), items["raw"].to_pylist(), paths))
 
 
-def _encode(spec: TextFeature | ImageFeature, inputs: list[Any], store: VectorStore) -> Encoded:
+def _encode(
+    spec: TextFeature | ImageFeature, inputs: list[Any], store: VectorStore, before: Before | None
+) -> Encoded:
+    if before is not None and all(given is None for given in inputs):  # nothing to add: no encoder is needed
+        entry = before.entry
+        values, none = np.zeros((len(inputs), entry.dim), np.float16), np.zeros(len(inputs), dtype=bool)
+        return Encoded(values, none, entry.encoder, entry.revision, entry.weights_sha256, [])
     if isinstance(spec, TextFeature):
         return encode_text(inputs, spec.encoder, store=store)
     from findrec.datasets.encode_images import encode_images
 
-    return encode_images(inputs, spec.encoder, store=store)
+    return encode_images(inputs, spec.encoder, store=store, need_one=before is None)
 
 
 def _ready(spec: ReadyFeature, items: pa.Table, root: Path) -> Encoded:
@@ -157,11 +163,7 @@ def make_feature(
         encoded = replace(encoded, values=encoded.values[ids - 1], present=encoded.present[ids - 1])
     else:
         inputs = _inputs(spec, items, root)
-        inputs = [inputs[i - 1] for i in ids]
-        if before is not None and all(given is None for given in inputs):
-            encoded = replace(_nothing(before), present=np.zeros(len(ids), dtype=bool))
-        else:
-            encoded = _encode(spec, inputs, VectorStore(scratch))
+        encoded = _encode(spec, [inputs[i - 1] for i in ids], VectorStore(scratch), before)
     if before is not None and encoded.weights_sha256 != before.entry.weights_sha256:
         raise _other_encoder(before, f"{encoded.encoder} of other weights")
     values, present = spread(
@@ -176,12 +178,6 @@ def make_feature(
         modality, values, present, encoded.encoder, encoded.weights_sha256, encoded.revision
     )
     return Made(feature, sources)
-
-
-def _nothing(before: Before) -> Encoded:
-    entry = before.entry
-    values = np.zeros((0, entry.dim), dtype=np.float16)
-    return Encoded(values, np.zeros(0, dtype=bool), entry.encoder, entry.revision, entry.weights_sha256, [])
 
 
 def _other_encoder(before: Before, now: str) -> FindRecError:

@@ -95,7 +95,7 @@ def test_altered_weights_are_refused_before_they_are_read(
 
 @pytest.mark.parametrize("name", ["resnet50", "torch:resnet50", "open_clip:ViT-B-32", ""])
 def test_unknown_encoders_are_told(name: str) -> None:
-    with pytest.raises(FindRecError, match="no image encoder .*torchvision:NAME"):
+    with pytest.raises(FindRecError, match=r"no image encoder .*torchvision:NAME"):
         ImageEncoder(name)
 
 
@@ -123,7 +123,9 @@ class Small(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(12, 5))
-        self.classifier = nn.Sequential(nn.Dropout(), nn.Linear(5, num_classes) if num_classes else nn.Identity())
+        self.classifier = nn.Sequential(
+            nn.Dropout(), nn.Linear(5, num_classes) if num_classes else nn.Identity()
+        )
         self.pretrained_cfg = {"hf_hub_id": "someone/small", "tag": "v2"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +156,8 @@ class Weights:
 
 def stand_ins() -> dict[str, Any]:
     models = SimpleNamespace(
-        get_model_weights=lambda name: SimpleNamespace(DEFAULT=Weights()), get_model=lambda name, weights: Small()
+        get_model_weights=lambda name: SimpleNamespace(DEFAULT=Weights()),
+        get_model=lambda name, weights: Small(),
     )
     data = SimpleNamespace(
         resolve_model_data_config=lambda network: {"size": 8},

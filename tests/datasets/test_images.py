@@ -28,7 +28,9 @@ def png_that_claims(width: int, height: int) -> bytes:
     """A PNG with a header only: no pixel is there."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
-    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -67,7 +69,10 @@ def test_a_large_jpeg_is_decoded_smaller_but_not_too_small() -> None:
         (b"", "none of JPEG"),
         (b"<html>not found</html>", "none of JPEG"),
         (picture()[:400], "truncated|Truncated"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n", "none of JPEG"),  # would start a program
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\n",
+            "none of JPEG",
+        ),  # would start a program
         (png_that_claims(8000, 8000), "8000 x 8000 pixels, the limit"),
         (png_that_claims(100_000, 100_000), "[Bb]omb"),
         (png_that_claims(50, 50), "Error"),
@@ -111,7 +116,15 @@ def test_items_find_the_files_of_their_names(
 @pytest.mark.parametrize("as_tar", [False, True])
 def test_paths_stay_inside_the_place(as_tar: bool, shop: Path) -> None:
     secret = str(shop.parent / "secret.jpg")
-    paths = ["b/2.PNG", "./1.jpg", "../secret.jpg", secret, None, "https://x.org/a/1.jpg?size=9", "b/none.jpg"]
+    paths = [
+        "b/2.PNG",
+        "./1.jpg",
+        "../secret.jpg",
+        secret,
+        None,
+        "https://x.org/a/1.jpg?size=9",
+        "b/none.jpg",
+    ]
     found = find_pictures(packed(shop) if as_tar else shop, list("abcdefg"), paths)
     names = [one.name if one else None for one in found]
     assert names == ["b/2.PNG", "1.jpg", None, None, None, "1.jpg", None]
@@ -121,7 +134,11 @@ def test_a_tar_gives_plain_files_only(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(picture())
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.add(tmp_path / "1.jpg", "1.jpg")
-        for name, kind in (("2.jpg", tarfile.SYMTYPE), ("3.jpg", tarfile.LNKTYPE), ("4.jpg", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("2.jpg", tarfile.SYMTYPE),
+            ("3.jpg", tarfile.LNKTYPE),
+            ("4.jpg", tarfile.FIFOTYPE),
+        ):
             entry = tarfile.TarInfo(name)
             entry.type, entry.linkname = kind, "1.jpg"
             tar.addfile(entry)
