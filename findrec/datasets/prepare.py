@@ -10,15 +10,13 @@ import shutil
 from pathlib import Path
 
 import duckdb
-import numpy as np
 
 from findrec.config import DataConfig
-from findrec.datasets.encode import encode_text
 from findrec.datasets.engine import Limits, Stopwatch
 from findrec.datasets.eventlog import EventLog
-from findrec.datasets.features import FeatureInput
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.make_features import add_feature, feature_sources, is_there, make_feature, scratch_of
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe, load_recipe
 from findrec.datasets.remote import is_remote
@@ -28,7 +26,7 @@ from findrec.paths import resolve
 from findrec.progress import format_seconds, say
 
 TOLD_TIE_RATE = 0.05  # above it `prepare` says that the order inside ties is the source's
-_OURS = {MANIFEST_NAME, "items.parquet", "users.parquet", "shards", "features"}
+_OURS = {MANIFEST_NAME, f".{MANIFEST_NAME}.part", "items.parquet", "users.parquet", "shards", "features"}
 
 
 def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
@@ -43,7 +41,26 @@ def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
             for path in sorted(root.glob(file.member)) if file.member else [root]:
                 if path.is_file() and sha256_file(path) not in told:
                     return path
+    for name, spec in recipe.features.wanted().items():
+        places = {
+            entry.place: entry.sha256 for entry in manifest.sources if entry.source == f"features.{name}"
+        }
+        for entry in feature_sources(name, spec, recipe.folder) if is_there(spec, recipe.folder) else []:
+            if places.get(entry.place, entry.sha256) != entry.sha256:
+                return Path(entry.place)
     return None
+
+
+def _with_optional(recipe: Recipe, data: DataFolder) -> DataFolder:
+    """The folder with those optional features whose files have come since it was made."""
+    for name, spec in recipe.features.wanted().items():
+        if name not in data.modalities and is_there(spec, recipe.folder):
+            scratch = scratch_of(data.path)
+            data = add_feature(
+                data.path, make_feature(name, spec, data.items, recipe.folder, scratch=scratch)
+            )
+            shutil.rmtree(scratch, ignore_errors=True)
+    return data
 
 
 def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | None:
@@ -62,7 +79,7 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
         )
     if (changed := _changed_source(recipe, manifest)) is not None:
         raise FindRecError(f"{changed} has changed since {folder} was made. {how_to_mend(recipe.name)}")
-    return DataFolder.open(folder)
+    return _with_optional(recipe, DataFolder.open(folder))
 
 
 def refuse_strange(folder: Path) -> None:
@@ -152,20 +169,12 @@ def _make(
         with watch.stage("items"):
             items = log.items()
         say(f"{len(log.length):,} users, {items.num_rows:,} items, {int(log.length.sum()):,} events")
-        features = []
-        if recipe.features.text is not None:
-            with watch.stage("encode"):
-                encoded = encode_text(items["text"].to_pylist(), recipe.features.text.encoder)
-            values = np.concatenate([np.zeros_like(encoded.values[:1]), encoded.values])
-            features.append(
-                FeatureInput(
-                    modality="text",
-                    values=values,
-                    present=np.concatenate([[False], encoded.present]),
-                    encoder=recipe.features.text.encoder,
-                    weights_sha256=encoded.weights_sha256,
-                )
-            )
+        with watch.stage("features"):
+            made = [
+                make_feature(name, spec, items, recipe.folder, scratch=scratch_of(folder))
+                for name, spec in recipe.features.wanted().items()
+                if is_there(spec, recipe.folder)
+            ]
         with watch.stage("write"):
             manifest = write_folder(
                 folder,
@@ -177,11 +186,13 @@ def _make(
                     users=log.users(),
                     items=items,
                     blocks=log.blocks(),
-                    features=features,
-                    sources=[entry for one in fetched for entry in one.entries],
+                    features=[one.feature for one in made],
+                    sources=[e for one in fetched for e in one.entries]
+                    + [e for one in made for e in one.entries],
                     event_types=log.event_types(),
                 ),
             )
+        shutil.rmtree(scratch_of(folder), ignore_errors=True)  # its vectors are in the folder now
         if manifest.duplicates and recipe.duplicates == "keep":
             say(
                 f"{recipe.name}: {manifest.duplicates:,} of {manifest.num_events:,} events repeat another's "

