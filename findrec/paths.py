@@ -12,6 +12,8 @@ import importlib.metadata
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -88,3 +90,16 @@ def drop_checkout_from_sys_path() -> None:
     if checkout() is None:
         return
     sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or os.getcwd()) != root]
+
+
+@contextmanager
+def checkout_hidden() -> Iterator[None]:
+    """`drop_checkout_from_sys_path` for a while: a process spawned later takes over `sys.path`, and would not
+    find an editable install of FindRec itself.
+    """
+    before = list(sys.path)
+    drop_checkout_from_sys_path()
+    try:
+        yield
+    finally:
+        sys.path[:] = before

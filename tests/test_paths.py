@@ -94,6 +94,13 @@ def test_checkout_does_not_shadow_hugging_face_datasets() -> None:
     assert ours == f"ours {ROOT / 'findrec' / 'datasets' / 'batch.py'}"
 
 
+def test_a_hidden_checkout_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT), "/elsewhere"])
+    with paths.checkout_hidden():
+        assert sys.path == ["/elsewhere"]
+    assert sys.path == [str(ROOT), "/elsewhere"]
+
+
 def test_entry_points_drop_the_checkout_before_anything_heavy(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "findrec.cli", "version"],

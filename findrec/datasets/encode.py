@@ -22,7 +22,7 @@ from findrec.datasets.fetch import FetchError, cache_folder, downloaded_package,
 from findrec.datasets.manifest import sha256_file
 from findrec.datasets.vector_store import VectorStore
 from findrec.errors import FindRecError
-from findrec.paths import drop_checkout_from_sys_path
+from findrec.paths import checkout_hidden
 from findrec.progress import say
 
 BATCH = 64  # texts encoded together
@@ -88,9 +88,9 @@ def _commit(model: Any) -> str:
 
 def _load(encoder: str) -> tuple[Any, str, str]:
     """The sentence-transformers model, its revision and the sha256 of its weights."""
-    drop_checkout_from_sys_path()  # sentence-transformers looks for a package called `datasets`
-    from sentence_transformers import SentenceTransformer
-    from transformers.utils import logging
+    with checkout_hidden():  # sentence-transformers looks for a package called `datasets`
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     packaged = _PACKAGED.get(encoder.removeprefix("sentence-transformers/"))

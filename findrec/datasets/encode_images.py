@@ -25,7 +25,7 @@ from findrec.datasets.images import Picture, decode
 from findrec.datasets.manifest import sha256_file
 from findrec.datasets.vector_store import VectorStore
 from findrec.errors import FindRecError
-from findrec.paths import drop_checkout_from_sys_path
+from findrec.paths import checkout_hidden
 from findrec.progress import say
 
 BATCH_CPU, BATCH_GPU = 4, 64  # images encoded together; more only make a processor's caches miss
@@ -48,9 +48,9 @@ class _Network:
 
 def _library(name: str, install: str) -> Any:
     """An optional package; `FindRecError` says how to install it."""
-    drop_checkout_from_sys_path()
     try:
-        return importlib.import_module(name)
+        with checkout_hidden():
+            return importlib.import_module(name)
     except ImportError as error:
         raise FindRecError(
             f"this image encoder needs the package {name} ({error}). Install it: pip install {install}"
