@@ -46,6 +46,9 @@ def prepare(
     recipe: Annotated[str, typer.Argument(help="Name or path of a recipe, e.g. ml-100k.")],
     folder: Annotated[str | None, typer.Option(help="Where to write; default: data/<recipe name>.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Make it anew even if it is there.")] = False,
+    grow: Annotated[
+        str | None, typer.Option(help="An earlier data folder: its items keep their ids, new ones follow.")
+    ] = None,
 ) -> None:
     """Fetch a data set and write its data folder; returns at once when it is there already."""
     from findrec.config import DataConfig
@@ -55,7 +58,11 @@ def prepare(
 
     loaded = load_recipe(recipe)
     target = data_folder_of(DataConfig(recipe=recipe, folder=folder))  # where a run looks for it
-    make(loaded, target, force=force)
+    parent = None
+    if grow is not None:
+        given = Path(grow).expanduser()
+        parent = given.resolve() if given.is_dir() else resolve(grow)
+    make(loaded, target, force=force, grow=parent)
     typer.echo(f"ready: {target}")
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 from findrec.datasets.fetch import Fetched
 from findrec.datasets.filters import apply_filters
 from findrec.datasets.formats import SourceTables, literals
+from findrec.datasets.growing import Parent, renumber_items, take_over
 from findrec.datasets.recipe import PLACEHOLDER, Recipe
 from findrec.datasets.writer import USERS_PER_MEMBER, Block
 from findrec.errors import FindRecError
@@ -25,19 +26,28 @@ from findrec.progress import progress
 _NEEDED = ("user", "item", "timestamp")
 _EXTRAS = ("event", "value")
 _ABOUT = ("raw", "title", "text", "category")
-_MORE_ABOUT = ("category", "image")
+_MORE_ABOUT = ("category", "image", "available_from")
 
 
 class EventLog:
     """The tables `users`, `items` and `events` of a recipe's fetched files; `scratch` is a folder to work in.
 
     `length` `[U]` holds each user's events, `split` the recipe's split with its cut times, `filtered` what
-    each filter left out (`findrec.datasets.filters`). Raises `FindRecError` where the recipe's SQL fails or
-    gives the wrong columns.
+    each filter left out (`findrec.datasets.filters`). With a `parent` its items and types of events keep
+    their ids (`findrec.datasets.growing`). Raises `FindRecError` where the recipe's SQL fails or gives the
+    wrong columns.
     """
 
-    def __init__(self, recipe: Recipe, fetched: list[Fetched], scratch: Path, limit: int | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        fetched: list[Fetched],
+        scratch: Path,
+        limit: int | None,
+        parent: Parent | None = None,
+    ) -> None:
         self._recipe = recipe
+        self._parent = parent
         self._sql = {"events": recipe.events, "items": recipe.items}
         for one in fetched:
             self._sql = {k: getattr(one.place, k) or v for k, v in self._sql.items()}
@@ -106,13 +116,12 @@ class EventLog:
         recipe, db = self._recipe, self._db
         kinds = self._columns("events", _NEEDED, _EXTRAS)
         self.extras = [name for name in _EXTRAS if name in kinds]
-        is_date = kinds["timestamp"].upper().startswith(("TIMESTAMP", "DATE"))
-        seconds = "epoch(raw.timestamp)" if is_date else "raw.timestamp"
+        seconds = _seconds("raw.timestamp", kinds["timestamp"])
         extras = "".join(f", raw.{name} AS {name}" for name in self.extras)
         self._run(
             "events",
             'CREATE TABLE log AS SELECT row_number() OVER () AS row, raw."user" AS raw_user, '
-            f"raw.item AS raw_item, CAST({seconds} AS BIGINT) AS timestamp {extras} "
+            f"raw.item AS raw_item, {seconds} AS timestamp {extras} "
             f"FROM ({self._fill('events')}) AS raw",
         )
         empty = self._value(
@@ -134,14 +143,21 @@ class EventLog:
         if limit is not None:
             db.execute(f"DELETE FROM users WHERE u >= {int(limit)}")
         db.execute(
-            "CREATE TABLE items AS SELECT row_number() OVER (ORDER BY raw_item) AS item, raw_item "
+            "CREATE TABLE items AS SELECT row_number() OVER (ORDER BY raw_item) AS item, raw_item, "
+            "CAST(raw_item AS VARCHAR) AS raw "
             "FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))"
         )
+        if self._parent is not None:
+            renumber_items(db, self._parent)
         columns, join = "", ""
         if "event" in self.extras:
+            old = [] if self._parent is None else self._parent.event_types
             db.execute(
-                "CREATE TABLE event_types AS SELECT row_number() OVER (ORDER BY event) - 1 AS code, event "
-                "FROM (SELECT DISTINCT CAST(event AS VARCHAR) AS event FROM log WHERE event IS NOT NULL)"
+                "CREATE TABLE event_types AS SELECT row_number() OVER "
+                "(ORDER BY list_position($old, event) NULLS LAST, event) - 1 AS code, event "
+                "FROM (SELECT CAST(event AS VARCHAR) AS event FROM log WHERE event IS NOT NULL "
+                "UNION SELECT unnest($old))",
+                {"old": old},
             )
             columns += ", coalesce(e.code, -1) AS event"
             join = "LEFT JOIN event_types e ON e.event = CAST(log.event AS VARCHAR)"
@@ -184,19 +200,21 @@ class EventLog:
         return [row[0] for row in self._db.execute("SELECT event FROM event_types ORDER BY code").fetchall()]
 
     def items(self) -> pa.Table:
-        """raw, title, text, category (and image where the SQL gives it) in id order; items that the items SQL
-        does not know have no text.
+        """raw, title, text, category (and image, available_from where the SQL gives them) in id order; items
+        that the items SQL does not know have no text. With a parent also `gone`.
         """
-        about = list(_ABOUT)
-        if not self._sql["items"].strip():
-            query = "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL, NULL, NULL FROM items ORDER BY item"
-        else:
-            names = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
-            about += ["image"] if "image" in names else []
-            columns = [f"CAST({n if n in names else 'NULL'} AS VARCHAR) AS {n}" for n in about[1:]]
+        about = dict.fromkeys(_ABOUT[1:], "NULL")
+        described, join = "false", ""
+        if self._sql["items"].strip():
+            kinds = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
+            about |= {name: f"a.{name}" for name in (*_ABOUT[1:], *_MORE_ABOUT) if name in kinds}
+            cast = [f"CAST({name} AS VARCHAR) AS {name}" for name in kinds if name in _ABOUT]
+            cast += ["CAST(image AS VARCHAR) AS image"] if "image" in kinds else []
+            if (kind := kinds.get("available_from")) is not None:
+                cast.append(f"{_seconds('available_from', kind)} AS available_from")
             self._run(
                 "items",
-                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(columns)} "
+                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(cast)} "
                 f"FROM ({self._fill('items')})",
             )
             twice = self._db.execute(
@@ -207,12 +225,21 @@ class EventLog:
                     f"recipe {self._recipe.name}: the items SQL gives some items more than once "
                     f"(e.g. {', '.join(str(row[0]) for row in twice)})"
                 )
-            query = (
-                f"SELECT CAST(i.raw_item AS VARCHAR), {', '.join(about[1:])} FROM items i "
-                "LEFT JOIN about a ON a.raw = CAST(i.raw_item AS VARCHAR) ORDER BY i.item"
-            )
-        rows = list(zip(*self._db.execute(query).fetchall(), strict=True))
-        return pa.table({k: pa.array(c, pa.string()) for k, c in zip(about, rows, strict=True)})
+            described, join = "a.raw IS NOT NULL", "LEFT JOIN about a ON a.raw = i.raw"
+        columns = {"raw": "i.raw"} | about
+        if self._parent is not None:
+            columns |= {"met": "i.raw_item IS NOT NULL", "described": described}
+        rows = self._db.execute(
+            f"SELECT {', '.join(columns.values())} FROM items i {join} ORDER BY i.item"
+        ).fetchall()
+        types = {"available_from": pa.int64(), "met": pa.bool_(), "described": pa.bool_()}
+        items = pa.table(
+            {
+                name: pa.array(values, types.get(name, pa.string()))
+                for name, values in zip(columns, zip(*rows, strict=True), strict=True)
+            }
+        )
+        return items if self._parent is None else take_over(self._parent, items)
 
     def blocks(self) -> Iterator[Block]:
         """The events in final order, `USERS_PER_MEMBER` users at a time."""
@@ -226,3 +253,9 @@ class EventLog:
                 ).fetchnumpy()
                 yield Block({name: np.asarray(columns[name]) for name in names}, length)
                 bar.advance(len(length))
+
+
+def _seconds(column: str, kind: str) -> str:
+    """SQL for a column of dates, times or seconds as whole seconds since 1970."""
+    is_date = kind.upper().startswith(("TIMESTAMP", "DATE"))
+    return f"CAST({f'epoch({column})' if is_date else column} AS BIGINT)"

@@ -88,6 +88,11 @@ class FeatureTable:
         return int(self._values.shape[0])
 
     @property
+    def values(self) -> NDArray[np.float16]:
+        """`[V+1, D]` the stored rows, mapped: only what is indexed is read."""
+        return self._values
+
+    @property
     def present(self) -> NDArray[np.bool_]:
         """`[V+1]` which items have this modality."""
         return self._present

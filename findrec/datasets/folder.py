@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -17,6 +18,8 @@ from findrec.datasets.manifest import Manifest, how_to_mend, read_manifest, sha2
 from findrec.datasets.shards import ShardReader
 from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError, suggest
+
+ALWAYS, NEVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # times before and after all others
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class DataFolder:
 
     @cached_property
     def items(self) -> pa.Table:
-        """V rows in id order: item, raw, title, text, category, train_count."""
+        """V rows in id order: item, raw, title, text, category, available_from, train_count; image and gone
+        where they are known.
+        """
         return pq.read_table(self.path / "items.parquet")
 
     @cached_property
@@ -96,6 +101,27 @@ class DataFolder:
         """`[V+1]` occurrences of each item in training events; 0 for padding."""
         counts = pq.read_table(self.path / "items.parquet", columns=["train_count"]).column(0)
         return np.concatenate([[0], counts.to_numpy()]).astype(np.int64)
+
+    @cached_property
+    def available_from(self) -> Int64Array:
+        """`[V+1]` the time (s) from which each item may be recommended, `ALWAYS` where none is known.
+
+        That is the time the recipe gives, or of the item's first event where that is earlier.
+        """
+        if "available_from" in self.items.column_names:
+            times = pc.fill_null(self.items["available_from"], ALWAYS).to_numpy()
+            return np.concatenate([[ALWAYS], times]).astype(np.int64)
+        first = np.full(self.num_items + 1, NEVER)  # made before folders kept it
+        for block in self.blocks():
+            np.minimum.at(first, block.item, block.timestamp)
+        return np.where(first == NEVER, ALWAYS, first)
+
+    @cached_property
+    def gone(self) -> NDArray[np.bool_]:
+        """`[V+1]` items that a grown folder keeps for their ids only: never candidates."""
+        if "gone" not in self.items.column_names:
+            return np.zeros(self.num_items + 1, dtype=bool)
+        return np.concatenate([[False], self.items["gone"].to_numpy()]).astype(bool)
 
     @cached_property
     def user_ids(self) -> list[str]:

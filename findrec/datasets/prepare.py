@@ -18,6 +18,7 @@ from findrec.datasets.eventlog import EventLog
 from findrec.datasets.features import FeatureInput
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.growing import Parent, carried_over, grown_text
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe, load_recipe
 from findrec.datasets.writer import FolderInput, beside, cannot_write, write_folder
@@ -44,7 +45,9 @@ def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
     return None
 
 
-def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | None:
+def _existing(
+    recipe: Recipe, folder: Path, recipe_sha256: str, parent: Parent | None = None
+) -> DataFolder | None:
     """The folder if it holds this very recipe; `FindRecError` if it holds something else or is damaged."""
     if not folder.exists():
         return None
@@ -53,13 +56,24 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
     if not any(folder.iterdir()):
         return None
     manifest = read_manifest(folder)
+    if parent is not None and parent.folder.path.resolve() == folder.resolve():  # grown in place
+        same = manifest.recipe_sha256 == recipe_sha256 and _changed_source(recipe, manifest) is None
+        return parent.folder if same else None
+    if parent is not None and manifest.parent != parent.entry:
+        raise FindRecError(
+            f"{folder} was not grown from {parent.folder.path} as it is now. Give another folder, or replace "
+            "it with --force"
+        )
     if manifest.recipe_sha256 != recipe_sha256:
         raise FindRecError(
             f"{folder} was made from another recipe, or another version of {manifest.recipe!r} (or other "
             f"options). {how_to_mend(recipe.name)}, or give another folder"
         )
     if (changed := _changed_source(recipe, manifest)) is not None:
-        raise FindRecError(f"{changed} has changed since {folder} was made. {how_to_mend(recipe.name)}")
+        raise FindRecError(
+            f"{changed} has changed since {folder} was made. {how_to_mend(recipe.name)}, or keep its item "
+            f"ids with: findrec prepare {recipe.name} --grow {folder}"
+        )
     return DataFolder.open(folder)
 
 
@@ -74,17 +88,26 @@ def refuse_strange(folder: Path) -> None:
 
 
 def prepare(
-    recipe: Recipe, folder: Path, *, force: bool = False, limit_users: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    force: bool = False,
+    limit_users: int | None = None,
+    grow: Path | None = None,
 ) -> DataFolder:
     """Make the data folder of a recipe, or open it if it is there already.
 
     `limit_users` keeps the first users only (and the items that they used), for trying a recipe out. With
     `force` a folder of ours is made anew; a folder with anything else in it is never touched. Nothing is at
     `folder` until all of it is complete.
+
+    With `grow`, an earlier data folder of this recipe (which may be `folder` itself), its items keep their
+    ids and features and new ones come after them (`findrec.datasets.growing`).
     """
     folder = Path(folder)
     recipe_sha256 = recipe.sha256(limit_users)
-    if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
+    parent = None if grow is None else Parent.open(Path(grow), recipe)
+    if not force and (ready := _existing(recipe, folder, recipe_sha256, parent)) is not None:
         return ready
     refuse_strange(folder)
     try:
@@ -94,7 +117,7 @@ def prepare(
     except OSError as error:
         raise cannot_write(folder, error) from error
     try:
-        _make(recipe, folder, scratch, recipe_sha256, limit_users)
+        _make(recipe, folder, scratch, recipe_sha256, limit_users, parent)
     except duckdb.IOException as error:
         raise FindRecError(f"cannot work on {recipe.name} in {scratch.parent}: {error}") from error
     finally:
@@ -108,15 +131,24 @@ def prepare(
     return made
 
 
-def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit: int | None) -> None:
+def _make(
+    recipe: Recipe,
+    folder: Path,
+    scratch: Path,
+    recipe_sha256: str,
+    limit: int | None,
+    parent: Parent | None,
+) -> None:
     say(f"prepare {recipe.name} ({recipe.title}) in {folder}")
     fetched = [fetch_source(name, places, recipe.folder) for name, places in recipe.sources.items()]
-    log = EventLog(recipe, fetched, scratch, limit)
+    log = EventLog(recipe, fetched, scratch, limit, parent)
     try:
         items = log.items()
         say(f"{len(log.length):,} users, {items.num_rows:,} items, {int(log.length.sum()):,} events")
         features = []
-        if recipe.features.text is not None:
+        if recipe.features.text is not None and parent is not None:
+            features.append(grown_text(parent, items, recipe.features.text.encoder))
+        elif recipe.features.text is not None:
             encoded = encode_text(items["text"].to_pylist(), recipe.features.text.encoder)
             values = np.concatenate([np.zeros_like(encoded.values[:1]), encoded.values])
             features.append(
@@ -128,6 +160,8 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                     weights_sha256=encoded.weights_sha256,
                 )
             )
+        if parent is not None:
+            features += carried_over(parent, items.num_rows, {feature.modality for feature in features})
         manifest = write_folder(
             folder,
             FolderInput(
@@ -141,6 +175,7 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
                 features=features,
                 sources=[entry for one in fetched for entry in one.entries],
                 event_types=log.event_types(),
+                parent=None if parent is None else parent.entry,
             ),
         )
         if recipe.ties == "row" and recipe.split.unit == "event" and manifest.tie_rate > TOLD_TIE_RATE:
