@@ -161,6 +161,8 @@ class EvaluationConfig(Section):
     ks: list[int] = [5, 10, 20, 50]
     users_per_block: int = Field(256, ge=1)
     mask_seen: bool = False  # take met items out of the ranking; leave off where items come again
+    # What competes for a target: all items, or those available at its time (items.parquet, available_from).
+    candidates: Literal["all", "available"] = "all"
     baselines: list[str] = ["popularity", "cooccurrence", "own_frequent", "sasrec"]
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
 

@@ -108,9 +108,8 @@ class DataFolder:
 
         That is the time the recipe gives, or of the item's first event where that is earlier.
         """
-        if "available_from" in self.items.column_names:
-            times = pc.fill_null(self.items["available_from"], ALWAYS).to_numpy()
-            return np.concatenate([[ALWAYS], times]).astype(np.int64)
+        if (times := self._of_items("available_from")) is not None:
+            return np.concatenate([[ALWAYS], pc.fill_null(times, ALWAYS).to_numpy()]).astype(np.int64)
         first = np.full(self.num_items + 1, NEVER)  # made before folders kept it
         for block in self.blocks():
             np.minimum.at(first, block.item, block.timestamp)
@@ -119,9 +118,15 @@ class DataFolder:
     @cached_property
     def gone(self) -> NDArray[np.bool_]:
         """`[V+1]` items that a grown folder keeps for their ids only: never candidates."""
-        if "gone" not in self.items.column_names:
+        if (gone := self._of_items("gone")) is None:
             return np.zeros(self.num_items + 1, dtype=bool)
-        return np.concatenate([[False], self.items["gone"].to_numpy()]).astype(bool)
+        return np.concatenate([[False], gone.to_numpy()]).astype(bool)
+
+    def _of_items(self, column: str) -> pa.ChunkedArray | None:
+        """One column of `items.parquet` without the others, None where it has no such column."""
+        path = self.path / "items.parquet"
+        there = column in pq.read_schema(path).names
+        return pq.read_table(path, columns=[column]).column(0) if there else None
 
     @cached_property
     def user_ids(self) -> list[str]:

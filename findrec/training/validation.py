@@ -41,12 +41,17 @@ def validate(
         users_per_block=config.evaluation.users_per_block,
         max_length=config.data.max_length,
         mask_seen=config.evaluation.mask_seen,
+        candidates=config.evaluation.candidates,
         rank=worker.rank,
         world=worker.world,
     )
     ranks = _gather_ranks(ranks, worker)
     row = summarise(
-        ranks, folder, "valid", ks=[10], model=config.model.name, mask_seen=config.evaluation.mask_seen
+        *(ranks, folder, "valid"),
+        ks=[10],
+        model=config.model.name,
+        mask_seen=config.evaluation.mask_seen,
+        candidates=config.evaluation.candidates,
     )
     if worker.leads:
         say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")
