@@ -137,6 +137,9 @@ class TrainingConfig(Section):
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
     seed: int = 0
+    # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
+    # items are taken over, the optimizer and its schedule start anew.
+    warm_start: str | None = None
     objective: Literal["all", "last"] = "all"  # every position a target, or one sample for each prefix
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()

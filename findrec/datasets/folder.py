@@ -108,7 +108,7 @@ class DataFolder:
 
         That is the time the recipe gives, or of the item's first event where that is earlier.
         """
-        if (times := self._of_items("available_from")) is not None:
+        if (times := self.item_column("available_from")) is not None:
             return np.concatenate([[ALWAYS], pc.fill_null(times, ALWAYS).to_numpy()]).astype(np.int64)
         first = np.full(self.num_items + 1, NEVER)  # made before folders kept it
         for block in self.blocks():
@@ -118,11 +118,11 @@ class DataFolder:
     @cached_property
     def gone(self) -> NDArray[np.bool_]:
         """`[V+1]` items that a grown folder keeps for their ids only: never candidates."""
-        if (gone := self._of_items("gone")) is None:
+        if (gone := self.item_column("gone")) is None:
             return np.zeros(self.num_items + 1, dtype=bool)
         return np.concatenate([[False], gone.to_numpy()]).astype(bool)
 
-    def _of_items(self, column: str) -> pa.ChunkedArray | None:
+    def item_column(self, column: str) -> pa.ChunkedArray | None:
         """One column of `items.parquet` without the others, None where it has no such column."""
         path = self.path / "items.parquet"
         there = column in pq.read_schema(path).names

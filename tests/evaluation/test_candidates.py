@@ -151,17 +151,17 @@ def test_blocks_and_workers_change_no_digit(folder: DataFolder) -> None:
 
 
 def test_rows_say_what_competed(folder: DataFolder) -> None:
-    popularity = make_baseline("popularity", folder)
-    rows, ranks = evaluate_scorers([popularity], folder, candidates="available", ks=[5])
+    knn = make_baseline("text_knn", folder)
+    rows, ranks = evaluate_scorers([knn], folder, candidates="available", ks=[5])
     row = rows["test"][0]
     assert "the items available at the target's time, out of the full catalogue (28 items" in row["protocol"]
     assert "2 gone ones left out" in describe_protocol(folder, False)
     assert (row["candidates"], row["items"]) == ("available", 28)
-    found = ranks["popularity", "test"]
+    found = ranks["text_knn", "test"]
     sizes = candidate_counts(folder, "test", np.unique(found.user), "available")
     assert isinstance(sizes, np.ndarray)
     assert (found.rank <= sizes).all()
-    whole, _ = evaluate_scorers([popularity], folder, ks=[5])
+    whole, _ = evaluate_scorers([knn], folder, ks=[5])
     assert whole["test"][0]["candidates"] == "all"
     assert whole["test"][0]["mean_rank"] > row["mean_rank"]
     means = np.array(
