@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from findrec import __version__
-from findrec.errors import FindRecError, suggest
-from findrec.paths import drop_checkout_from_sys_path, resolve
+from findrec.errors import FindRecError
+from findrec.paths import drop_checkout_from_sys_path, find_run, resolve
 
 app = typer.Typer(
     help="Train and evaluate multimodal recommenders on very long histories.",
@@ -24,21 +24,6 @@ app = typer.Typer(
 )
 
 RUN_HELP = "A run folder, or the name of one below runs/."
-
-
-def find_run(name: str) -> Path:
-    """The run folder a user means, a path or a name below `runs/`; FindRecError lists the known ones."""
-    candidates = [Path(name).expanduser().resolve(), resolve(name), resolve("runs") / name]
-    for candidate in candidates:
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    runs = resolve("runs")
-    known = sorted(p.parent.name for p in runs.glob("*/config.yaml"))
-    raise FindRecError(
-        f"no run called {name!r}: there is no config.yaml in {candidates[0]} or {candidates[-1]}"
-        f"{suggest(name, known)} (runs there: {', '.join(known) or 'none'}). "
-        "A run folder is made by `findrec train CONFIG`."
-    )
 
 
 @app.command()
@@ -54,6 +39,9 @@ def prepare(
         Path | None,
         typer.Option(help="Folder for temporary files; default: FINDREC_SCRATCH, or beside the data folder."),
     ] = None,
+    grow: Annotated[
+        str | None, typer.Option(help="An earlier data folder: its items keep their ids, new ones follow.")
+    ] = None,
 ) -> None:
     """Fetch a data set and write its data folder; returns at once when it is there already."""
     from findrec.config import DataConfig
@@ -64,7 +52,11 @@ def prepare(
 
     loaded = load_recipe(recipe)
     target = data_folder_of(DataConfig(recipe=recipe, folder=folder))  # where a run looks for it
-    make(loaded, target, force=force, limits=Limits.of(memory_gib, threads, scratch))
+    parent = None
+    if grow is not None:
+        given = Path(grow).expanduser()
+        parent = given.resolve() if given.is_dir() else resolve(grow)
+    make(loaded, target, force=force, limits=Limits.of(memory_gib, threads, scratch), grow=parent)
     typer.echo(f"ready: {target}")
 
 

@@ -133,6 +133,9 @@ class TrainingConfig(Part):
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
     seed: int = 0
+    # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
+    # items are taken over, the optimizer and its schedule start anew.
+    warm_start: str | None = None
     objective: Literal["all", "last"] = "all"  # every position a target, or one sample for each prefix
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -157,6 +160,8 @@ class EvaluationConfig(Part):
     ks: list[int] = Field([5, 10, 20, 50])
     users_per_block: int = Field(256, ge=1)
     mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
+    # What competes for a target: all items, or those available at its time (items.parquet, available_from).
+    candidates: Literal["all", "available"] = "all"
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
 

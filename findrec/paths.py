@@ -58,6 +58,25 @@ def resolve(path: str | Path) -> Path:
     return given if given.is_absolute() else home() / given
 
 
+def find_run(name: str, runs: str = "runs", *, here: bool = True) -> Path:
+    """The run folder a user means, a path or a name below `runs`; FindRecError lists the known ones.
+
+    `here`: a path may be relative to the working directory (a command's, never a job's).
+    """
+    candidates = [resolve(name), resolve(runs) / name]
+    if here:
+        candidates.insert(0, Path(name).expanduser().resolve())
+    for candidate in candidates:
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    known = sorted(p.parent.name for p in resolve(runs).glob("*/config.yaml"))
+    raise FindRecError(
+        f"no run called {name!r}: there is no config.yaml in {candidates[0]} or {candidates[-1]}"
+        f"{suggest(name, known)} (runs there: {', '.join(known) or 'none'}). "
+        "A run folder is made by `findrec train CONFIG`."
+    )
+
+
 def find_asset(name: str, kind: str, suffix: str = ".yaml") -> Path:
     """The file a user means by `name`: a path, then one in the checkout, then one in the package.
 

@@ -34,7 +34,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     from findrec.config import dump_config, load_config
     from findrec.progress import say
-    from findrec.training.runs import open_run_folder, run_folder
+    from findrec.training.runs import checkpoint_folder, open_run_folder, run_folder, training_jobs
 
     config = load_config(arguments.config, arguments.overrides)
     say(f"resolved configuration:\n{dump_config(config)}")
@@ -42,8 +42,13 @@ def _run(arguments: argparse.Namespace) -> None:
     from findrec.cluster.launch import check_resources, ray_session, train_on_ray
     from findrec.datasets.prepare import open_or_prepare
     from findrec.evaluation.run import evaluate_run
+    from findrec.training.checkpoint import list_checkpoints
+    from findrec.training.warm_start import find_warm_start
 
     data = open_or_prepare(config.data)
+    for job in training_jobs(config, run_folder(config)):  # refused here, before any worker is started
+        if arguments.fresh or not list_checkpoints(checkpoint_folder(job.folder)):
+            find_warm_start(job.config, data)
     if arguments.fresh:
         shutil.rmtree(run_folder(config), ignore_errors=True)
     folder = open_run_folder(config)

@@ -13,9 +13,10 @@ import pytest
 
 import findrec.train_dist
 from findrec import __version__, doctor
-from findrec.cli import find_run, main
+from findrec.cli import main
 from findrec.doctor import Finding
 from findrec.errors import FindRecError
+from findrec.paths import find_run
 
 
 @pytest.fixture(autouse=True)
@@ -71,18 +72,22 @@ def test_help_names_every_command_quickly() -> None:
 @pytest.mark.parametrize(
     ("arguments", "target"), [([], "data/ml-100k"), (["--folder", "elsewhere/x"], "elsewhere/x")]
 )
-def test_prepare_passes_recipe_folder_and_force(
+def test_prepare_passes_recipe_folder_force_and_parent(
     arguments: list[str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import findrec.datasets.prepare as prepare
 
-    calls: list[tuple[str, Path, bool]] = []
+    calls: list[tuple[str, Path, bool, Path | None]] = []
     monkeypatch.setattr(
-        prepare, "prepare", lambda recipe, folder, force: calls.append((recipe.name, folder, force))
+        prepare,
+        "prepare",
+        lambda recipe, folder, force, grow: calls.append((recipe.name, folder, force, grow)),
     )
     assert main(["prepare", "ml-100k", *arguments]) == 0
     assert main(["prepare", "ml-100k", "--force", *arguments]) == 0
-    assert calls == [("ml-100k", tmp_path / target, False), ("ml-100k", tmp_path / target, True)]
+    assert main(["prepare", "ml-100k", "--grow", "data/old", *arguments]) == 0
+    given = [(False, None), (True, None), (False, tmp_path / "data/old")]
+    assert calls == [("ml-100k", tmp_path / target, *rest) for rest in given]
 
 
 def test_train_hands_on_overrides_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

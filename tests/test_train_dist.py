@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -144,6 +145,35 @@ def test_mlflow_mirrors_the_run(home):
     assert found.data.params["training.epochs"] == "6"
     row = metrics(home, "two")[0]
     assert any(v == pytest.approx(row["ndcg@10"]) for k, v in found.data.metrics.items() if "test" in k)
+
+
+def test_a_warm_run_says_what_it_started_from(home):
+    import mlflow
+
+    train(
+        home, "name=warm", "training.warm_start=two", "training.epochs=1", "evaluation.candidates=available"
+    )
+    row = metrics(home, "warm")[0]
+    assert row["ndcg@10"] > 0.8
+    first = json.loads((home / "runs/warm/metrics.jsonl").read_text().splitlines()[0])
+    assert first["train/loss"] < 0.6 * math.log(60)  # a cold start knows nothing: log V
+    assert "the items available at the target's time" in row["protocol"]
+    told = {}
+    for part in (".", "baselines/sasrec"):
+        (state,) = (home / "runs/warm" / part).glob("checkpoints/step-*/state.json")
+        told[part] = json.loads(state.read_text())["started_from"]
+        assert str(home / "runs/two" / part / "checkpoints") in told[part]
+    client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    tags = [r.data.tags["started_from"] for r in runs if "started_from" in r.data.tags]
+    assert sorted(tags) == sorted(told.values())
+
+
+def test_a_start_that_cannot_be_warm_is_refused_before_ray(home, refused):
+    assert "did you mean 'two'" in refused("name=cold", "training.warm_start=tow")
+    assert "model.dim" in refused("name=cold", "training.warm_start=two", "model.dim=16")
+    assert "this run itself" in refused("name=two", "training.warm_start=two", "--fresh")
+    assert (home / "runs/two/checkpoints").is_dir()
 
 
 def test_a_finished_run_serves_a_stream_of_events(home, monkeypatch):

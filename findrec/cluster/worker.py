@@ -17,6 +17,7 @@ from findrec.ops.selective_scan import scan_backend
 from findrec.progress import say
 from findrec.training.allocator import keep_freed_memory
 from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.checkpoint import TrainState
 from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, training_jobs
 from findrec.training.tracking import MetricsLog, Tracker
@@ -70,10 +71,20 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         accumulation=config.training.microbatches // worker.world,
         device=worker.device,
     )
-    log = tracker = None
+    log: MetricsLog | None = None
+    tracker: Tracker | None = None
     if worker.leads:
         log = MetricsLog(run_folder)
         tracker = Tracker.start(config, run_folder)
+
+    def started(state: TrainState) -> None:
+        if log is not None:
+            log.truncate_after(state.step)
+        if state.started_from:
+            say(f"{config.model.name}: weights and rows of known items taken from {state.started_from}")
+            if tracker is not None:
+                tracker.tag("started_from", state.started_from)
+
     run_training(
         config,
         folder,
@@ -82,7 +93,7 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         table,
         worker=worker,
         log=None if log is None else _Both(log, tracker),
-        on_resume=None if log is None else log.truncate_after,
+        on_start=started,
         after_epoch=report,
     )
     if tracker is not None:

@@ -32,6 +32,7 @@ class Cases:
     row: Tensor
     user: Tensor  # row of the user in the data folder
     target: Tensor
+    time: Tensor  # of the target's event, in seconds
 
 
 def train_batch(
@@ -113,7 +114,14 @@ def evaluation_batch(
         row=torch.from_numpy(row),
         user=torch.from_numpy(users[row].astype(np.int64)),
         target=torch.from_numpy(targets.item),
+        time=torch.from_numpy(targets.timestamp),
     )
+
+
+def target_times(folder: DataFolder, split: Part, users: Int64Array) -> Int64Array:
+    """`[C]` times (s) of the split's targets of `users`, user by user."""
+    first, last = _cuts(folder, split)
+    return folder.histories(users, first[users], last[users]).timestamp
 
 
 class TrainLoader:

@@ -20,6 +20,7 @@ from findrec.datasets.engine import Limits, Stopwatch, execute, open_database
 from findrec.datasets.fetch import Fetched
 from findrec.datasets.filters import apply_filters
 from findrec.datasets.formats import SourceTables
+from findrec.datasets.growing import Parent, renumber_items, take_over
 from findrec.datasets.recipe import PLACEHOLDER, Recipe
 from findrec.datasets.writer import USERS_PER_MEMBER, Block
 from findrec.errors import FindRecError
@@ -28,7 +29,7 @@ from findrec.progress import progress
 _NEEDED = ("user", "item", "timestamp")
 _EXTRAS = ("event", "value")
 _ABOUT = ("raw", "title", "text", "category")
-_MORE_ABOUT = ("category", "image")
+_MORE_ABOUT = ("category", "image", "available_from")
 _ROWS_AT_ONCE = 1 << 18  # events that are taken from DuckDB at a time
 
 
@@ -43,8 +44,9 @@ class EventLog:
     """The tables `users`, `items` and `events` of a recipe's fetched files; `scratch` is a folder to work in.
 
     `length` `[U]` holds each user's events, `split` the recipe's split with its cut times, `filtered` what
-    each filter left out (`findrec.datasets.filters`), `watch` the seconds that each stage took. Raises
-    `FindRecError` where the recipe's SQL fails or gives the wrong columns.
+    each filter left out (`findrec.datasets.filters`), `watch` the seconds that each stage took. With a
+    `parent` its items and types of events keep their ids (`findrec.datasets.growing`). Raises `FindRecError`
+    where the recipe's SQL fails or gives the wrong columns.
     """
 
     def __init__(
@@ -55,8 +57,10 @@ class EventLog:
         limit: int | None,
         limits: Limits,
         watch: Stopwatch,
+        parent: Parent | None = None,
     ) -> None:
         self._recipe = recipe
+        self._parent = parent
         self._sql = {"events": recipe.events, "items": recipe.items}
         for one in fetched:
             self._sql = {k: getattr(one.place, k) or v for k, v in self._sql.items()}
@@ -132,13 +136,12 @@ class EventLog:
         recipe = self._recipe
         kinds = self._columns("events", _NEEDED, _EXTRAS)
         self.extras = [name for name in _EXTRAS if name in kinds]
-        is_date = kinds["timestamp"].upper().startswith(("TIMESTAMP", "DATE"))
-        seconds = "epoch(raw.timestamp)" if is_date else "raw.timestamp"
+        seconds = _seconds("raw.timestamp", kinds["timestamp"])
         extras = "".join(f", raw.{name} AS {name}" for name in self.extras)
         self._run(
             "events",
             'CREATE TABLE log AS SELECT row_number() OVER () AS row, raw."user" AS raw_user, '
-            f"raw.item AS raw_item, CAST({seconds} AS BIGINT) AS timestamp {extras} "
+            f"raw.item AS raw_item, {seconds} AS timestamp {extras} "
             f"FROM ({self._fill('events')}) AS raw",
         )
         empty = self._value(
@@ -169,8 +172,11 @@ class EventLog:
             db,
             "number items",
             f"CREATE TABLE items AS SELECT row_number() OVER (ORDER BY {_in_order('raw_item')}) AS item, "
-            "raw_item FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))",
+            "raw_item, CAST(raw_item AS VARCHAR) AS raw "
+            "FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))",
         )
+        if self._parent is not None:
+            renumber_items(db, self._parent)
         counted = db.execute("SELECT n FROM users ORDER BY u").fetchnumpy()["n"]
         self.length = counted.astype(np.int64)
 
@@ -179,9 +185,13 @@ class EventLog:
         recipe, db = self._recipe, self._db
         columns, join = "", ""
         if "event" in self.extras:
+            old = [] if self._parent is None else self._parent.event_types
             db.execute(
-                "CREATE TABLE event_types AS SELECT row_number() OVER (ORDER BY event) - 1 AS code, event "
-                "FROM (SELECT DISTINCT CAST(event AS VARCHAR) AS event FROM log WHERE event IS NOT NULL)"
+                "CREATE TABLE event_types AS SELECT row_number() OVER "
+                "(ORDER BY list_position($old, event) NULLS LAST, event) - 1 AS code, event "
+                "FROM (SELECT CAST(event AS VARCHAR) AS event FROM log WHERE event IS NOT NULL "
+                "UNION SELECT unnest($old))",
+                {"old": old},
             )
             columns += ", coalesce(e.code, -1) AS event"
             join = "LEFT JOIN event_types e ON e.event = CAST(log.event AS VARCHAR)"
@@ -228,22 +238,21 @@ class EventLog:
         return [row[0] for row in self._db.execute("SELECT event FROM event_types ORDER BY code").fetchall()]
 
     def items(self) -> pa.Table:
-        """raw, title, text, category (and image where the SQL gives it) in id order; items that the items SQL
-        does not know have no text.
+        """raw, title, text, category (and image, available_from where the SQL gives them) in id order; items
+        that the items SQL does not know have no text. With a parent also `gone`.
         """
-        about = list(_ABOUT)
-        if not self._sql["items"].strip():
-            query = (
-                "SELECT CAST(raw_item AS VARCHAR) AS raw, NULL AS title, NULL AS text, NULL AS category "
-                "FROM items ORDER BY item"
-            )
-        else:
-            names = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
-            about += ["image"] if "image" in names else []
-            columns = [f"CAST({n if n in names else 'NULL'} AS VARCHAR) AS {n}" for n in about[1:]]
+        about = dict.fromkeys(_ABOUT[1:], "NULL")
+        described, join = "false", ""
+        if self._sql["items"].strip():
+            kinds = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
+            about |= {name: f"a.{name}" for name in (*_ABOUT[1:], *_MORE_ABOUT) if name in kinds}
+            cast = [f"CAST({name} AS VARCHAR) AS {name}" for name in kinds if name in _ABOUT]
+            cast += ["CAST(image AS VARCHAR) AS image"] if "image" in kinds else []
+            if (kind := kinds.get("available_from")) is not None:
+                cast.append(f"{_seconds('available_from', kind)} AS available_from")
             self._run(
                 "items",
-                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(columns)} "
+                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(cast)} "
                 f"FROM ({self._fill('items')})",
             )
             twice = self._db.execute(
@@ -254,12 +263,15 @@ class EventLog:
                     f"recipe {self._recipe.name}: the items SQL gives some items more than once "
                     f"(e.g. {', '.join(str(row[0]) for row in twice)})"
                 )
-            query = (
-                f"SELECT CAST(i.raw_item AS VARCHAR) AS raw, {', '.join(about[1:])} FROM items i "
-                "LEFT JOIN about a ON a.raw = CAST(i.raw_item AS VARCHAR) ORDER BY i.item"
-            )
-        found = self._db.sql(query).to_arrow_table()
-        return found.cast(pa.schema([(name, pa.string()) for name in about]))
+            described, join = "a.raw IS NOT NULL", "LEFT JOIN about a ON a.raw = i.raw"
+        columns = {"raw": "i.raw"} | about
+        if self._parent is not None:
+            columns |= {"met": "i.raw_item IS NOT NULL", "described": described}
+        selected = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
+        found = self._db.sql(f"SELECT {selected} FROM items i {join} ORDER BY i.item").to_arrow_table()
+        types = {"available_from": pa.int64(), "met": pa.bool_(), "described": pa.bool_()}
+        items = found.cast(pa.schema([(name, types.get(name, pa.string())) for name in columns]))
+        return items if self._parent is None else take_over(self._parent, items)
 
     def blocks(self) -> Iterator[Block]:
         """The events in final order, `USERS_PER_MEMBER` users at a time."""
@@ -289,3 +301,9 @@ def _further(
             column.append(batch.column(name).to_numpy(zero_copy_only=False))
         have += batch.num_rows
     return {name: np.concatenate(column) for name, column in parts.items()}
+
+
+def _seconds(column: str, kind: str) -> str:
+    """SQL for a column of dates, times or seconds as whole seconds since 1970."""
+    is_date = kind.upper().startswith(("TIMESTAMP", "DATE"))
+    return f"CAST({f'epoch({column})' if is_date else column} AS BIGINT)"

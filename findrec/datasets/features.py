@@ -123,6 +123,8 @@ def spread(
     if base is not None:
         table[: len(base)] = base.values
         mask[: len(base)] = base.present
+        anew = ids[ids < len(base)]
+        table[anew], mask[anew] = 0, False
     if present.any():  # nothing has a width of 0
         table[ids[present]] = values[present]
     mask[ids[present]] = True
@@ -169,14 +171,14 @@ class FeatureTable:
         return int(self._values.shape[0])
 
     @property
+    def values(self) -> NDArray[np.float16]:
+        """`[V+1, D]` the stored rows, mapped: only what is indexed is read."""
+        return self._values
+
+    @property
     def present(self) -> NDArray[np.bool_]:
         """`[V+1]` which items have this modality."""
         return self._present
-
-    @property
-    def values(self) -> NDArray[np.float16]:
-        """`[V+1, D]` all rows, mapped."""
-        return self._values
 
     def rows(self, ids: Tensor) -> ModalRows:
         """Features of `ids` `[U]` (item ids, 0 is padding) on the device of `ids`."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from findrec.datasets._native import Impl
 from findrec.datasets.features import FeatureTable
@@ -22,6 +24,7 @@ from findrec.errors import FindRecError, suggest
 
 _PART = r"[A-Za-z0-9_][^/\\:\0]*"
 _NAME = re.compile(rf"{_PART}(/{_PART})*")  # no absolute paths, no `..`, no drives and no addresses
+ALWAYS, NEVER = np.iinfo(np.int64).min, np.iinfo(np.int64).max  # times before and after all others
 
 
 def _check_names(place: str, manifest: Manifest) -> None:
@@ -112,7 +115,9 @@ class DataFolder:
 
     @cached_property
     def items(self) -> pa.Table:
-        """V rows in id order: item, raw, title, text, category, train_count."""
+        """V rows in id order: item, raw, title, text, category, available_from, train_count; image and gone
+        where they are known.
+        """
         return pq.read_table(self.path / "items.parquet")
 
     @cached_property
@@ -120,6 +125,32 @@ class DataFolder:
         """`[V+1]` occurrences of each item in training events; 0 for padding."""
         counts = pq.read_table(self.path / "items.parquet", columns=["train_count"]).column(0)
         return np.concatenate([[0], counts.to_numpy()]).astype(np.int64)
+
+    @cached_property
+    def available_from(self) -> Int64Array:
+        """`[V+1]` the time (s) from which each item may be recommended, `ALWAYS` where none is known.
+
+        That is the time the recipe gives, or of the item's first event where that is earlier.
+        """
+        if (times := self.item_column("available_from")) is not None:
+            return np.concatenate([[ALWAYS], pc.fill_null(times, ALWAYS).to_numpy()]).astype(np.int64)
+        first = np.full(self.num_items + 1, NEVER)  # made before folders kept it
+        for block in self.blocks():
+            np.minimum.at(first, block.item, block.timestamp)
+        return np.where(first == NEVER, ALWAYS, first)
+
+    @cached_property
+    def gone(self) -> NDArray[np.bool_]:
+        """`[V+1]` items that a grown folder keeps for their ids only: never candidates."""
+        if (gone := self.item_column("gone")) is None:
+            return np.zeros(self.num_items + 1, dtype=bool)
+        return np.concatenate([[False], gone.to_numpy()]).astype(bool)
+
+    def item_column(self, column: str) -> pa.ChunkedArray | None:
+        """One column of `items.parquet` without the others, None where it has no such column."""
+        path = self.path / "items.parquet"
+        there = column in pq.read_schema(path).names
+        return pq.read_table(path, columns=[column]).column(0) if there else None
 
     @cached_property
     def user_ids(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from findrec.datasets.encode import encode_text
 from findrec.datasets.encode_rows import Encoded
@@ -44,6 +45,7 @@ class Before:
 
     entry: FeatureEntry
     table: FeatureTable
+    kept: NDArray[np.bool_] | None = None  # rows of the table that may be kept; None: all
 
 
 def scratch_of(folder: Path) -> Path:
@@ -155,6 +157,8 @@ def make_feature(
     if before is not None:
         has = np.zeros(items.num_rows + 1, dtype=bool)
         has[: len(before.table)] = before.table.present
+        if before.kept is not None:
+            has[: len(before.table)] &= before.kept
         ids = ids[~has[1:]]
         if not isinstance(spec, ReadyFeature) and before.entry.encoder != spec.encoder:
             raise _other_encoder(before, spec.encoder)
@@ -183,7 +187,7 @@ def make_feature(
 def _other_encoder(before: Before, now: str) -> FindRecError:
     return FindRecError(
         f"the vectors of {before.entry.modality!r} were made by {before.entry.encoder}, not by {now}: rows "
-        "of two encoders must not share a table. Make all anew with --force"
+        "of two encoders must not share a table. Make all anew with --force (and without --grow)"
     )
 
 

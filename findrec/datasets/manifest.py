@@ -59,6 +59,13 @@ class FeatureEntry(Entry):
     missing: int  # items without this modality
 
 
+class ParentEntry(Entry):
+    """The data folder that this one was grown from: its items have the ids 1 .. num_items here too."""
+
+    manifest_sha256: str
+    num_items: int
+
+
 class Manifest(Entry):
     """Everything that is known about a prepared folder. Rates are shares between 0 and 1."""
 
@@ -82,6 +89,7 @@ class Manifest(Entry):
     shards: list[ShardEntry]
     features: list[FeatureEntry]
     files: dict[str, str]  # every other file -> sha256
+    parent: ParentEntry | None = None
 
 
 def sha256_file(path: Path) -> str:

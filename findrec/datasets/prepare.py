@@ -16,6 +16,7 @@ from findrec.datasets.engine import Limits, Stopwatch
 from findrec.datasets.eventlog import EventLog
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.growing import Parent, carried_over
 from findrec.datasets.make_features import add_feature, feature_sources, is_there, make_feature, scratch_of
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe, load_recipe
@@ -63,7 +64,9 @@ def _with_optional(recipe: Recipe, data: DataFolder) -> DataFolder:
     return data
 
 
-def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | None:
+def _existing(
+    recipe: Recipe, folder: Path, recipe_sha256: str, parent: Parent | None = None
+) -> DataFolder | None:
     """The folder if it holds this very recipe; `FindRecError` if it holds something else or is damaged."""
     if not folder.exists():
         return None
@@ -72,13 +75,24 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
     if not any(folder.iterdir()):
         return None
     manifest = read_manifest(folder)
+    if parent is not None and parent.folder.path.resolve() == folder.resolve():  # grown in place
+        same = manifest.recipe_sha256 == recipe_sha256 and _changed_source(recipe, manifest) is None
+        return parent.folder if same else None
+    if parent is not None and manifest.parent != parent.entry:
+        raise FindRecError(
+            f"{folder} was not grown from {parent.folder.path} as it is now. Give another folder, or replace "
+            "it with --force"
+        )
     if manifest.recipe_sha256 != recipe_sha256:
         raise FindRecError(
             f"{folder} was made from another recipe, or another version of {manifest.recipe!r} (or other "
             f"options). {how_to_mend(recipe.name)}, or give another folder"
         )
     if (changed := _changed_source(recipe, manifest)) is not None:
-        raise FindRecError(f"{changed} has changed since {folder} was made. {how_to_mend(recipe.name)}")
+        raise FindRecError(
+            f"{changed} has changed since {folder} was made. {how_to_mend(recipe.name)}, or keep its item "
+            f"ids with: findrec prepare {recipe.name} --grow {folder}"
+        )
     return _with_optional(recipe, DataFolder.open(folder))
 
 
@@ -100,6 +114,7 @@ def prepare(
     limit_users: int | None = None,
     limits: Limits | None = None,
     watch: Stopwatch | None = None,
+    grow: Path | None = None,
 ) -> DataFolder:
     """Make the data folder of a recipe, or open it if it is there already.
 
@@ -107,12 +122,16 @@ def prepare(
     `force` a folder of ours is made anew; a folder with anything else in it is never touched. Nothing is at
     `folder` until all of it is complete. `limits` say how much of the machine may be used (default: the
     environment's); `watch` is told the seconds of each stage.
+
+    With `grow`, an earlier data folder of this recipe (which may be `folder` itself), its items keep their
+    ids and features and new ones come after them (`findrec.datasets.growing`).
     """
     if is_remote(folder):
         raise FindRecError(f"a data folder is written to a local path, not to {folder}: copy it there then")
     folder = Path(folder)
     recipe_sha256 = recipe.sha256(limit_users)
-    if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
+    parent = None if grow is None else Parent.open(Path(grow), recipe)
+    if not force and (ready := _existing(recipe, folder, recipe_sha256, parent)) is not None:
         return ready
     refuse_strange(folder)
     limits = limits or Limits.of()
@@ -127,7 +146,7 @@ def prepare(
         raise cannot_write(folder, error) from error
     say(f"prepare {recipe.name} ({recipe.title}) in {folder}; {limits}, temporary files in {place.parent}")
     try:
-        _make(recipe, folder, scratch, recipe_sha256, limit_users, limits, watch)
+        _make(recipe, folder, scratch, recipe_sha256, limit_users, limits, watch, parent)
     except duckdb.OutOfMemoryException as error:
         raise FindRecError(
             f"{recipe.name}: {limits} and the free disk space of {place.parent}, which is not enough "
@@ -158,23 +177,31 @@ def _make(
     limit: int | None,
     limits: Limits,
     watch: Stopwatch,
+    parent: Parent | None,
 ) -> None:
     with watch.stage("fetch"):
         fetched = [
             fetch_source(name, places, recipe.folder, max_ratio=recipe.max_unpack_ratio)
             for name, places in recipe.sources.items()
         ]
-    log = EventLog(recipe, fetched, scratch, limit, limits, watch)
+    log = EventLog(recipe, fetched, scratch, limit, limits, watch, parent)
     try:
         with watch.stage("items"):
             items = log.items()
         say(f"{len(log.length):,} users, {items.num_rows:,} items, {int(log.length.sum()):,} events")
         with watch.stage("features"):
             made = [
-                make_feature(name, spec, items, recipe.folder, scratch=scratch_of(folder))
+                make_feature(
+                    *(name, spec, items, recipe.folder),
+                    scratch=scratch_of(folder),
+                    before=None if parent is None else parent.before(name, items),
+                )
                 for name, spec in recipe.features.wanted().items()
                 if is_there(spec, recipe.folder)
             ]
+            features = [one.feature for one in made]
+            if parent is not None:
+                features += carried_over(parent, items.num_rows, {feature.modality for feature in features})
         with watch.stage("write"):
             manifest = write_folder(
                 folder,
@@ -186,10 +213,11 @@ def _make(
                     users=log.users(),
                     items=items,
                     blocks=log.blocks(),
-                    features=[one.feature for one in made],
+                    features=features,
                     sources=[e for one in fetched for e in one.entries]
                     + [e for one in made for e in one.entries],
                     event_types=log.event_types(),
+                    parent=None if parent is None else parent.entry,
                 ),
             )
         shutil.rmtree(scratch_of(folder), ignore_errors=True)  # its vectors are in the folder now

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from findrec.datasets.features import FeatureInput, store_feature
 from findrec.datasets.manifest import (
     Manifest,
+    ParentEntry,
     ShardEntry,
     SourceEntry,
     sha256_file,
@@ -40,6 +42,7 @@ SHARD_BYTES = 64 << 20  # a shard is closed once it is larger
 USERS_PER_GROUP = 1 << 20  # of users.parquet
 IDS_AT_ONCE = 1 << 16  # that are hashed
 _PLACES = ("length", "valid_start", "test_start", "shard", "member", "row")  # int64 columns of users.parquet
+_NO_TIME = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,14 @@ class FolderInput:
     recipe_sha256: str
     split: Split
     users: pa.Array | pa.ChunkedArray  # [U] raw ids
-    items: pa.Table  # V rows: raw, title, text, category (strings)
+    # V rows: raw, title, text, category (strings), optionally available_from (s), gone (bool)
+    items: pa.Table
     blocks: Iterable[Block]  # at most `USERS_PER_MEMBER` users each
     features: Sequence[FeatureInput] = ()
     sources: Sequence[SourceEntry] = ()
     event_types: Sequence[str] = ()
     filtered: Mapping[str, int] = field(default_factory=dict)  # events read and left out, by filter
+    parent: ParentEntry | None = None  # the folder whose item ids were kept
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -126,6 +131,7 @@ class _Tally:
 
     num_items: int
     train_count: NDArray[np.int64]
+    first_time: NDArray[np.int64]  # of each item's first event; `_NO_TIME` without one
     hashers: dict[str, Any] = field(default_factory=dict)
     longest: int = 0
     train_events: int = 0
@@ -148,6 +154,7 @@ class _Tally:
         valid_start, test_start = cut(split, timestamp, offset)
         training = np.arange(len(item)) - offset[row] < valid_start[row]
         np.add.at(self.train_count, item[training], 1)  # a bincount would cost all items in every block
+        np.minimum.at(self.first_time, item, timestamp)
         pairs = row[training] * (self.num_items + 1) + item[training]
         self.train_events += len(pairs)
         self.repeats += len(pairs) - len(np.unique(pairs))
@@ -274,18 +281,32 @@ def _write_shards(
     return shards, dtypes
 
 
+def _with_times(items: pa.Table, first_time_V: NDArray[np.int64]) -> pa.Table:
+    """The items with `available_from`: the time given for each, or that of its first event where that is
+    earlier (an event shows that the item was on offer) or none is given; null where there is neither.
+    """
+    first = pa.array(first_time_V, mask=first_time_V == _NO_TIME)
+    if "available_from" not in items.column_names:
+        return items.append_column("available_from", first)
+    given = items["available_from"]
+    place = items.column_names.index("available_from")
+    return items.set_column(place, "available_from", pc.min_element_wise(given, first))
+
+
 def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYTES) -> Manifest:
     """Write the data folder at `path`, replacing what is there only once the new one is complete."""
     with staged(path) as staging:
         num_items = given.items.num_rows
-        tally = _Tally(num_items, np.zeros(num_items + 1, dtype=np.int64))
+        zeros = np.zeros(num_items + 1, dtype=np.int64)
+        tally = _Tally(num_items, zeros, np.full_like(zeros, _NO_TIME))
         table = _UsersTable(staging / "users.parquet", given.users)
         shards, dtypes = _write_shards(staging, given, tally, table, shard_bytes)
         num_users = table.close()
         num_events = sum(shard.events for shard in shards)
         if not num_events:
             raise FindRecError(f"{given.recipe}: no events are left to write")
-        items = given.items.add_column(0, "item", pa.array(np.arange(1, num_items + 1)))
+        items = _with_times(given.items, tally.first_time[1:])
+        items = items.add_column(0, "item", pa.array(np.arange(1, num_items + 1)))
         items = items.append_column("train_count", pa.array(tally.train_count[1:]))
         pq.write_table(items, staging / "items.parquet")
         files = ["users.parquet", "items.parquet"]
@@ -313,6 +334,7 @@ def write_folder(path: Path, given: FolderInput, *, shard_bytes: int = SHARD_BYT
             shards=shards,
             features=entries,
             files={file: sha256_file(staging / file) for file in files},
+            parent=given.parent,
         )
         write_manifest(staging, manifest)
     return manifest

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from findrec.datasets.batches import Part, evaluation_blocks
 from findrec.datasets.folder import DataFolder
+from findrec.evaluation.candidates import Candidates, Rule
 from findrec.evaluation.metrics import Ranks, describe_protocol, strata, summarise
 from findrec.evaluation.scorers import BlockScorer, Scorer, UserBlock, VectorScorer
 from findrec.evaluation.topk import TopItems
@@ -48,8 +50,10 @@ def rank_split(
     rank: int = 0,
     world: int = 1,
     list_k: int = 0,
+    candidates: Rule = "all",
 ) -> Ranks:
-    """Rank every target of `split` among the whole catalogue (padding excluded).
+    """Rank every target of `split` among the whole catalogue (padding excluded), or with `candidates`
+    "available" among the items that were on offer at the target's time.
 
     `max_length` cuts what a model is shown; plain scorers and the seen filter know whole histories.
     `mask_seen` takes the items of a user's history out of the running (never the target). Worker `rank` of
@@ -58,19 +62,27 @@ def rank_split(
     """
     if isinstance(scorer, BlockScorer):  # few enough users to hold their keys for the whole catalogue
         users_per_block = max(1, min(users_per_block, _KEYS_AT_ONCE // folder.num_items))
-    top = TopItems(scorer)
+    offer = Candidates.of(folder, candidates)
+    top = TopItems(scorer, offer)
     parts = []
     for users in evaluation_blocks(folder, split, users_per_block)[rank::world]:
         block = UserBlock.read(folder, split, users, max_length)
-        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top))
+        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top, offer.since_V))
     return Ranks.concat(parts)
 
 
 def _rank_block(
-    scorer: Scorer, folder: DataFolder, block: UserBlock, mask_seen: bool, list_k: int, top: TopItems
+    scorer: Scorer,
+    folder: DataFolder,
+    block: UserBlock,
+    mask_seen: bool,
+    list_k: int,
+    top: TopItems,
+    since_V: Tensor | None,
 ) -> Ranks:
     seen_BN = block.padded_items() if mask_seen else None
     row_C, target_C = block.cases.row, block.cases.target
+    time_C = None if since_V is None else block.cases.time
     queries = None
     if isinstance(scorer, VectorScorer):
         device = scorer.items_Vd.device
@@ -83,6 +95,8 @@ def _rank_block(
             own_ids_BN=queries.own_ids_BN,
             own_bonus_BN=queries.own_bonus_BN,
             exclude_ids_BN=seen_BN.to(device) if seen_BN is not None else None,
+            since_V=since_V.to(device) if since_V is not None else None,
+            time_C=time_C.to(device) if time_C is not None else None,
         )
     else:
         plain = scorer
@@ -93,6 +107,8 @@ def _rank_block(
             target_C,
             num_users=len(block.user),
             exclude_ids_BN=seen_BN,
+            since_V=since_V,
+            time_C=time_C,
         )
     lists = np.zeros((0, 0), dtype=np.int64)
     if list_k:
@@ -111,6 +127,7 @@ def evaluate_scorers(
     users_per_block: int = 256,
     max_length: int = 200,
     mask_seen: bool = False,
+    candidates: Rule = "all",
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[tuple[str, str], Ranks]]:
     """Evaluate trained models and baselines alike, in the order given (a generator fits one at a time).
 
@@ -130,8 +147,15 @@ def evaluate_scorers(
                 max_length=max_length,
                 mask_seen=mask_seen,
                 list_k=max(ks),
+                candidates=candidates,
             )
-            row = summarise(found, folder, split, ks=ks, model=scorer.name, mask_seen=mask_seen)
+            row = summarise(
+                *(found, folder, split),
+                ks=ks,
+                model=scorer.name,
+                mask_seen=mask_seen,
+                candidates=candidates,
+            )
             rows.setdefault(split, []).append(row)
             ranks[scorer.name, split] = found
             if split == "test":

@@ -2,7 +2,8 @@
 
 A case (a user and one target) has the expected rank r = 1 + greater + equal / 2 and
     recall@k = [r <= k],   ndcg@k = [r <= k] / log2(1 + r),   mrr@k = [r <= k] / r,   mrr = 1 / r,
-    auc = 1 - (r - 1) / (V - 1).
+    auc = 1 - (r - 1) / (V - 1),
+where V counts the case's candidates (seen items too).
 With one target recall is the hit rate, and mrr@k <= ndcg@k <= recall@k. A user with several targets (a
 basket, or all events of a period) counts once, with the mean over the cases; every average is over users.
 `<metric>_se` is the standard error over users. coverage@k is the share of the catalogue in at least one
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from findrec.datasets.batches import Part
 from findrec.datasets.folder import DataFolder
+from findrec.evaluation.candidates import Rule, candidate_counts
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -107,17 +109,21 @@ def seen_filter(configured: bool | None, folder: DataFolder) -> bool:
     return folder.manifest.repeat_rate < REPEATS_NOTHING if configured is None else configured
 
 
-def describe_protocol(folder: DataFolder, mask_seen: bool) -> str:
+def describe_protocol(folder: DataFolder, mask_seen: bool, candidates: Rule = "all") -> str:
     """One line that says how a row was measured."""
     seen = "removed" if mask_seen else "kept"
-    return (
-        f"{split_title(folder)}{_split_details(folder)}, full catalogue ({folder.num_items:,} items), "
-        f"seen items {seen}, ties at {TIE_RULE}"
-    )
+    gone = int(folder.gone.sum())
+    size = f"{folder.num_items - gone:,} items"
+    if gone:
+        size += f"; {gone:,} gone ones left out"
+    among = f"full catalogue ({size})"
+    if candidates == "available":
+        among = f"the items available at the target's time, out of the {among}"
+    return f"{split_title(folder)}{_split_details(folder)}, {among}, seen items {seen}, ties at {TIE_RULE}"
 
 
-def case_metrics(rank: FloatArray, ks: Sequence[int], num_items: int) -> dict[str, FloatArray]:
-    """Every metric of every case, `[C]` each, from expected ranks."""
+def case_metrics(rank: FloatArray, ks: Sequence[int], num_items: int | IntArray) -> dict[str, FloatArray]:
+    """Every metric of every case, `[C]` each, from expected ranks; `num_items` is V, one for all or `[C]`."""
     values: dict[str, FloatArray] = {}
     for k in ks:
         hit = rank <= k
@@ -126,7 +132,7 @@ def case_metrics(rank: FloatArray, ks: Sequence[int], num_items: int) -> dict[st
         values[f"mrr@{k}"] = np.where(hit, 1.0 / rank, 0.0)
     values["mrr"] = 1.0 / rank
     values["mean_rank"] = rank
-    values["auc"] = 1.0 - (rank - 1.0) / max(1, num_items - 1)
+    values["auc"] = 1.0 - (rank - 1.0) / np.maximum(1, num_items - 1)
     return values
 
 
@@ -145,6 +151,7 @@ def summarise(
     ks: Sequence[int],
     model: str,
     mask_seen: bool = False,
+    candidates: Rule = "all",
 ) -> dict[str, Any]:
     """The metrics row of a model: its protocol, then every metric with the standard error over users.
 
@@ -153,24 +160,27 @@ def summarise(
     """
     if not len(ranks.user):
         raise ValueError(f"no user of {folder.path} has a target in the {split} split")
+    num_items = folder.num_items - int(folder.gone.sum())
     row: dict[str, Any] = {
         "model": model,
-        "protocol": describe_protocol(folder, mask_seen),
+        "protocol": describe_protocol(folder, mask_seen, candidates),
         "split": split,
         "seen_filter": mask_seen,
+        "candidates": candidates,
         "tie_rule": TIE_RULE,
         "users": len(np.unique(ranks.user)),
         "cases": len(ranks.user),
-        "items": folder.num_items,
+        "items": num_items,
     }
-    for name, values in case_metrics(ranks.rank, ks, folder.num_items).items():
+    sizes = candidate_counts(folder, split, np.unique(ranks.user), candidates)
+    for name, values in case_metrics(ranks.rank, ks, sizes).items():
         means = user_means(ranks.user, values)
         row[name] = float(means.mean())
         row[f"{name}_se"] = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
     for k in ks:
         if 0 < k < ranks.lists.shape[1] or 0 < folder.num_items < ranks.lists.shape[1]:
             shown = np.unique(ranks.lists[:, 1 : k + 1])
-            row[f"coverage@{k}"] = float((shown > 0).sum() / folder.num_items)
+            row[f"coverage@{k}"] = float((shown > 0).sum() / num_items)
     return row
 
 

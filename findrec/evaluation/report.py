@@ -20,6 +20,7 @@ from rich.table import Table
 
 from findrec.datasets.batches import Part, evaluated_users
 from findrec.datasets.folder import DataFolder
+from findrec.evaluation.candidates import Candidates, Rule
 from findrec.evaluation.report_template import TEMPLATE
 from findrec.evaluation.scorers import IntArray, Scorer, UserBlock
 from findrec.evaluation.topk import TopItems
@@ -54,13 +55,14 @@ def sample_recommendations(
     max_length: int = 200,
     mask_seen: bool = False,
     history: int = 10,
+    candidates: Rule = "all",
 ) -> list[Sample]:
     """The first `k` items for some user rows (each needs a target in `split`), with titles for ids."""
     rows = np.asarray(users, dtype=np.int64)
     if not len(rows):
         return []
     block = UserBlock.read(folder, split, rows, max_length)
-    ids_Bk, scores_Bk = TopItems(scorer).of(block, k, mask_seen=mask_seen)
+    ids_Bk, scores_Bk = TopItems(scorer, Candidates.of(folder, candidates)).of(block, k, mask_seen=mask_seen)
     titles = Titles(folder)
     samples = []
     for b, user in enumerate(rows):

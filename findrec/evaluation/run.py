@@ -100,6 +100,7 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
         users_per_block=config.evaluation.users_per_block,
         max_length=config.data.max_length,
         mask_seen=seen_filter(config.evaluation.mask_seen, folder),
+        candidates=config.evaluation.candidates,
     )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)
@@ -121,6 +122,7 @@ def rebuild_report(run_folder: Path) -> Path:
         users,
         max_length=config.data.max_length,
         mask_seen=seen_filter(config.evaluation.mask_seen, folder),
+        candidates=config.evaluation.candidates,
     )
     return write_report(run_folder, folder=folder, samples=samples)
 

@@ -13,12 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from findrec.evaluation.candidates import Candidates
 from findrec.evaluation.scorers import BlockScorer, Queries, Scorer, UserBlock
-from findrec.ops.counting import EXCLUDED
+from findrec.ops.counting import EXCLUDED, too_late
 
 _TILE_BYTES = 64 << 20
 
 Top = tuple[Tensor, Tensor]  # item ids [B, k] int64 (0: no more), their scores [B, k] float32
+Late = tuple[Tensor, Tensor]  # times [V + 1] from which items compete, times [B] of the users
 
 
 class TopItems:
@@ -28,24 +30,25 @@ class TopItems:
     installed, torch scores tiles of users instead.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
-        self._scorer = scorer
+    def __init__(self, scorer: Scorer, candidates: Candidates | None = None) -> None:
+        self._scorer, self._candidates = scorer, candidates or Candidates(None)
         self._index: Any = None
 
     def of(self, block: UserBlock, k: int, *, mask_seen: bool, queries: Queries | None = None) -> Top:
         """The first min(k, V) items of a block's users; `queries` spares running a model again."""
         seen_BN = block.padded_items() if mask_seen else None
+        late = self._candidates.late(block.cases, len(block.user))
         scorer = self._scorer
         if isinstance(scorer, BlockScorer):
-            return _top_keys(scorer, block, k, seen_BN)
+            return _top_keys(scorer, block, k, seen_BN, late)
         queries = queries if queries is not None else scorer.queries(block)
         k = min(k, len(scorer.items_Vd) - 1)
-        if queries.own_ids_BN is None and seen_BN is None:
+        if queries.own_ids_BN is None and seen_BN is None and late is None:
             self._index = self._index or _flat_index(scorer.items_Vd)
             if self._index is not None:
                 scores, place = self._index.search(np.ascontiguousarray(queries.users_Bd.cpu().numpy()), k)
                 return torch.from_numpy(place + 1), torch.from_numpy(scores)
-        return _top_vectors(queries, scorer.items_Vd, k, seen_BN)
+        return _top_vectors(queries, scorer.items_Vd, k, seen_BN, late)
 
 
 def _flat_index(items_Vd: Tensor) -> Any:
@@ -59,7 +62,9 @@ def _flat_index(items_Vd: Tensor) -> Any:
     return index
 
 
-def _top_vectors(queries: Queries, items_Vd: Tensor, k: int, seen_BN: Tensor | None) -> Top:
+def _top_vectors(
+    queries: Queries, items_Vd: Tensor, k: int, seen_BN: Tensor | None, late: Late | None
+) -> Top:
     step = max(1, _TILE_BYTES // (4 * len(items_Vd)))
     parts = []
     for lo in range(0, len(queries.users_Bd), step):
@@ -71,6 +76,9 @@ def _top_vectors(queries: Queries, items_Vd: Tensor, k: int, seen_BN: Tensor | N
             )  # what lands on padding is dropped below
         if seen_BN is not None:
             scores_bV.scatter_(1, seen_BN[lo : lo + step].to(scores_bV.device), -torch.inf)
+        if late is not None:
+            since_V, time_B = (times.to(scores_bV.device) for times in late)
+            scores_bV.masked_fill_(since_V > time_B[lo : lo + step, None], -torch.inf)
         scores_bV[:, 0] = -torch.inf
         best = scores_bV.nan_to_num_(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf).topk(k)
         ids = torch.where(best.values == -torch.inf, 0, best.indices)
@@ -78,7 +86,9 @@ def _top_vectors(queries: Queries, items_Vd: Tensor, k: int, seen_BN: Tensor | N
     return torch.cat([ids for ids, _ in parts]), torch.cat([scores for _, scores in parts])
 
 
-def _top_keys(scorer: BlockScorer, block: UserBlock, k: int, seen_BN: Tensor | None) -> Top:
+def _top_keys(
+    scorer: BlockScorer, block: UserBlock, k: int, seen_BN: Tensor | None, late: Late | None
+) -> Top:
     num_items = len(scorer.popularity) - 1
     tile = max(1, _TILE_BYTES // (24 * len(block.user)))
     keys_Bk = torch.zeros(len(block.user), 0, dtype=torch.int64)
@@ -89,6 +99,8 @@ def _top_keys(scorer: BlockScorer, block: UserBlock, k: int, seen_BN: Tensor | N
         if seen_BN is not None:
             row, column = ((seen_BN >= lo) & (seen_BN < hi)).nonzero(as_tuple=True)
             keys_BT[row, seen_BN[row, column] - lo] = EXCLUDED
+        if late is not None and (late_BT := too_late(late[0][lo:hi], late[1])) is not None:
+            keys_BT.masked_fill_(late_BT, EXCLUDED)
         best = keys_BT.topk(min(k, hi - lo))
         keys_Bk = torch.cat([keys_Bk, best.values], dim=1)
         merged = keys_Bk.topk(min(k, keys_Bk.shape[1]))

@@ -26,6 +26,8 @@ def rank_dense(
     *,
     num_users: int,
     exclude_ids_BN: Tensor | None = None,
+    since_V: Tensor | None = None,
+    time_C: Tensor | None = None,
     tile_mib: int = 64,
 ) -> tuple[Tensor, Tensor]:
     """Items above and level with each target for any scorer, as `target_rank` counts them.
@@ -34,9 +36,10 @@ def rank_dense(
 
     Keys are compared as integers, so an order by (score, popularity) packed into one key is exact; a key
     must be above `EXCLUDED`. The catalogue is walked twice in tiles (once for the targets' keys), or once
-    where one tile holds it.
+    where one tile holds it. `since_V` and `time_C` are those of `target_rank`.
     """
-    tile = max(1, (tile_mib << 20) // (24 * max(1, num_users)))
+    pair_bytes = 24 if since_V is None else 40
+    tile = max(1, (tile_mib << 20) // (pair_bytes * max(1, num_users)))
     spans = [(lo, min(lo + tile, num_items + 1)) for lo in range(1, num_items + 1, tile)]
     order = CaseOrder.of(row_C, num_users)
     key_C = torch.zeros_like(row_C)
@@ -57,11 +60,24 @@ def rank_dense(
         key_BT[(out_S // stride)[inside_S], item_S[inside_S] - lo] = EXCLUDED
         key_BT = key_BT[order.rows]
         for case_n in order.slots(0, len(order.rows)):
-            above_n = sum_true(torch.gt, key_BT[: len(case_n)], key_C[case_n])
+            key_nT = key_BT[: len(case_n)]
+            if since_V is not None and time_C is not None:
+                late_nT = too_late(since_V[lo:hi], time_C[case_n])
+                key_nT = key_nT if late_nT is None else key_nT.masked_fill(late_nT, EXCLUDED)
+            above_n = sum_true(torch.gt, key_nT, key_C[case_n])
             counts.greater[case_n] += above_n
-            counts.equal[case_n] += sum_true(torch.ge, key_BT[: len(case_n)], key_C[case_n]) - above_n
+            counts.equal[case_n] += sum_true(torch.ge, key_nT, key_C[case_n]) - above_n
     _, excluded_C = find_keys(out_S, row_C * stride + target_C)
+    if since_V is not None and time_C is not None:
+        excluded_C |= since_V[target_C] > time_C
     return counts.greater, counts.equal - (~excluded_C).long()  # an excluded target did not meet itself
+
+
+def too_late(since_T: Tensor, time_n: Tensor) -> Tensor | None:
+    """`[n, T]` bool, which items of a tile come after the time of which case; None where none does."""
+    if not len(since_T) or since_T.max() <= time_n.min():
+        return None
+    return since_T > time_n[:, None]
 
 
 @dataclass

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from findrec.ops.counting import CaseOrder, Counts, find_keys, pair_keys, sum_true
+from findrec.ops.counting import CaseOrder, Counts, find_keys, pair_keys, sum_true, too_late
 
 _SAFE_NORM = 2.0**60  # vectors up to here cannot overflow a float32 product
 _PAIRS = 1 << 20  # (case, special item) pairs corrected at once
@@ -39,6 +39,8 @@ def target_rank(
     own_ids_BN: Tensor | None = None,
     own_bonus_BN: Tensor | None = None,
     exclude_ids_BN: Tensor | None = None,
+    since_V: Tensor | None = None,
+    time_C: Tensor | None = None,
     tile_mib: int = 64,
     impl: Literal["auto", "screened", "exact"] = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,8 @@ def target_rank(
         own_bonus_BN: float32 `[B, N]` that bonus.
         exclude_ids_BN: int64 `[B, M]` items that do not compete (the seen filter), 0-padded. A case's own
             target is never excluded.
+        since_V: int64 `[V + 1]`, with `time_C`: item v competes in the cases with `time_C >= since_V[v]`.
+        time_C: int64 `[C]`; a case's own target is there whatever its time.
         tile_mib: the working memory of the screen in MiB; no result depends on it.
         impl: `screened` as above, `exact` scores every pair in float64 (the reference), `auto` is `screened`.
 
@@ -62,6 +66,10 @@ def target_rank(
     """
     _check(users_Bd, items_Vd, row_C, target_C)
     num_users, num_items = len(users_Bd), len(items_Vd) - 1
+    if (since_V is None) != (time_C is None):
+        raise ValueError("since_V and time_C must be given together")
+    offer = _Offer(since_V, time_C)
+    everyone = torch.arange(len(row_C), device=row_C.device)
     special = _specials(num_users, num_items, own_ids_BN, own_bonus_BN, exclude_ids_BN, users_Bd.device)
     base_C = dot64(users_Bd, items_Vd, row_C, target_C)
     place_C, known_C = find_keys(special.key, row_C * (num_items + 1) + target_C)
@@ -72,19 +80,48 @@ def target_rank(
     counts = Counts(torch.zeros_like(row_C), torch.zeros_like(row_C))
     finite_C = torch.where(t_C.isnan(), torch.inf, t_C)  # a NaN target is set right at the end
     with _full_float32(users_Bd.device):
-        _count_catalogue(users_Bd, items_Vd, row_C, finite_C, counts, tile_mib, impl == "exact")
-    counts.greater -= (base_C > finite_C).long()  # the target has met itself
-    counts.equal -= (base_C == finite_C).long()
+        _count_catalogue(users_Bd, items_Vd, row_C, finite_C, offer, counts, tile_mib, impl == "exact")
+    met_C = offer.has(target_C, everyone)  # the target has met itself
+    counts.greater -= ((base_C > finite_C) & met_C).long()
+    counts.equal -= ((base_C == finite_C) & met_C).long()
     if len(special.key):
-        _correct(users_Bd, items_Vd, row_C, target_C, finite_C, special, counts)
+        _correct(users_Bd, items_Vd, row_C, target_C, finite_C, offer, special, counts)
 
-    lost_C = t_C.isnan()
-    if lost_C.any():
-        out_B = torch.bincount(special.row[~special.counted], minlength=num_users)
-        target_out_C = known_C & ~special.counted[place_C] if len(special.key) else known_C
-        counts.greater[lost_C] = (num_items - 1 - out_B[row_C] + target_out_C.long())[lost_C]
-        counts.equal[lost_C] = 0
+    lost = t_C.isnan().nonzero()[:, 0]
+    if len(lost):
+        rivals = offer.size(lost, num_items) - met_C[lost].long()
+        for place_P, s_P in _special_pairs(special, row_C[lost]):
+            out_P = ~special.counted[s_P] & (special.item[s_P] != target_C[lost[place_P]])
+            out_P &= offer.has(special.item[s_P], lost[place_P])
+            rivals.index_add_(0, place_P, -out_P.long())
+        counts.greater[lost], counts.equal[lost] = rivals, 0
     return counts.greater, counts.equal
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """Which items compete in which cases: all of them, or those that are there at the case's time."""
+
+    since_V: Tensor | None
+    time_C: Tensor | None
+
+    def has(self, item_P: Tensor, case_P: Tensor) -> Tensor:
+        """`[P]` bool for pairs of an item and a case."""
+        if self.since_V is None or self.time_C is None:
+            return torch.ones_like(item_P, dtype=torch.bool)
+        return self.since_V[item_P] <= self.time_C[case_P]
+
+    def late(self, item_T: Tensor, case_n: Tensor) -> Tensor | None:
+        """`[n, T]` bool, what is missing in a tile of items; None where nothing is."""
+        if self.since_V is None or self.time_C is None:
+            return None
+        return too_late(self.since_V[item_T], self.time_C[case_n])
+
+    def size(self, case_n: Tensor, num_items: int) -> Tensor:
+        """`[n]` int64, how many of the items 1..V compete in some cases."""
+        if self.since_V is None or self.time_C is None:
+            return torch.full_like(case_n, num_items)
+        return torch.searchsorted(self.since_V[1:].sort().values, self.time_C[case_n], right=True)
 
 
 def dot64(users_Bd: Tensor, items_Vd: Tensor, row_P: Tensor, item_P: Tensor) -> Tensor:
@@ -152,6 +189,7 @@ def _count_catalogue(
     items_Vd: Tensor,
     row_C: Tensor,
     t_C: Tensor,
+    offer: _Offer,
     counts: Counts,
     tile_mib: int,
     exact: bool,
@@ -186,7 +224,10 @@ def _count_catalogue(
                 bound_b = _error_bound(users_Bd.shape[1], user_norm_B[rows], norm_V[a:b].max())
                 for case_n in cases:
                     n = len(case_n)
-                    case_P, place_P = _screen(scores_bT[:n], bound_b[:n], case_n, t_C, counts.greater)
+                    late_nT = offer.late(screened[a:b], case_n)
+                    case_P, place_P = _screen(
+                        scores_bT[:n], bound_b[:n], case_n, t_C, late_nT, counts.greater
+                    )
                     doubtful.append((case_P, screened[a:b][place_P]))
                 if sum(len(case_P) for case_P, _ in doubtful) > _PAIRS:
                     _rescore(users_Bd, items_Vd, row_C, t_C, doubtful, counts)
@@ -198,8 +239,11 @@ def _count_catalogue(
             scores_bT = _grid64(users_Bd[rows], items_Vd[some])
             for case_n in cases:
                 t_n1 = t_C[case_n][:, None]
-                counts.greater[case_n] += (scores_bT[: len(case_n)] > t_n1).sum(1)
-                counts.equal[case_n] += (scores_bT[: len(case_n)] == t_n1).sum(1)
+                scores_nT = scores_bT[: len(case_n)]
+                if (late_nT := offer.late(some, case_n)) is not None:
+                    scores_nT = scores_nT.masked_fill(late_nT, torch.nan)  # neither above nor level
+                counts.greater[case_n] += (scores_nT > t_n1).sum(1)
+                counts.equal[case_n] += (scores_nT == t_n1).sum(1)
 
 
 def _error_bound(width: int, user_norm_b: Tensor, item_norm: Tensor) -> Tensor:
@@ -210,13 +254,20 @@ def _error_bound(width: int, user_norm_b: Tensor, item_norm: Tensor) -> Tensor:
 
 
 def _screen(
-    scores_nT: Tensor, bound_n: Tensor, case_n: Tensor, t_C: Tensor, greater_C: Tensor
+    scores_nT: Tensor,
+    bound_n: Tensor,
+    case_n: Tensor,
+    t_C: Tensor,
+    late_nT: Tensor | None,
+    greater_C: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Count what the screen decides of one tile, for one case of each row; returns the doubtful pairs.
 
     They are given as cases `[P]` and places in the tile `[P]`.
     """
     t_n = t_C[case_n]
+    if late_nT is not None:
+        scores_nT = scores_nT.masked_fill(late_nT, torch.nan)  # neither above, nor level, nor in doubt
     # Rounding to float32 may step inwards by half a unit; one unit outwards undoes it.
     high_n = torch.nextafter((t_n + bound_n).float(), t_n.new_tensor(torch.inf).float())
     low_n = torch.nextafter((t_n - bound_n).float(), t_n.new_tensor(-torch.inf).float())
@@ -260,12 +311,26 @@ def _correct(
     row_C: Tensor,
     target_C: Tensor,
     t_C: Tensor,
+    offer: _Offer,
     special: _Specials,
     counts: Counts,
 ) -> None:
     """Take own and excluded items out of the counts, and own ones back in with their bonus."""
     base_S = dot64(users_Bd, items_Vd, special.row, special.item)
     final_S = base_S + special.bonus
+    for case_P, s_P in _special_pairs(special, row_C):
+        base_P, final_P, t_P = base_S[s_P], final_S[s_P], t_C[case_P]
+        counted_P = special.counted[s_P]
+        item_P = special.item[s_P]
+        rival_P = (item_P != target_C[case_P]) & offer.has(item_P, case_P)
+        greater_P = ((final_P > t_P) & counted_P).long() - (base_P > t_P).long()
+        equal_P = ((final_P == t_P) & counted_P).long() - (base_P == t_P).long()
+        counts.greater.index_add_(0, case_P, greater_P * rival_P)
+        counts.equal.index_add_(0, case_P, equal_P * rival_P)
+
+
+def _special_pairs(special: _Specials, row_C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """All pairs of a case and a special item of its row, as places `[P]` in `row_C` and in `special`."""
     first_C, size_C = special.start[row_C], (special.start[1:] - special.start[:-1])[row_C]
     ends = size_C.cumsum(0)
     lo = 0
@@ -275,14 +340,7 @@ def _correct(
         size = size_C[lo:hi]
         case_P = torch.repeat_interleave(torch.arange(lo, hi, device=row_C.device), size)
         within = torch.arange(len(case_P), device=row_C.device) - (ends[lo:hi] - size - before)[case_P - lo]
-        s_P = first_C[case_P] + within
-        base_P, final_P, t_P = base_S[s_P], final_S[s_P], t_C[case_P]
-        counted_P = special.counted[s_P]
-        other_P = special.item[s_P] != target_C[case_P]
-        greater_P = ((final_P > t_P) & counted_P).long() - (base_P > t_P).long()
-        equal_P = ((final_P == t_P) & counted_P).long() - (base_P == t_P).long()
-        counts.greater.index_add_(0, case_P, greater_P * other_P)
-        counts.equal.index_add_(0, case_P, equal_P * other_P)
+        yield case_P, first_C[case_P] + within
         lo = hi
 
 

@@ -244,6 +244,13 @@ class ItemTable:
         """Weights and moments, for a checkpoint."""
         return {"weight": self.weight, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
+    def start_from(self, weight: Tensor) -> None:
+        """Take over the rows `[n + 1, d]` of the first n items; later ones and the optimizer stay as new."""
+        if len(weight) > len(self.weight) or weight.shape[1:] != self.weight.shape[1:]:
+            found, want = tuple(weight.shape), tuple(self.weight.shape)
+            raise ValueError(f"item table: rows {found} do not fit into a table {want}")
+        self.weight[: len(weight)] = weight.to(self.weight.device)
+
     def load_state(self, state: dict[str, Tensor], steps: int) -> None:
         """Take over weights and moments of a checkpoint; raises `ValueError` on another shape."""
         for name, value in self.state().items():

@@ -14,8 +14,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,6 +25,7 @@ from findrec.errors import FindRecError
 from findrec.progress import say
 
 FORMAT = 1
+CatalogueMark = dict[str, Any]  # see `findrec.training.warm_start.mark_catalogue`
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TrainState:
     epoch_step: int = 0  # steps done of the epoch under way
     epoch_loss: float = 0.0  # their summed token losses
     epoch_targets: int = 0
+    catalogue: CatalogueMark = field(default_factory=dict)  # whose rows the table holds
+    started_from: str = ""  # the checkpoint of another run that this training began with
 
 
 @dataclass(frozen=True)
@@ -134,18 +138,29 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def best_checkpoint(root: Path) -> Checkpoint | None:
+def best_checkpoint_path(root: Path) -> Path | None:
     """The checkpoint of the best validation; the newest one if the best is damaged or there is none."""
     newest = latest_checkpoint(root)
     if newest is None:
         return None
-    saved = load_checkpoint(newest)
-    best = root / f"step-{saved.state.best_step:08d}"
-    if best != newest and saved.state.best_step >= 0:
+    best_step = read_state(newest).best_step
+    best = root / f"step-{best_step:08d}"
+    if best != newest and best_step >= 0:
         if (problem := verify_checkpoint(best)) is None:
-            return load_checkpoint(best)
+            return best
         say(f"WARNING: the best checkpoint {best} is not used, the newest is: {problem}")
-    return saved
+    return newest
+
+
+def best_checkpoint(root: Path) -> Checkpoint | None:
+    """`best_checkpoint_path`, loaded."""
+    path = best_checkpoint_path(root)
+    return None if path is None else load_checkpoint(path)
+
+
+def read_state(path: Path) -> TrainState:
+    """Where training stood at a checkpoint that verifies."""
+    return TrainState(**json.loads((path / "state.json").read_text()))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -156,7 +171,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     (table,) = path.glob("table-*.safetensors")
     return Checkpoint(
         path=path,
-        state=TrainState(**json.loads((path / "state.json").read_text())),
+        state=read_state(path),
         tower=load_file(path / "tower.safetensors"),
         moments=load_file(path / "tower_moments.safetensors"),
         table=load_file(table),

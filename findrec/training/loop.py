@@ -53,21 +53,22 @@ def run_training(
     *,
     worker: Worker,
     log: StepLog | None = None,
-    on_resume: Callable[[int], None] | None = None,
+    on_start: Callable[[TrainState], None] | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainState:
-    """Train to the end, from the newest checkpoint in `checkpoints` or from the start.
+    """Train to the end, from the newest checkpoint in `checkpoints`, else from the run that
+    `training.warm_start` names, else from the start.
 
-    `on_resume(step)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
+    `on_start(state)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
     """
     training = config.training
     if training.objective == "all":
         windows = cut_windows(folder, config.data.max_length, config.data.overlap)
     else:
         windows = cut_prefixes(folder, config.data.max_length)
-    state = restore(checkpoints, tower, table, plan_digest(config, folder, windows))
-    if worker.leads and on_resume is not None:
-        on_resume(state.step)
+    state = restore(config, folder, checkpoints, tower, table, plan_digest(config, folder, windows))
+    if worker.leads and on_start is not None:
+        on_start(state)
     left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
     with progress(config.model.name, left, "targets", show=worker.leads) as bar:
         run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar)

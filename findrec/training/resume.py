@@ -12,6 +12,7 @@ from findrec.errors import FindRecError
 from findrec.tables.item_table import ItemTable
 from findrec.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from findrec.training.tower import Tower
+from findrec.training.warm_start import apply_warm_start, find_warm_start, mark_catalogue
 
 
 def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
@@ -32,10 +33,24 @@ def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def restore(checkpoints: Path, tower: Tower, table: ItemTable, digest: str) -> TrainState:
+def restore(
+    config: RunConfig, folder: DataFolder, checkpoints: Path, tower: Tower, table: ItemTable, digest: str
+) -> TrainState:
+    """Where training goes on: at the newest checkpoint, else at the start, warm or cold (collective)."""
     path = latest_checkpoint(checkpoints)
     if path is None:
-        return TrainState(epoch=0, step=0, plan=digest, best=-1.0, best_step=-1, stale=0)
+        start = find_warm_start(config, folder)
+        if start is not None:
+            apply_warm_start(start, tower, table)
+        return TrainState(
+            *(0, 0),
+            plan=digest,
+            best=-1.0,
+            best_step=-1,
+            stale=0,
+            catalogue=mark_catalogue(config, folder),
+            started_from="" if start is None else start.title,
+        )
     saved = load_checkpoint(path)
     if saved.state.plan != digest:
         raise FindRecError(

@@ -13,6 +13,7 @@ from findrec.paths import resolve
 from findrec.training.checkpoint import list_checkpoints
 
 TRAINED_BASELINES = ("sasrec",)
+BASELINES = "baselines"  # folder of a run that holds theirs
 # A run goes on unchanged when only these differ: they do not touch what is learnt.
 FREE_KEYS = (
     "cluster.",
@@ -50,17 +51,20 @@ def training_jobs(config: RunConfig, folder: Path) -> list[TrainingJob]:
     for name in TRAINED_BASELINES:
         if name in config.evaluation.baselines and name != config.model.name:
             model = ModelConfig(**{**config.model.model_dump(), "name": name})
-            changed = config.model_copy(update={"model": model})
-            jobs.append(TrainingJob(name, changed, folder / "baselines" / name))
+            start = config.training.warm_start
+            warm = None if start is None else f"{start}/{BASELINES}/{name}"
+            training = config.training.model_copy(update={"warm_start": warm})
+            changed = config.model_copy(update={"model": model, "training": training})
+            jobs.append(TrainingJob(name, changed, folder / BASELINES / name))
     return jobs
 
 
-def _flat(tree: object, prefix: str = "") -> dict[str, object]:
+def flatten(tree: object, prefix: str = "") -> dict[str, object]:
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.")
+        flat |= flatten(value, f"{prefix}{key}.")
     return flat
 
 
@@ -73,8 +77,8 @@ def open_run_folder(config: RunConfig) -> Path:
     saved = folder / "config.yaml"
     started = [j for j in training_jobs(config, folder) if list_checkpoints(checkpoint_folder(j.folder))]
     if saved.is_file() and started:
-        old = _flat(read_run_config(folder).model_dump(mode="json"))
-        new = _flat(config.model_dump(mode="json"))
+        old = flatten(read_run_config(folder).model_dump(mode="json"))
+        new = flatten(config.model_dump(mode="json"))
         changed = [k for k in new if old.get(k) != new[k] and not k.startswith(FREE_KEYS)]
         if changed:
             listed = "; ".join(f"{k}: {old.get(k)!r} there, {new[k]!r} now" for k in changed[:5])

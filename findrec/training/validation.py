@@ -43,11 +43,18 @@ def validate(
         users_per_block=config.evaluation.users_per_block,
         max_length=config.data.max_length,
         mask_seen=mask_seen,
+        candidates=config.evaluation.candidates,
         rank=worker.rank,
         world=worker.world,
     )
     ranks = _gather_ranks(ranks, worker)
-    row = summarise(ranks, folder, "valid", ks=[10], model=config.model.name, mask_seen=mask_seen)
+    row = summarise(
+        *(ranks, folder, "valid"),
+        ks=[10],
+        model=config.model.name,
+        mask_seen=mask_seen,
+        candidates=config.evaluation.candidates,
+    )
     if worker.leads:
         say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")
     return row

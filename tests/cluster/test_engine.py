@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from planted import make_config, planted_folder
+from planted import NUM_ITEMS, make_config, planted_folder
+
+from findrec.config import dump_config
+from findrec.datasets.memory import write_data_folder
 
 SCRIPT = """
 import json, os, sys, torch, torch.distributed as dist
@@ -119,3 +122,35 @@ def test_checkpoint_moves_between_worker_counts_and_stages(planted):
         torch.testing.assert_close(
             got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.slow
+def test_a_warm_start_on_workers_is_that_of_one_process(planted):
+    """A finished run continued on a catalogue with two more items: ZeRO-2 on two workers, plain on one."""
+    path, folder, config, _ = planted
+    runs = path / "runs"
+    config = config.model_copy(update={"runs": str(runs), "name": "yesterday"})
+    run("plain", 1, folder.path, runs / "yesterday/checkpoints", path / "yesterday.out", config)
+    (runs / "yesterday/config.yaml").write_text(dump_config(config))
+    new = [NUM_ITEMS + 1, NUM_ITEMS + 2]
+    grown = write_data_folder(
+        path / "grown",
+        [[*folder.histories([u]).item.tolist(), *new] for u in range(folder.num_users)],
+        features={m: grow(folder.feature(m), len(new)) for m in folder.modalities},
+    )
+    training = config.training.model_copy(update={"warm_start": "yesterday", "epochs": 1})
+    warm = config.model_copy(update={"training": training, "name": "today"})
+    want, want_losses = run("plain", 1, grown.path, path / "one", path / "one.out", warm)
+    got, losses = run(2, 2, grown.path, path / "two", path / "two.out", warm)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-4, atol=1e-5)
+    for key in want:
+        torch.testing.assert_close(
+            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
+def grow(table, more):
+    """A feature table's rows (NaN where missing) with `more` rows after them."""
+    rows = table.rows(torch.arange(1, len(table)))
+    known = torch.where(rows.present[:, None], rows.values, torch.nan)
+    return torch.cat([known, torch.ones(more, table.dim)]).numpy()

@@ -21,12 +21,14 @@ def oracle(
     own_ids: Tensor | None = None,
     own_bonus: Tensor | None = None,
     exclude_ids: Tensor | None = None,
+    since: Tensor | None = None,
+    time: Tensor | None = None,
 ) -> tuple[list[int], list[int]]:
     """One case after the other, every item scored by a Python-ordered float64 sum."""
     x, y = users.numpy().astype(np.float64), items.numpy().astype(np.float64)
     greater, equal = [], []
     with np.errstate(all="ignore"):
-        for b, t in zip(row.tolist(), target.tolist(), strict=True):
+        for c, (b, t) in enumerate(zip(row.tolist(), target.tolist(), strict=True)):
             score = np.zeros(len(y))
             for k in range(x.shape[1]):
                 score = score + x[b, k] * y[:, k]
@@ -39,6 +41,8 @@ def oracle(
             rivals = set(range(1, len(y))) - {t}
             if exclude_ids is not None:
                 rivals -= set(exclude_ids[b].tolist())
+            if since is not None and time is not None:
+                rivals = {i for i in rivals if since[i] <= time[c]}
             rival = np.array(sorted(rivals), dtype=np.int64)
             if np.isnan(score[t]):
                 greater.append(len(rival))
@@ -51,7 +55,8 @@ def oracle(
 
 def agree(users: Tensor, items: Tensor, row: Tensor, target: Tensor, **extra: Any) -> None:
     renamed = {"own_ids_BN": "own_ids", "own_bonus_BN": "own_bonus", "exclude_ids_BN": "exclude_ids"}
-    expected = oracle(users, items, row, target, **{renamed[k]: v for k, v in extra.items()})
+    renamed |= {"since_V": "since", "time_C": "time"}
+    expected = oracle(users, items, row, target, **{renamed[k]: v for k, v in extra.items() if k in renamed})
     for impl in ("screened", "exact"):
         greater, equal = target_rank(users, items, row, target, impl=impl, **extra)  # type: ignore[arg-type]
         assert greater.tolist() == expected[0], impl
@@ -279,3 +284,41 @@ def test_cuda_gives_the_same_counts() -> None:
         own_bonus_BN=bonus.cuda(),
     )
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["vectors", "dense"])
+@pytest.mark.parametrize(("num_users", "num_items", "tile_mib"), [(1, 1, 64), (6, 50, 64), (9, 700, 0)])
+def test_items_compete_from_their_time_on(num_users: int, num_items: int, tile_mib: int, impl: str) -> None:
+    """With ties, own and excluded items, targets before their time, NaN, huge vectors and small tiles."""
+    generator = torch.Generator().manual_seed(num_items)
+    users = torch.randint(-2, 3, (num_users, 3), generator=generator).float()
+    items = torch.randint(-2, 3, (num_items + 1, 3), generator=generator).float()
+    row, target = cases(num_users, num_items, 80)
+    since = torch.randint(0, 9, (num_items + 1,), generator=generator)
+    time = torch.randint(-1, 10, (80,), generator=generator)
+    near = torch.iinfo(torch.int64)
+    since[1 + num_items // 3], since[1 + num_items // 2] = near.min, near.max
+    ids = torch.randint(0, num_items + 1, (2, num_users, 5), generator=generator)
+    bonus = torch.randint(-1, 2, (num_users, 5), generator=generator).float()
+    extra: dict[str, Any] = {"exclude_ids_BN": ids[1], "since_V": since, "time_C": time}
+    if impl == "dense":
+
+        def keys(lo: int, hi: int) -> Tensor:
+            return (users @ items[lo:hi].T).long()
+
+        found = rank_dense(keys, num_items, row, target, num_users=num_users, tile_mib=tile_mib, **extra)
+        expected = oracle(users, items, row, target, None, None, ids[1], since, time)
+        assert (found[0].tolist(), found[1].tolist()) == expected
+        return
+    extra |= {"own_ids_BN": ids[0], "own_bonus_BN": bonus}
+    agree(users, items, row, target, tile_mib=tile_mib, **extra)
+    items[1 + num_items // 2 :: 5] = torch.nan
+    agree(users, items, row, target, tile_mib=tile_mib, **extra)
+    users[0] = 2.0**70
+    agree(users, items, row, target, tile_mib=tile_mib, **extra)
+
+
+def test_times_are_given_together() -> None:
+    ones = torch.ones(2, 1)
+    with pytest.raises(ValueError, match="together"):
+        target_rank(ones, ones, torch.tensor([0]), torch.tensor([1]), since_V=torch.tensor([0, 0]))
