@@ -15,7 +15,14 @@ from findrec.config import DataConfig
 from findrec.datasets.eventlog import EventLog
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.make_features import add_feature, feature_sources, is_there, make_feature, scratch_of
+from findrec.datasets.make_features import (
+    add_feature,
+    feature_sources,
+    is_there,
+    is_wanted,
+    make_feature,
+    scratch_of,
+)
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe, load_recipe
 from findrec.datasets.writer import FolderInput, beside, cannot_write, write_folder
@@ -52,7 +59,7 @@ def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
 def _with_optional(recipe: Recipe, data: DataFolder) -> DataFolder:
     """The folder with those optional features whose files have come since it was made."""
     for name, spec in recipe.features.wanted().items():
-        if name not in data.modalities and is_there(spec, recipe.folder):
+        if name not in data.modalities and is_wanted(spec, recipe.folder):
             scratch = scratch_of(data.path)
             data = add_feature(
                 data.path, make_feature(name, spec, data.items, recipe.folder, scratch=scratch)
@@ -80,6 +87,14 @@ def _existing(recipe: Recipe, folder: Path, recipe_sha256: str) -> DataFolder | 
     return _with_optional(recipe, DataFolder.open(folder))
 
 
+def _modalities(folder: Path) -> list[str]:
+    """What a folder that is about to be replaced has; nothing where it cannot be read."""
+    try:
+        return [entry.modality for entry in read_manifest(folder).features]
+    except FindRecError:
+        return []
+
+
 def refuse_strange(folder: Path) -> None:
     """`FindRecError` where a file, or a folder with anything but a data set in it, is in the way."""
     if folder.exists() and not folder.is_dir():
@@ -104,6 +119,7 @@ def prepare(
     if not force and (ready := _existing(recipe, folder, recipe_sha256)) is not None:
         return ready
     refuse_strange(folder)
+    had = _modalities(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = beside(folder, "scratch")
@@ -117,6 +133,11 @@ def prepare(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     made = DataFolder.open(folder)
+    if lost := [name for name in had if name not in made.modalities]:
+        say(
+            f"{', '.join(lost)}: not in the recipe, and so no longer in {folder}: add it again with findrec "
+            "features"
+        )
     if late := int((made.valid_start == 0).sum()):
         say(
             f"{late:,} of {made.num_users:,} users have no event before the split's first cut: they are "
@@ -133,7 +154,7 @@ def _make(recipe: Recipe, folder: Path, scratch: Path, recipe_sha256: str, limit
         items = log.items()
         say(f"{len(log.length):,} users, {items.num_rows:,} items, {int(log.length.sum()):,} events")
         wanted = {
-            name: spec for name, spec in recipe.features.wanted().items() if is_there(spec, recipe.folder)
+            name: spec for name, spec in recipe.features.wanted().items() if is_wanted(spec, recipe.folder)
         }
         made = [
             make_feature(name, spec, items, recipe.folder, scratch=scratch_of(folder))
