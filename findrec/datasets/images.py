@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ MAX_BYTES = 64 << 20  # of a file
 MAX_PIXELS = 50_000_000  # of a picture, decoded: 150 MB
 DRAFT = 1024  # a JPEG that is larger is decoded at a half, quarter or eighth of its size, not below this
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # Pillow's; ours is lower
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 

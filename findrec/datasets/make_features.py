@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,13 @@ def place_of(path: str, root: Path) -> Path:
 
 
 def is_there(spec: FeatureSpec, root: Path) -> bool:
-    """Whether a feature can be made: optional ones need their files."""
-    return isinstance(spec, TextFeature) or not spec.optional or place_of(spec.path, root).exists()
+    """Whether a feature's files are there; a text needs none."""
+    return isinstance(spec, TextFeature) or place_of(spec.path, root).exists()
+
+
+def is_wanted(spec: FeatureSpec, root: Path) -> bool:
+    """Whether a feature is to be made: optional ones only with their files."""
+    return isinstance(spec, TextFeature) or not spec.optional or is_there(spec, root)
 
 
 def _listing(folder: Path) -> SourceEntry:
@@ -203,7 +207,7 @@ def add_feature(path: Path, made: Made) -> DataFolder:
     file = f"features/{feature.modality}.safetensors"
     if file in manifest.files:  # never write into what the manifest names
         file = f"features/{feature.modality}-2.safetensors"
-    part = path / "features" / f".part-{os.getpid()}"
+    part = path / "features" / f".{feature.modality}.part"  # one that a crash left is written over
     try:
         entry = store_feature(path, feature, str(part.relative_to(path))).model_copy(update={"file": file})
         digest = sha256_file(part)

@@ -17,7 +17,14 @@ from findrec.datasets.eventlog import EventLog
 from findrec.datasets.fetch import fetch_source
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.growing import Parent, carried_over
-from findrec.datasets.make_features import add_feature, feature_sources, is_there, make_feature, scratch_of
+from findrec.datasets.make_features import (
+    add_feature,
+    feature_sources,
+    is_there,
+    is_wanted,
+    make_feature,
+    scratch_of,
+)
 from findrec.datasets.manifest import MANIFEST_NAME, Manifest, how_to_mend, read_manifest, sha256_file
 from findrec.datasets.recipe import Recipe, load_recipe
 from findrec.datasets.remote import is_remote
@@ -55,7 +62,7 @@ def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
 def _with_optional(recipe: Recipe, data: DataFolder) -> DataFolder:
     """The folder with those optional features whose files have come since it was made."""
     for name, spec in recipe.features.wanted().items():
-        if name not in data.modalities and is_there(spec, recipe.folder):
+        if name not in data.modalities and is_wanted(spec, recipe.folder):
             scratch = scratch_of(data.path)
             data = add_feature(
                 data.path, make_feature(name, spec, data.items, recipe.folder, scratch=scratch)
@@ -94,6 +101,14 @@ def _existing(
             f"ids with: findrec prepare {recipe.name} --grow {folder}"
         )
     return _with_optional(recipe, DataFolder.open(folder))
+
+
+def _modalities(folder: Path) -> list[str]:
+    """What a folder that is about to be replaced has; nothing where it cannot be read."""
+    try:
+        return [entry.modality for entry in read_manifest(folder).features]
+    except FindRecError:
+        return []
 
 
 def refuse_strange(folder: Path) -> None:
@@ -137,6 +152,7 @@ def prepare(
     limits = limits or Limits.of()
     watch = watch or Stopwatch()
     place = folder if limits.scratch is None else limits.scratch / folder.name
+    had = _modalities(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +174,11 @@ def prepare(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     made = DataFolder.open(folder, verify=False)  # it was hashed while it was written
+    if lost := [name for name in had if name not in made.modalities]:
+        say(
+            f"{', '.join(lost)}: not in the recipe, and so no longer in {folder}: add it again with findrec "
+            "features"
+        )
     events = made.manifest.num_events
     say(f"{events:,} events in {format_seconds(watch.total)} ({events / watch.total:,.0f} events/s: {watch})")
     if late := int((made.valid_start == 0).sum()):
@@ -197,7 +218,7 @@ def _make(
                     before=None if parent is None else parent.before(name, items),
                 )
                 for name, spec in recipe.features.wanted().items()
-                if is_there(spec, recipe.folder)
+                if is_wanted(spec, recipe.folder)
             ]
             features = [one.feature for one in made]
             if parent is not None:

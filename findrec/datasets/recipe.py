@@ -189,13 +189,11 @@ class Recipe(Part):
         for key in _LATER_KEYS:  # at its default such a key changes nothing, so old data folders stay valid
             if getattr(self, key) == type(self).model_fields[key].default:
                 del recipe[key]
-        wanted = self.features.wanted()
-        ready = recipe["features"].pop("ready")
-        recipe["features"] = {
-            name: tree
-            for name, tree in {**recipe["features"], **ready}.items()
+        recipe["features"] = {"text": None} | {
+            name: spec.model_dump(mode="json")
+            for name, spec in self.features.wanted().items()
             # Optional ones are added to the folder when their files are there.
-            if name == "text" or (name in wanted and not getattr(wanted[name], "optional", False))
+            if isinstance(spec, TextFeature) or not spec.optional
         }
         for place in (place for places in recipe["sources"].values() for place in places):
             for file in place["files"].values():

