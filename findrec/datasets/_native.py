@@ -88,7 +88,8 @@ def pointer(values: NDArray[Any] | Tensor | None) -> int | None:
     if not values.flags.writeable:
         address: int = values.__array_interface__["data"][0]
         return address
-    return ctypes.addressof(_Nothing.from_buffer(values))  # in a sixth of the time; refuses strides
+    # In a sixth of the time. Arrays with strides are refused.
+    return ctypes.addressof(_Nothing.from_buffer(values))  # type: ignore[arg-type]
 
 
 def dense(values: Any) -> NDArray[np.int64]:

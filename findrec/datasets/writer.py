@@ -149,7 +149,7 @@ class _Tally:
         group = np.cumsum(unit_starts(timestamp, offset, "timestamp")) - 1
         sizes = np.bincount(group)
         self.tied += int(sizes[sizes > 1].sum())
-        self.tied_last += int((sizes[group[offset[1:] - 1]] > 1).sum())
+        self.tied_last += int((sizes[group[offset[1:][block.length > 0] - 1]] > 1).sum())
         for name, values in {"length": block.length, **block.columns}.items():
             dtype = DTYPES.get(name, "<i8")
             self.hashers.setdefault(name, hashlib.sha256()).update(values.astype(dtype).tobytes())
