@@ -2,7 +2,7 @@
 
 import json
 
-from pytest import approx
+import pytest
 
 from findrec.bench.loader import Profile, bench_loader, print_figures
 
@@ -17,11 +17,11 @@ def test_rows_of_a_small_profile(capsys):
         (impl, profile.name) for profile in profiles for impl in ("findrec", "webdataset")
     ]
     for row in rows:
-        assert row["bytes_per_s"] == approx(12 * row["events_per_s"])
-        assert row["events_per_s"] / row["users_per_s"] == approx(row["events"] / row["users"])
+        assert row["bytes_per_s"] == pytest.approx(12 * row["events_per_s"])
+        assert row["events_per_s"] / row["users_per_s"] == pytest.approx(row["events"] / row["users"])
     short, stock = rows[:2]
     assert 8 < short["events"] / short["users"] < 12
-    assert short["times_stock"] == approx(short["users_per_s"] / stock["users_per_s"])
+    assert short["times_stock"] == pytest.approx(short["users_per_s"] / stock["users_per_s"])
     assert short["times_stock"] > 10  # 200 and more were measured
     print_figures(rows)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
