@@ -38,6 +38,7 @@ from findrec.datasets.padding import padded_batch
 from findrec.datasets.plan import cut_windows, plan_epoch
 from findrec.datasets.splits import Int64Array, Split
 from findrec.datasets.writer import USERS_PER_MEMBER, Block, FolderInput, write_folder
+from findrec.training.allocator import keep_freed_memory
 
 HELD_OUT = 2  # events of a user that are not trained on: the default split
 EVENT_BYTES = 12
@@ -165,6 +166,7 @@ def bench_loader(profiles: Sequence[Profile] = PROFILES, *, runs: int = 5) -> li
     """Two rows for each profile. Keeps the process on one core while it measures."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, {min(cores)})
+    keep_freed_memory()  # as workers do
     torch.set_num_threads(1)
     try:
         return [row for profile in profiles for row in _measured(profile, runs)]

@@ -20,7 +20,7 @@ from findrec.progress import say
 _Nothing = ctypes.c_char * 0
 Impl = Literal["auto", "reference", "cpp"]
 PROBLEMS = 8  # a row's result is this times the row and one of:
-NOT_MAPPED, BAD_ITEM, BAD_TIME, BAD_SLICE = 1, 2, 3, 4
+BAD_ITEM, BAD_TIME, BAD_SLICE = 2, 3, 4
 
 
 def _fields(sizes: Sequence[str], pointers: Sequence[str]) -> list[tuple[str, Any]]:

@@ -291,6 +291,7 @@ class PackedHistories:
     def _refused(self, user: int, problem: int) -> Exception:
         if problem == BAD_SLICE:
             return _outside()
+        assert problem in (BAD_ITEM, BAD_TIME), "shards are opened before they are read"
         number = self._sample[user]
         reader = self.reader(int(self._shard[number]))
         key = reader.keys[self._member[number]]

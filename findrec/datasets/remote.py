@@ -35,6 +35,7 @@ SCHEMES = ("http", "https", "s3", "gs")
 TRIES = 6
 FIRST_PAUSE_S = 0.5  # doubles with each try
 SILENCE_S = 20.0  # without a byte for so long a connection counts as lost
+LEFT_S = 3600.0  # a part that nothing was added to for so long was left by a process that was killed
 PIECE = 1 << 20
 AHEAD = 4  # shards fetched at a time
 CACHE_BYTES = 64 << 30
@@ -247,18 +248,17 @@ class RemoteFolder:
             with contextlib.suppress(IndexError, FindRecError):  # told where the shard itself is asked for
                 self.shard(wanted.popleft())
 
-    def close(self) -> None:
-        """Fetch no more ahead."""
-        self._wanted = deque()
-
     def _make_room(self) -> None:
         """Drop the files used longest ago. One that a process has mapped stays readable to it."""
         kept = []
         for folder, _, names in os.walk(self._cache):  # heedless of what vanishes meanwhile
-            for file in (Path(folder) / name for name in names if name.endswith(".tar")):
+            for file in (Path(folder) / name for name in names):
                 with contextlib.suppress(FileNotFoundError):
                     stat = file.stat()
-                    kept.append((stat.st_mtime_ns, stat.st_size, file))
+                    if file.suffix == ".tar":
+                        kept.append((stat.st_mtime_ns, stat.st_size, file))
+                    elif ".part-" in file.name and stat.st_mtime < time.time() - LEFT_S:
+                        file.unlink()
         room = self.cache_bytes - sum(self._coming.values()) - sum(size for _, size, _ in kept)
         for _, size, file in sorted(kept):
             if room >= 0:

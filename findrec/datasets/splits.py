@@ -87,14 +87,14 @@ def unit_starts(timestamp: Int64Array, offset: Int64Array, unit: str) -> NDArray
     begins = np.ones(len(timestamp), dtype=bool)
     if unit == "timestamp":
         begins[1:] = timestamp[1:] != timestamp[:-1]
-        begins[offset[:-1]] = True
+        begins[offset[:-1][np.diff(offset) > 0]] = True
     return begins
 
 
 def cut(split: Split, timestamp: Int64Array, offset: Int64Array) -> tuple[Int64Array, Int64Array]:
     """`(valid_start, test_start)`, each `[R]`, counted from the user's first event.
 
-    Every user has at least one event. Units are cut so: with one unit everything is training, with two there
+    A user without events has no part. Units are cut so: with one unit everything is training, with two there
     is a test but no validation (`valid_start == test_start`). A global split needs its two times, and gives
     `valid_start == 0` for users without a training event.
     """

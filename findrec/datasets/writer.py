@@ -161,7 +161,7 @@ class _Tally:
         group = np.cumsum(unit_starts(timestamp, offset, "timestamp")) - 1
         sizes = np.bincount(group)
         self.tied += int(sizes[sizes > 1].sum())
-        self.tied_last += int((sizes[group[offset[1:] - 1]] > 1).sum())
+        self.tied_last += int((sizes[group[offset[1:][block.length > 0] - 1]] > 1).sum())
         self.duplicates += _repeated(group, item, block.columns.get("event"), sizes[group] > 1)
         self.longest = max(self.longest, int(block.length.max(initial=0)))
         for name, values in {"length": block.length, **block.columns}.items():

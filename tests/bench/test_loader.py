@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from findrec.bench.loader import Profile, bench_loader, print_figures
 
 
@@ -15,11 +17,12 @@ def test_rows_of_a_small_profile(capsys):
         (impl, profile.name) for profile in profiles for impl in ("findrec", "webdataset")
     ]
     for row in rows:
-        assert row["bytes_per_s"] == 12 * row["events_per_s"]
-        assert abs(row["events_per_s"] / row["users_per_s"] - row["events"] / row["users"]) < 1e-6
+        assert row["bytes_per_s"] == pytest.approx(12 * row["events_per_s"])
+        assert row["events_per_s"] / row["users_per_s"] == pytest.approx(row["events"] / row["users"])
     short, stock = rows[:2]
     assert 8 < short["events"] / short["users"] < 12
-    assert short["times_stock"] == short["users_per_s"] / stock["users_per_s"] > 10
+    assert short["times_stock"] == pytest.approx(short["users_per_s"] / stock["users_per_s"])
+    assert short["times_stock"] > 10  # 200 and more were measured
     print_figures(rows)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == rows

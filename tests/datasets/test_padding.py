@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from findrec.datasets import _native
 from findrec.datasets._native import Impl, _library, native
 from findrec.datasets.batch import Batch
 from findrec.datasets.folder import DataFolder
@@ -131,6 +132,19 @@ def test_tie_keys_spread() -> None:
     keys = tie_keys(3, np.zeros(1000, dtype=np.int64), places)
     assert len(np.unique(keys)) == 1000
     assert abs(np.corrcoef(np.argsort(keys), places)[0, 1]) < 0.1
+
+
+def test_without_a_compiler_the_plain_form_is_used_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_native, "_library", lambda: "no compiler")
+    assert native("auto") is None
+    assert "no compiler" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="cannot be used here"):
+        native("cpp")
+    histories = made([3, 4], 9, events=False)
+    batch = padded_batch(histories, np.arange(2), 9)
+    assert batch.length.tolist() == [3, 4]
 
 
 def test_impl_is_checked() -> None:

@@ -263,6 +263,18 @@ def test_shards_are_fetched_ahead_in_the_order_of_need(
     assert server.asked == before
 
 
+def test_what_killed_processes_left_goes_and_what_others_fetch_stays(server: Server, tmp_path: Path) -> None:
+    folder = DataFolder.open(server.url)
+    left, young = (folder.path / "shards" / f".events-00000.tar.part-{n}-0" for n in (1, 2))
+    left.parent.mkdir(exist_ok=True)
+    for file in (left, young):
+        file.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    folder.histories([0])
+    assert not left.exists()
+    assert young.exists()
+
+
 def test_a_damaged_cache_is_fetched_again(local: DataFolder, server: Server, tmp_path: Path) -> None:
     same_epoch(local, DataFolder.open(server.url))
     for file in [*cached(tmp_path / "home"), *(tmp_path / "home").rglob("users.parquet")]:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.datasets.plan import EpochPlan, Windows, cut_windows, plan_epoch
 from findrec.datasets.splits import Split
+from findrec.datasets.writer import Block, FolderInput, write_folder
 
 WORLDS = (1, 2, 3, 4)
 Read = dict[tuple[int, int], str]  # (step, microbatch) -> what was in it
@@ -113,6 +115,56 @@ def test_shards_and_workers_need_not_match(tmp_path: Path, shards: int, world: i
     assert set(found) == {(s, m) for s in range(len(plan.steps)) for m in range(12)}
     assert plan.targets.sum() == np.maximum(folder.valid_start - 1, 0).sum()
     assert found == read(folder.path, windows, plan, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    blocks=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=6), min_size=1, max_size=6),
+    split=st.sampled_from(
+        [
+            Split(),
+            Split(unit="timestamp"),
+            Split(kind="per_user_ratio", ratio=(7, 2, 1)),
+            Split(kind="global_temporal", valid_from=20, test_from=40),
+        ]
+    ),
+)
+def test_users_without_events_are_read_and_skipped(blocks: list[list[int]], split: Split) -> None:
+    rng = np.random.default_rng(0)
+    length = np.concatenate(blocks)
+    if not length.any():
+        return
+    packed = [
+        Block(
+            {"item": rng.integers(1, 10, sum(some)), "timestamp": np.arange(sum(some)) * 7 // 2 * 2},
+            np.array(some),
+        )
+        for some in blocks
+    ]
+    names = pa.array([str(v) for v in range(1, 10)])
+    nothing = pa.array([None] * 9, pa.string())
+    given_folder = FolderInput(
+        recipe="empty",
+        recipe_sha256="",
+        split=split,
+        users=pa.array([str(u) for u in range(len(length))]),
+        items=pa.table({"raw": names, "title": names, "text": nothing, "category": nothing}),
+        blocks=packed,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        write_folder(Path(scratch) / "data", given_folder, shard_bytes=1)
+        folder = check_folder(Path(scratch) / "data")
+        assert len(folder.manifest.shards) == len(blocks)
+        assert folder.length.tolist() == length.tolist()
+        assert (folder.valid_start[length > 0] > 0).all() or split.kind == "global_temporal"
+        got = folder.histories(np.arange(len(length)))
+        assert got.item.tolist() == np.concatenate([block.columns["item"] for block in packed]).tolist()
+        windows = cut_windows(folder, 3, 0.5)
+        assert windows.targets.sum() == np.maximum(folder.valid_start - 1, 0).sum()
+        if len(windows):
+            plan = plan_epoch(windows, seed=0, epoch=0, microbatches=1, tokens=6)
+            found = read(folder.path, windows, plan, 1)
+            assert len(found) == len(plan.steps)
 
 
 @settings(max_examples=40, deadline=None)
