@@ -172,7 +172,7 @@ def _digest(windows: Windows, steps: list[list[Int64Array]]) -> str:
     sizes = np.array([len(part) for part in flat], dtype=np.int64)
     digest = hashlib.sha256()
     for values in (windows.user, windows.start, windows.first_target, windows.stop, sizes, *flat):
-        digest.update(np.ascontiguousarray(values, dtype="<i8"))
+        digest.update(np.ascontiguousarray(values, dtype="<i8").data)
     return digest.hexdigest()
 
 
