@@ -81,7 +81,8 @@ def extract(archive: Path, member: str, target: Path, max_ratio: float = MAX_UNP
     part = target.with_name(f"{target.name}.part-{os.getpid()}")
     try:
         with _opened(archive, member) as stream, part.open("wb") as out:
-            copy_bounded(stream, out, allowed_bytes(archive.stat().st_size, max_ratio))
+            limit = allowed_bytes(archive.stat().st_size, max_ratio)
+            copy_bounded(stream, out, limit, member or archive.name)
         part.replace(target)
     except TooLargeError as error:
         raise FetchError(
@@ -168,7 +169,7 @@ def _cached(place: Place, member: str) -> Path:
 
 
 def _check(path: Path, file: SourceFile) -> SourceEntry:
-    digest = sha256_file(path)
+    digest = sha256_file(path, show=True)
     if file.sha256 is not None and digest != file.sha256:
         raise FetchError(f"{path.name} has sha256 {digest[:12]}..., the recipe says {file.sha256[:12]}...")
     return SourceEntry(source="", place="", sha256=digest, bytes=path.stat().st_size)

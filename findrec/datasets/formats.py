@@ -25,9 +25,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
+from findrec.datasets.engine import TOLD_AFTER_S, execute
 from findrec.datasets.recipe import SourceFile
 from findrec.errors import FindRecError
-from findrec.progress import say
+from findrec.progress import progress, say
 
 _LONGEST_LINE = 64 << 20  # bytes; a line of a whole history is long
 _WHOLE = ("delim='\\0'", "quote=''", "escape=''")  # a line as one column
@@ -127,6 +128,8 @@ class SourceTables:
         try:
             bad = readers[file.format](table, file, paths)
             row = self._db.execute(f"SELECT count(*) FROM {table}").fetchone()
+        except duckdb.OutOfMemoryException:
+            raise
         except duckdb.Error as error:
             where = ", ".join(str(path) for path in paths[:3])
             hint = "" if file.encoding else _foreign_hint(str(error).splitlines()[0])
@@ -189,8 +192,10 @@ class SourceTables:
             options.append(f"encoding={literal(file.encoding)}")
         for kind in ("errors", "scans"):
             self._db.execute(f"DROP TABLE IF EXISTS reject_{kind}")
-        self._db.execute(
-            f"CREATE TABLE {table} AS SELECT * FROM read_csv({literals(paths)}, {', '.join(options)})"
+        execute(
+            self._db,
+            f"read {paths[0].name}",
+            f"CREATE TABLE {table} AS SELECT * FROM read_csv({literals(paths)}, {', '.join(options)})",
         )
         rows = "FROM (SELECT DISTINCT ON (scan_id, file_id, byte_position) * FROM reject_errors)"
         found = self._db.execute(f"SELECT count(*) {rows}").fetchone()
@@ -212,9 +217,11 @@ class SourceTables:
         if loose:
             paths = [self._strict(path, number, bad) for number, path in enumerate(paths)]
         columns = f", columns={_pairs(file.columns)}" if file.columns else ", sample_size=-1"
-        self._db.execute(
+        execute(
+            self._db,
+            f"read {paths[0].name}",
             f"CREATE TABLE {table} AS SELECT * FROM read_json({literals(paths)}, format='newline_delimited', "
-            f"records=true, ignore_errors=true, maximum_object_size={_LONGEST_LINE}{columns})"
+            f"records=true, ignore_errors=true, maximum_object_size={_LONGEST_LINE}{columns})",
         )
         names = [row[0] for row in self._db.execute(f"DESCRIBE {table}").fetchall()]
         nothing = " AND ".join(f'"{name}" IS NULL' for name in names)
@@ -237,8 +244,15 @@ class SourceTables:
     def _strict(self, path: Path, number: int, bad: _Bad) -> Path:
         """The objects of a loose file as JSON lines."""
         target = self._scratch / f"{number}-{path.name}.jsonl"
-        with target.open("w", encoding="utf-8") as out:
+        with (
+            target.open("w", encoding="utf-8") as out,
+            progress(f"read {path.name}", unit="bytes", after_s=TOLD_AFTER_S) as bar,
+        ):
+            unshown = 0
             for line_number, line in enumerate(_lines(path), 1):
+                if (unshown := unshown + len(line)) > 1 << 20:
+                    bar.advance(unshown)
+                    unshown = 0
                 if not line.strip():
                     continue
                 try:
@@ -268,11 +282,14 @@ class SourceTables:
         if twice:
             raise FindRecError(
                 f"recipe {self._recipe}: {paths[0]} has several lines of user {twice[0]!r}: a sequence file "
-                "has one line a user (`user item item ...`), oldest item first"
+                "has one line a user (`user item item ...`), oldest item first. One `user item` pair a line is "
+                "read by SQL: see datasets/sequence-files.md"
             )
-        self._db.execute(
+        execute(
+            self._db,
+            f"cut {paths[0].name} into events",
             f'CREATE TABLE {table} AS SELECT word[1] AS "user", unnest(word[2:]) AS item, '
-            f"CAST(unnest(range(1, len(word))) AS BIGINT) AS timestamp FROM {words} WHERE len(word) > 1"
+            f"CAST(unnest(range(1, len(word))) AS BIGINT) AS timestamp FROM {words} WHERE len(word) > 1",
         )
         alone = f"FROM (SELECT row_number() OVER () AS number, line FROM {lines}) WHERE trim(line) != '' AND "
         alone += "NOT regexp_matches(trim(line, ' \t\r,'), '[\\s,]')"

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from findrec.errors import FindRecError
+from findrec.progress import progress
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -92,12 +93,17 @@ class Manifest(Entry):
     parent: ParentEntry | None = None
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces of 4 MiB."""
+def sha256_file(path: Path, *, show: bool = False) -> str:
+    """Hex sha256 of a file, read in pieces of 4 MiB; with `show` a bar where it takes more than a second."""
     digest = hashlib.sha256()
-    with path.open("rb") as stream:
+    size = path.stat().st_size
+    with (
+        path.open("rb") as stream,
+        progress(f"hash {path.name}", total=size, unit="bytes", show=show, after_s=1.0) as bar,
+    ):
         while piece := stream.read(1 << 22):
             digest.update(piece)
+            bar.advance(len(piece))
     return digest.hexdigest()
 
 

@@ -47,7 +47,7 @@ def _changed_source(recipe: Recipe, manifest: Manifest) -> Path | None:
         root = recipe.folder / Path(place.path).expanduser()
         for file in place.files.values():
             for path in sorted(root.glob(file.member)) if file.member else [root]:
-                if path.is_file() and sha256_file(path) not in told:
+                if path.is_file() and sha256_file(path, show=True) not in told:
                     return path
     for name, spec in recipe.features.wanted().items():
         places = {

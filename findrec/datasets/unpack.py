@@ -29,13 +29,15 @@ def allowed_bytes(packed: int, max_ratio: float) -> int:
     return max(HARMLESS_BYTES, int(packed * max_ratio))
 
 
-def copy_bounded(stream: IO[bytes], out: IO[bytes], limit: int) -> None:
+def copy_bounded(stream: IO[bytes], out: IO[bytes], limit: int, what: str = "file") -> None:
     """Copy a stream to its end; `TooLargeError` as soon as it gives more than `limit` bytes."""
     left = limit
-    while piece := stream.read(min(PIECE, left + 1)):
-        if (left := left - len(piece)) < 0:
-            raise TooLargeError(f"unpacks to more than {limit:,} bytes")
-        out.write(piece)
+    with progress(f"unpack {what}", unit="bytes", after_s=TOLD_AFTER_S) as bar:
+        while piece := stream.read(min(PIECE, left + 1)):
+            if (left := left - len(piece)) < 0:
+                raise TooLargeError(f"unpacks to more than {limit:,} bytes")
+            out.write(piece)
+            bar.advance(len(piece))
 
 
 def check_unpacked(path: Path, max_ratio: float) -> None:
