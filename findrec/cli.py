@@ -197,6 +197,40 @@ def report(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
     typer.echo(f"written: {folder / 'report.html'}")
 
 
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help=f"{RUN_HELP} One or several.")],
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="ndcg@K, recall@K, mrr@K, mrr, mean_rank or auc; may be repeated."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="test or valid.")] = "test",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Taken from each run, may be repeated; all: every one. Default: all of a single run, of "
+            "several the one each is named for."
+        ),
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=100, help="How often users are drawn anew.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same digits.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write every pair's figures here too.")] = None,
+) -> None:
+    """Say which differences between models of one or several runs are real."""
+    folders = [find_run(run) for run in runs]
+    from findrec.evaluation.compare import compare_runs
+    from findrec.evaluation.compare_show import print_comparison, write_comparison
+
+    wanted = dict.fromkeys(metric or ["ndcg@10"])
+    found = compare_runs(
+        folders, list(wanted), split=split, models=model or (), resamples=resamples, seed=seed
+    )
+    print_comparison(found)
+    if json is not None:
+        write_comparison(found, json)
+        typer.echo(f"written: {json}")
+
+
 @app.command("inspect")
 def inspect_user(
     run: Annotated[str, typer.Argument(help=RUN_HELP)],

@@ -53,6 +53,7 @@ def test_help_names_every_command_quickly() -> None:
         "train",
         "evaluate",
         "report",
+        "compare",
         "inspect",
         "doctor",
     ):
