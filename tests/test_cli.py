@@ -75,14 +75,23 @@ def test_prepare_passes_recipe_folder_and_force(
     arguments: list[str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import findrec.datasets.prepare as prepare
+    from findrec.datasets.engine import Limits
 
     calls: list[tuple[str, Path, bool]] = []
-    monkeypatch.setattr(
-        prepare, "prepare", lambda recipe, folder, force: calls.append((recipe.name, folder, force))
-    )
+    given: list[Limits] = []
+
+    def fake(recipe: Any, folder: Path, force: bool, limits: Limits) -> None:
+        calls.append((recipe.name, folder, force))
+        given.append(limits)
+
+    monkeypatch.setattr(prepare, "prepare", fake)
+    for name in ("FINDREC_MEMORY_GIB", "FINDREC_THREADS", "FINDREC_SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
     assert main(["prepare", "ml-100k", *arguments]) == 0
-    assert main(["prepare", "ml-100k", "--force", *arguments]) == 0
+    limits = ["--memory-gib", "1.5", "--threads", "1", "--scratch", str(tmp_path)]
+    assert main(["prepare", "ml-100k", "--force", *limits, *arguments]) == 0
     assert calls == [("ml-100k", tmp_path / target, False), ("ml-100k", tmp_path / target, True)]
+    assert given == [Limits.of(), Limits(1.5, 1, tmp_path)]
 
 
 def test_train_hands_on_overrides_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

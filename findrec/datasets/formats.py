@@ -282,7 +282,7 @@ class SourceTables:
         if twice:
             raise FindRecError(
                 f"recipe {self._recipe}: {paths[0]} has several lines of user {twice[0]!r}: a sequence file "
-                "has one line a user (`user item item ...`), oldest item first. One `user item` pair a line is "
+                "has one line a user (`user item item ...`), oldest first. One `user item` pair a line is "
                 "read by SQL: see datasets/sequence-files.md"
             )
         execute(
