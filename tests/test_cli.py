@@ -78,18 +78,25 @@ def test_prepare_passes_recipe_folder_force_and_parent(
     arguments: list[str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import findrec.datasets.prepare as prepare
+    from findrec.datasets.engine import Limits
 
     calls: list[tuple[str, Path, bool, Path | None]] = []
-    monkeypatch.setattr(
-        prepare,
-        "prepare",
-        lambda recipe, folder, force, grow: calls.append((recipe.name, folder, force, grow)),
-    )
+    given: list[Limits] = []
+
+    def fake(recipe: Any, folder: Path, force: bool, limits: Limits, grow: Path | None) -> None:
+        calls.append((recipe.name, folder, force, grow))
+        given.append(limits)
+
+    monkeypatch.setattr(prepare, "prepare", fake)
+    for name in ("FINDREC_MEMORY_GIB", "FINDREC_THREADS", "FINDREC_SCRATCH"):
+        monkeypatch.delenv(name, raising=False)
     assert main(["prepare", "ml-100k", *arguments]) == 0
-    assert main(["prepare", "ml-100k", "--force", *arguments]) == 0
+    limits = ["--memory-gib", "1.5", "--threads", "1", "--scratch", str(tmp_path)]
+    assert main(["prepare", "ml-100k", "--force", *limits, *arguments]) == 0
     assert main(["prepare", "ml-100k", "--grow", "data/old", *arguments]) == 0
-    given = [(False, None), (True, None), (False, tmp_path / "data/old")]
-    assert calls == [("ml-100k", tmp_path / target, *rest) for rest in given]
+    rest = [(False, None), (True, None), (False, tmp_path / "data/old")]
+    assert calls == [("ml-100k", tmp_path / target, *how) for how in rest]
+    assert given == [Limits.of(), Limits(1.5, 1, tmp_path), Limits.of()]
 
 
 def test_train_hands_on_overrides_and_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,21 +7,18 @@ findrec/bench/loader.py.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 from findrec.bench.loader import PROFILES, bench_loader, print_figures
-from findrec.bench.rows import machine
+from findrec.bench.rows import add_json_argument, write_json_lines
 
 if __name__ == "__main__":
     names = [profile.name for profile in PROFILES]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here too")
+    add_json_argument(parser)
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="timed runs of each (default 5)")
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PROFILE")
     given = parser.parse_args()
     rows = bench_loader([profile for profile in PROFILES if profile.name in given.only], runs=given.runs)
     print_figures(rows)
     if given.json:
-        tree = {"machine": machine(), "rows": rows}
-        given.json.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        write_json_lines(rows, given.json)

@@ -5,6 +5,7 @@ In this order: `min_value`, `duplicates`, `k_core`. Each leaves the row numbers 
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -77,24 +78,41 @@ def _drop_outside_core(db: duckdb.DuckDBPyConnection, core: KCore, cut: int | No
 
     With `cut` only earlier events count. Of the later ones those of a user outside the core go, while items
     stay whatever their count (what is new then is a cold item): no later event decides what stays.
+
+    Only the counts of users and items are kept up to date (`n` events with what is left of the other side):
+    what leaves is subtracted. The events are looked through in each round and written once, at the end.
     """
-    training = "" if cut is None else f" WHERE timestamp < {cut}"
-    db.execute(f"CREATE TEMP TABLE core AS SELECT row, raw_user, raw_item FROM log{training}")
-    size = -1
-    while size != (size := _size(db, "core")):
+    past = "log" if cut is None else f"(SELECT * FROM log WHERE timestamp < {cut})"
+    sides = (("raw_user", core.users), ("raw_item", core.items))
+    for side, _ in sides:
+        count = f"CREATE TEMP TABLE left_{side} AS SELECT {side}, count(*) AS n FROM {past} GROUP BY {side}"
+        execute(db, "count for the core", count)
+    unchanged = 0
+    for (side, least), (other, _) in itertools.cycle((sides, sides[::-1])):
+        db.execute(f"CREATE OR REPLACE TEMP TABLE low AS SELECT {side} FROM left_{side} WHERE n < {least}")
+        unchanged = 0 if _size(db, "low") else unchanged + 1
+        if unchanged == len(sides):
+            break
+        if unchanged:
+            continue
+        db.execute(f"DELETE FROM left_{side} WHERE n < {least}")
+        lost = (
+            f"SELECT {other}, count(*) AS n FROM {past} SEMI JOIN low USING ({side}) "
+            f"SEMI JOIN left_{other} USING ({other}) GROUP BY {other}"
+        )
         execute(
             db,
             "leave out what is outside the core",
-            "CREATE OR REPLACE TEMP TABLE core AS SELECT * FROM core SEMI JOIN "
-            f"(SELECT raw_user FROM core GROUP BY raw_user HAVING count(*) >= {core.users}) USING (raw_user) "
-            f"SEMI JOIN (SELECT raw_item FROM core GROUP BY raw_item HAVING count(*) >= {core.items}) "
-            "USING (raw_item)",
+            f"UPDATE left_{other} SET n = left_{other}.n - lost.n FROM ({lost}) AS lost "
+            f"WHERE left_{other}.{other} = lost.{other}",
         )
-    query = "SELECT * FROM log SEMI JOIN core USING (row)"
+    of_users = "SEMI JOIN left_raw_user USING (raw_user)"
+    query = f"SELECT * FROM {past} {of_users} SEMI JOIN left_raw_item USING (raw_item)"
     if cut is not None:
-        query += f" UNION ALL SELECT * FROM log SEMI JOIN core USING (raw_user) WHERE timestamp >= {cut}"
+        query += f" UNION ALL SELECT * FROM log {of_users} WHERE timestamp >= {cut}"
     left_out = _keep(db, "keep the core", query)
-    db.execute("DROP TABLE core")
+    for name in ("left_raw_user", "left_raw_item", "low"):
+        db.execute(f"DROP TABLE {name}")
     return left_out
 
 
