@@ -14,7 +14,7 @@ from findrec.datasets.memory import write_data_folder
 from findrec.evaluation import lists as module
 from findrec.evaluation.baselines import Cooccurrence, Popularity
 from findrec.evaluation.evaluate import rank_split
-from findrec.evaluation.lists import gini, list_metrics, novelty, intra_list_similarity
+from findrec.evaluation.lists import gini, intra_list_similarity, list_metrics, novelty
 
 
 def slow_gini(counts: list[int]) -> float:
