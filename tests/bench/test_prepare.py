@@ -17,7 +17,7 @@ def test_made_up_events_are_prepared_and_measured(tmp_path: Path) -> None:
     row = bench_prepare(PrepareBench(5000, "ml-latest-small", 300, None, {}, tmp_path, LIMITS))
     assert 1000 < row["events"] < 20_000
     assert 0 < row["items"] <= 300
-    assert {"fetch", "read", "filter", "order", "items", "write"} == set(row["seconds"])
+    assert {"fetch", "read", "filter", "order", "items", "features", "write"} == set(row["seconds"])
     assert row["events_per_s"] == pytest.approx(row["events"] / sum(row["seconds"].values()), rel=0.5)
     assert 50 << 20 < row["peak_bytes"] < 4 << 30
     assert list(tmp_path.iterdir()) == []

@@ -50,6 +50,9 @@ if rank == 0:
     state = {k: v.detach().clone() for k, v in model.state_dict().items()} | {"table": table.weight}
     save_file(state, out)
     Path(out + ".json").write_text(json.dumps(losses))
+if dist.is_initialized():  # else the first to exit may take the others' gloo threads down
+    dist.barrier()
+    dist.destroy_process_group()
 """
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from findrec.datasets import encode_images
 from findrec.datasets.recipe import Features, Recipe, load_recipe
 
 FILMS = [
@@ -99,3 +102,19 @@ def journey(tmp_path: Path) -> Recipe:
         str(inside / "products.parquet")
     )
     return local(load_recipe("complete-journey"), 0, tmp_path / "journey")
+
+
+@pytest.fixture
+def toy_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoders `toy:1` and `toy:2`: mean colours of quarters, times the number."""
+
+    def make(name: str, device: torch.device) -> encode_images._Network:
+        def pixels(image: Image.Image) -> torch.Tensor:
+            return torch.tensor(np.array(image.resize((4, 4)))).permute(2, 0, 1).float() / 255
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(x, 2) * int(name[0])
+
+        return encode_images._Network("r" + name[0], (name * 64)[:64], pixels, forward)
+
+    monkeypatch.setitem(encode_images._LIBRARIES, "toy", make)

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +15,19 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from findrec.cli import main
-from findrec.config import DataConfig, load_config
+from findrec.config import load_config
 from findrec.datasets import encode_images, make_features
 from findrec.datasets.add_features import add_features, asked_for
 from findrec.datasets.features import FeatureInput, spread, write_feature
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.make_features import Made, add_feature
 from findrec.datasets.memory import write_data_folder
-from findrec.datasets.prepare import prepare
-from findrec.datasets.recipe import Features, ImageFeature, ReadyFeature, Recipe
+from findrec.datasets.recipe import ImageFeature
 from findrec.errors import FindRecError
 from findrec.training.build import used_modalities
 
 NUM_ITEMS = 12
+pytestmark = pytest.mark.usefixtures("toy_encoders")
 
 
 @pytest.fixture
@@ -50,22 +49,6 @@ def data(tmp_path: Path) -> Path:
     text = np.ones((NUM_ITEMS, 4)) / 2
     write_data_folder(tmp_path / "data", histories, texts=["words"] * NUM_ITEMS, features={"text": text})
     return tmp_path / "data"
-
-
-@pytest.fixture(autouse=True)
-def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Encoders `toy:1` and `toy:2`: mean colours of quarters, times the number."""
-
-    def make(name: str, device: torch.device) -> encode_images._Network:
-        def pixels(image: Image.Image) -> torch.Tensor:
-            return torch.tensor(np.array(image.resize((4, 4)))).permute(2, 0, 1).float() / 255
-
-        def forward(x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.avg_pool2d(x, 2) * int(name[0])
-
-        return encode_images._Network("r" + name[0], (name * 64)[:64], pixels, forward)
-
-    monkeypatch.setitem(encode_images._LIBRARIES, "toy", make)
 
 
 def image(posters: Path, encoder: str = "toy:1") -> ImageFeature:
@@ -291,76 +274,6 @@ def test_wrong_places_and_columns_are_told(data: Path, posters: Path) -> None:
         add_features(data / "none", "image", image(posters))
 
 
-def posters_of(recipe: Recipe, names: Sequence[str]) -> Path:
-    root = recipe.folder / "posters"
-    root.mkdir(exist_ok=True)
-    for n, name in enumerate(names):
-        Image.new("RGB", (8, 8), (40 * n, 90, 255 - 40 * n)).save(root / f"{name}.jpg")
-    return root
-
-
-def with_features(recipe: Recipe, folder: Path, **features: object) -> Recipe:
-    return recipe.model_copy(update={"features": Features.model_validate(features), "folder": folder})
-
-
-def test_a_recipe_makes_pictures_and_ready_vectors_in_one_go(publisher_ml: Recipe, tmp_path: Path) -> None:
-    recipe = with_features(
-        publisher_ml,
-        tmp_path,
-        image={"path": "posters", "encoder": "toy:1"},
-        ready={"audio": {"path": "audio.npy"}},
-    )
-    posters_of(recipe, ["1", "2", "4"])
-    np.save(tmp_path / "audio.npy", np.eye(5))
-    for name in ("one", "two"):
-        folder = prepare(recipe, tmp_path / name)
-        assert folder.modalities == ["image", "audio"]
-        assert folder.feature("image").present.tolist() == [False, True, True, False, True, False]
-        assert folder.manifest.features[1].normalised
-        assert {e.source for e in folder.manifest.sources} >= {"features.image", "features.audio"}
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    assert prepare(recipe, tmp_path / "one").modalities == ["image", "audio"]
-    posters_of(recipe, ["5"])
-    with pytest.raises(FindRecError, match="posters has changed"):
-        prepare(recipe, tmp_path / "one")
-    (tmp_path / "posters").rename(tmp_path / "gone")
-    assert prepare(recipe, tmp_path / "one").modalities == ["image", "audio"]  # nothing has changed then
-    with pytest.raises(FindRecError, match="another version"):
-        prepare(with_features(recipe, tmp_path), tmp_path / "one")
-    with pytest.raises(FindRecError, match="there is no"):
-        prepare(with_features(recipe, tmp_path, image={"path": "elsewhere"}), tmp_path / "three")
-    assert not (tmp_path / "three").exists()
-
-
-def test_optional_pictures_are_taken_once_they_are_there(
-    publisher_ml: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FINDREC_HOME", str(tmp_path / "home"))
-    plain = with_features(publisher_ml, tmp_path)
-    recipe = with_features(
-        publisher_ml, tmp_path, image={"path": "data/posters", "encoder": "toy:1", "optional": True}
-    )
-    assert recipe.sha256() == plain.sha256()  # so that folders made before stay valid
-    assert prepare(recipe, tmp_path / "out").modalities == []
-    there = tmp_path / "home/data"
-    there.mkdir(parents=True)
-    posters_of(recipe, ["1", "2"]).rename(there / "posters")
-    assert prepare(recipe, tmp_path / "out").modalities == ["image"]
-    stamp = (tmp_path / "out/manifest.json").stat().st_mtime_ns
-    assert prepare(recipe, tmp_path / "out").modalities == ["image"]
-    assert (tmp_path / "out/manifest.json").stat().st_mtime_ns == stamp
-
-
-def test_features_added_by_hand_are_named_when_a_folder_is_made_anew(
-    publisher_ml: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = prepare(publisher_ml, tmp_path / "out")
-    add_features(folder.path, "image", image(posters_of(with_features(publisher_ml, tmp_path), ["1"])))
-    assert prepare(publisher_ml, tmp_path / "out").modalities == ["image"]
-    assert prepare(publisher_ml, tmp_path / "out", force=True).modalities == []
-    assert "image: not in the recipe" in capsys.readouterr().out
-
-
 def test_texts_are_encoded_by_the_command(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,13 +291,6 @@ def test_texts_are_encoded_by_the_command(
     assert folder.feature("text").values[1:].tolist() == [[5, 1]] * NUM_ITEMS
     entry = folder.manifest.features[0]
     assert (entry.encoder, entry.revision, entry.weights_sha256) == ("lengths", "r3", "a" * 64)
-
-
-def test_a_recipe_names_a_modality_once() -> None:
-    with pytest.raises(ValueError, match="'image' is to be encoded and ready"):
-        Features(image=ImageFeature(path="x"), ready={"image": ReadyFeature(path="y")})
-    with pytest.raises(ValueError, match="should match pattern"):
-        Features(ready={"../image": ReadyFeature(path="y")})
 
 
 def test_manifests_made_before_revisions_are_read(data: Path) -> None:
@@ -405,11 +311,3 @@ def test_numbers_too_large_are_told_by_item(data: Path, tmp_path: Path) -> None:
     with pytest.raises(FindRecError, match="item 5"):
         add_feature(data, Made(feature, []))
     assert contents(data) == before
-
-
-def test_the_ml_latest_recipe_runs_without_posters() -> None:
-    from findrec.datasets.recipe import load_recipe
-
-    recipe = load_recipe(DataConfig(recipe="ml-latest-small").recipe)
-    assert recipe.features.image is not None
-    assert recipe.features.image.optional
