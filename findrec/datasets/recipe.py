@@ -19,10 +19,7 @@ from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
 from findrec.schema import Part, read_mapping, validate
 
-FOLDER_VERSION = 1  # raised when `prepare` makes something else of the same recipe
-# These keys came after data folders had been made.
-_LATER_KEYS = ("max_bad_rows", "max_unpack_ratio", "min_value", "duplicates", "k_core")
-_LATER_FILE_KEYS = ("format", "columns", "header", "encoding")
+FOLDER_VERSION = 2  # raised when `prepare` makes something else of the same recipe
 MODALITY = r"^[a-z][a-z0-9_]*$"
 PLACEHOLDER = re.compile(r"\{([a-z_]\w*)\}")
 
@@ -184,22 +181,13 @@ class Recipe(Part):
 
     def sha256(self, limit_users: int | None = None) -> str:
         """Hash of everything that decides what `prepare` writes."""
-        recipe = self.model_dump(mode="json", exclude={"title", "licence", "source"})
-        recipe["split"] = {key: value for key, value in recipe["split"].items() if value is not None}
-        for key in _LATER_KEYS:  # at its default such a key changes nothing, so old data folders stay valid
-            if getattr(self, key) == type(self).model_fields[key].default:
-                del recipe[key]
-        recipe["features"] = {"text": None} | {
+        recipe = self.model_dump(mode="json", exclude={"title", "licence", "source", "features"})
+        recipe["features"] = {
             name: spec.model_dump(mode="json")
             for name, spec in self.features.wanted().items()
             # Optional ones are added to the folder when their files are there.
             if isinstance(spec, TextFeature) or not spec.optional
         }
-        for place in (place for places in recipe["sources"].values() for place in places):
-            for file in place["files"].values():
-                for key in _LATER_FILE_KEYS:
-                    if file[key] is None:
-                        del file[key]
         tree = {
             "recipe": recipe,
             "version": FOLDER_VERSION,
