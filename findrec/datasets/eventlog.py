@@ -29,7 +29,8 @@ from findrec.progress import progress
 _NEEDED = ("user", "item", "timestamp")
 _EXTRAS = ("event", "value")
 _ABOUT = ("raw", "title", "text", "category")
-_MORE_ABOUT = ("category", "image", "available_from")
+_TIME = "available_from"
+_MORE_ABOUT = ("image", _TIME)
 _ROWS_AT_ONCE = 1 << 18  # events that are taken from DuckDB at a time
 
 
@@ -73,6 +74,7 @@ class EventLog:
                 for name, paths in one.files.items()
             }
             self._read()
+            self._describe()
         with watch.stage("filter"):
             self.split, self.filtered = apply_filters(self._db, recipe, self.extras)
         with watch.stage("order"):
@@ -153,8 +155,32 @@ class EventLog:
                 "leave them out in the events SQL"
             )
 
+    def _describe(self) -> None:
+        """Make `about` of the items SQL, where there is one: raw and what else it gives."""
+        self._about: list[str] = []
+        if not self._sql["items"].strip():
+            return
+        kinds = self._columns("items", ("item", "title", "text"), ("category", *_MORE_ABOUT))
+        self._about = [name for name in (*_ABOUT[1:], *_MORE_ABOUT) if name in kinds]
+        cast = [f"CAST({name} AS VARCHAR) AS {name}" for name in self._about if name != _TIME]
+        if _TIME in kinds:
+            cast.append(f"{_seconds(_TIME, kinds[_TIME])} AS {_TIME}")
+        self._run(
+            "items",
+            f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(cast)} "
+            f"FROM ({self._fill('items')})",
+        )
+        twice = self._db.execute("SELECT raw FROM about GROUP BY raw HAVING count(*) > 1 LIMIT 3").fetchall()
+        if twice:
+            raise FindRecError(
+                f"recipe {self._recipe.name}: the items SQL gives some items more than once "
+                f"(e.g. {', '.join(str(row[0]) for row in twice)})"
+            )
+
     def _number(self, limit: int | None) -> None:
-        """Make `users` (u from 0 on, raw_user, n events) and `items` (item from 1 on, raw_item)."""
+        """Make `users` (u from 0 on, raw_user, n events) and `items` (item from 1 on, raw_item, raw); items
+        that no event names are without raw_item.
+        """
         db = self._db
         execute(
             db,
@@ -175,6 +201,11 @@ class EventLog:
             "raw_item, CAST(raw_item AS VARCHAR) AS raw "
             "FROM (SELECT DISTINCT raw_item FROM log SEMI JOIN users USING (raw_user))",
         )
+        if self._recipe.unmet_items == "keep" and self._about:
+            db.execute(
+                f"INSERT INTO items SELECT (SELECT count(*) FROM items) + row_number() OVER "
+                f"(ORDER BY {_in_order('raw')}), NULL, raw FROM about ANTI JOIN items USING (raw)"
+            )
         if self._parent is not None:
             renumber_items(db, self._parent)
         counted = db.execute("SELECT n FROM users ORDER BY u").fetchnumpy()["n"]
@@ -241,35 +272,17 @@ class EventLog:
         """raw, title, text, category (and image, available_from where the SQL gives them) in id order; items
         that the items SQL does not know have no text. With a parent also `gone`.
         """
-        about = dict.fromkeys(_ABOUT[1:], "NULL")
         described, join = "false", ""
-        if self._sql["items"].strip():
-            kinds = self._columns("items", ("item", "title", "text"), _MORE_ABOUT)
-            about |= {name: f"a.{name}" for name in (*_ABOUT[1:], *_MORE_ABOUT) if name in kinds}
-            cast = [f"CAST({name} AS VARCHAR) AS {name}" for name in kinds if name in _ABOUT]
-            cast += ["CAST(image AS VARCHAR) AS image"] if "image" in kinds else []
-            if (kind := kinds.get("available_from")) is not None:
-                cast.append(f"{_seconds('available_from', kind)} AS available_from")
-            self._run(
-                "items",
-                f"CREATE TABLE about AS SELECT CAST(item AS VARCHAR) AS raw, {', '.join(cast)} "
-                f"FROM ({self._fill('items')})",
-            )
-            twice = self._db.execute(
-                "SELECT raw FROM about GROUP BY raw HAVING count(*) > 1 LIMIT 3"
-            ).fetchall()
-            if twice:
-                raise FindRecError(
-                    f"recipe {self._recipe.name}: the items SQL gives some items more than once "
-                    f"(e.g. {', '.join(str(row[0]) for row in twice)})"
-                )
+        if self._about:
             described, join = "a.raw IS NOT NULL", "LEFT JOIN about a ON a.raw = i.raw"
+        about = {name: f"a.{name}" if name in self._about else "NULL" for name in _ABOUT[1:]}
+        about |= {name: f"a.{name}" for name in _MORE_ABOUT if name in self._about}
         columns = {"raw": "i.raw"} | about
         if self._parent is not None:
             columns |= {"met": "i.raw_item IS NOT NULL", "described": described}
         selected = ", ".join(f"{sql} AS {name}" for name, sql in columns.items())
         found = self._db.sql(f"SELECT {selected} FROM items i {join} ORDER BY i.item").to_arrow_table()
-        types = {"available_from": pa.int64(), "met": pa.bool_(), "described": pa.bool_()}
+        types = {_TIME: pa.int64(), "met": pa.bool_(), "described": pa.bool_()}
         items = found.cast(pa.schema([(name, types.get(name, pa.string())) for name in columns]))
         return items if self._parent is None else take_over(self._parent, items)
 

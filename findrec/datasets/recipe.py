@@ -157,6 +157,7 @@ class Recipe(Part):
     duplicates: Literal["keep", "drop"] = "keep"  # drop: the first of equal user, item, timestamp (and event)
     k_core: KCore | None = None  # with a global_temporal split counted on training events alone
     min_events: int = Field(1, ge=1)  # users with fewer are left out
+    unmet_items: Literal["keep", "drop"] = "drop"  # items of the items SQL that are in no event (any more)
     features: Features = Features()
     folder: Path = Field(Path("."), exclude=True)  # of the recipe file: relative paths start there
 

@@ -146,6 +146,21 @@ def test_growing_in_place(tmp_path: Path) -> None:
     assert prepare(recipe, place).manifest.parent is not None  # a run opens it by the recipe
 
 
+def test_items_that_nobody_has_met_can_be_kept(tmp_path: Path, encoder: FakeEncoder) -> None:
+    recipe = recipe_in(tmp_path / "s", unmet_items="keep", features={"text": {"encoder": "fake"}})
+    write_source(tmp_path / "s", DAY1, TEXTS | {"b": "bread", "10": "ten", "9": "nine"})
+    old = prepare(recipe, tmp_path / "old")
+    assert raws(old) == ["c", "m", "x", "9", "10", "b"]  # those with events come first
+    assert old.train_count.tolist() == [0, 1, 1, 0, 0, 0, 0]
+    assert old.available_from[4:].tolist() == [ALWAYS] * 3
+    assert old.feature("text").values[6].tolist() == [5, sum(map(ord, "bread")) % 97]
+    write_source(tmp_path / "s", DAY2, {"a": "apple", "9": "nine", "q": "quince"})
+    new = prepare(recipe, tmp_path / "new", grow=tmp_path / "old")
+    assert raws(new) == ["c", "m", "x", "9", "10", "b", "a", "z", "q"]
+    assert [raw for raw, gone in zip(raws(new), new.gone[1:], strict=True) if gone] == ["x", "10"]
+    assert raws(prepare(recipe_in(tmp_path / "s"), tmp_path / "met")) == ["a", "b", "c", "m", "z"]
+
+
 day = st.lists(
     st.tuples(st.integers(1, 4), st.sampled_from("abcdefgh"), st.integers(0, 50)), min_size=1, max_size=12
 )
