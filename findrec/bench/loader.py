@@ -5,8 +5,9 @@ of each among the distinct items, all int64 `[B, L]`; lengths, users, and the so
 positions, targets and waiting times of everything that is asked for. `findrec` is a `TrainLoader`, thread and
 queue and all, over a planned epoch at the default token budget, with events of one instant shuffled.
 `webdataset` reads users one to a tar member (an `.npy` of its items and times) through the library's own
-pipeline and decoder, in the order of the file, and pads as many at a time into the same tensors with the same
-code. All on one core, files in the page cache, runs in turn; planning is not part of it.
+pipeline and decoder, in the order of the file, and pads as many at a time into the same tensors with numpy
+and torch, as one would; `webdataset, our batches` pads them with our compiled code. All on one core, files in
+the page cache, runs in turn; planning is not part of it.
 
 `users` and `events` are those trained on, each counted once (the last two events of a user are held out), and
 `bytes` are 12 for each event: what a shard stores of it (4 for the item, 8 for the time).
@@ -30,6 +31,7 @@ import webdataset
 
 from findrec.bench.timer import time_alternating
 from findrec.config import RunConfig
+from findrec.datasets._native import Impl
 from findrec.datasets.batch import Batch
 from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
@@ -42,6 +44,7 @@ from findrec.training.allocator import keep_freed_memory
 
 HELD_OUT = 2  # events of a user that are not trained on: the default split
 EVENT_BYTES = 12
+STOCK = "webdataset"
 Figures = dict[str, Any]
 
 
@@ -143,7 +146,7 @@ def ours(folder: DataFolder, profile: Profile) -> Callable[[], Iterator[Batch]]:
     return batches
 
 
-def stock(shard: Path, profile: Profile) -> Callable[[], Iterable[Batch]]:
+def stock(shard: Path, profile: Profile, impl: Impl) -> Callable[[], Iterable[Batch]]:
     """A function that reads as many users of a one-user-per-member tar through the library's pipeline."""
     together = max(1, int(RunConfig().training.tokens / profile.mean))
 
@@ -152,7 +155,9 @@ def stock(shard: Path, profile: Profile) -> Callable[[], Iterable[Batch]]:
         offset = np.concatenate([[0], np.cumsum([values.shape[1] for _, values in samples])])
         users = np.array([int(key) for key, _ in samples])
         histories = Histories(both[0], both[1], offset)
-        return padded_batch(histories, users, profile.items, skip=np.zeros(len(users), dtype=np.int64))
+        return padded_batch(
+            histories, users, profile.items, skip=np.zeros(len(users), dtype=np.int64), impl=impl
+        )
 
     def batches() -> Iterable[Batch]:
         source = webdataset.WebDataset(str(shard), shardshuffle=False).decode()
@@ -163,7 +168,7 @@ def stock(shard: Path, profile: Profile) -> Callable[[], Iterable[Batch]]:
 
 
 def bench_loader(profiles: Sequence[Profile] = PROFILES, *, runs: int = 5) -> list[Figures]:
-    """Two rows for each profile. Keeps the process on one core while it measures."""
+    """Three rows for each profile. Keeps the process on one core while it measures."""
     cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
     os.sched_setaffinity(0, {min(cores)})
     keep_freed_memory()  # as workers do
@@ -180,8 +185,12 @@ def _measured(profile: Profile, runs: int) -> list[Figures]:
         folder = write_profile(profile, Path(scratch) / "data")
         shard = Path(scratch) / "stock.tar"
         write_stock(folder, profile.stock_users, shard)
-        users = {"findrec": profile.users, "webdataset": profile.stock_users}
-        timed = {"findrec": Counted(ours(folder, profile)), "webdataset": Counted(stock(shard, profile))}
+        timed = {
+            "findrec": Counted(ours(folder, profile)),
+            STOCK: Counted(stock(shard, profile, "reference")),
+            f"{STOCK}, our batches": Counted(stock(shard, profile, "auto")),
+        }
+        users = {impl: profile.users if impl == "findrec" else profile.stock_users for impl in timed}
         timings = time_alternating(timed, runs=runs)
         rows = []
         for impl, timing in timings.items():
@@ -196,10 +205,7 @@ def _measured(profile: Profile, runs: int) -> list[Figures]:
                     "users_per_s": users[impl] / timing.median_s,
                     "events_per_s": events / timing.median_s,
                     "bytes_per_s": EVENT_BYTES * events / timing.median_s,
-                    "times_stock": timings["webdataset"].median_s
-                    / users["webdataset"]
-                    * users[impl]
-                    / timing.median_s,
+                    "times_stock": timings[STOCK].median_s / users[STOCK] * users[impl] / timing.median_s,
                 }
             )
         return rows

@@ -14,7 +14,9 @@ def test_rows_of_a_small_profile(capsys):
     ]
     rows = bench_loader(profiles, runs=1)
     assert [(row["impl"], row["profile"]) for row in rows] == [
-        (impl, profile.name) for profile in profiles for impl in ("findrec", "webdataset")
+        (impl, profile.name)
+        for profile in profiles
+        for impl in ("findrec", "webdataset", "webdataset, our batches")
     ]
     for row in rows:
         assert row["bytes_per_s"] == pytest.approx(12 * row["events_per_s"])
