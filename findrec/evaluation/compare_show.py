@@ -112,6 +112,7 @@ def _best_first(estimates: list[Estimate]) -> list[Estimate]:
 
 
 def _signed(value: float) -> str:
+    value += 0.0  # so that no zero is negative
     return ("+" if value >= 0 else "") + format_number(value)
 
 
