@@ -65,6 +65,7 @@ def describe(compared: RunComparison) -> Iterator[str]:
         f"intervals and p: paired bootstrap over users, {found.resamples:,} resamples, seed {found.seed}; p "
         f"after Holm's correction for {count:,} comparison{'s' * (count != 1)}; real: p < {limit:.2g}"
     )
+    yield "an interval is of its own comparison alone, so one that leaves out 0 is not yet a real difference"
     yield "the models are taken as trained: what another training seed would change is not in the intervals"
     needed = math.ceil(2 * count / limit)
     if needed > found.resamples:
@@ -112,6 +113,7 @@ def _best_first(estimates: list[Estimate]) -> list[Estimate]:
 
 
 def _signed(value: float) -> str:
+    value += 0.0  # so that no zero is negative
     return ("+" if value >= 0 else "") + format_number(value)
 
 

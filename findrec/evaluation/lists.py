@@ -75,20 +75,19 @@ def intra_list_similarity(items_UK: IntArray, feature: FeatureTable) -> FloatArr
     for lo in range(0, len(items_UK), step):
         distinct, place_bK = np.unique(items_UK[lo : lo + step], return_inverse=True)
         unit_IF = _units(distinct, feature)
-        there_bK = (unit_IF != 0).any(axis=1)[place_bK.reshape(-1, items_UK.shape[1])]
-        sum_bF = unit_IF[place_bK.reshape(-1, items_UK.shape[1])].sum(axis=1)
-        count = there_bK.sum(axis=1)
+        place_bK = place_bK.reshape(-1, items_UK.shape[1])
+        sum_bF = unit_IF[place_bK].sum(axis=1)
+        count = (unit_IF != 0).any(axis=1)[place_bK].sum(axis=1)
         similar[lo : lo + step] = _divide((sum_bF**2).sum(axis=1) - count, count * (count - 1))
     return similar
 
 
 def _units(items: IntArray, feature: FeatureTable) -> FloatArray:
-    """Features of length 1, or 0 for padding and for items without a direction in this modality."""
+    """Features of length 1; 0, as they are stored, for padding and for items without any."""
     values = feature.rows(torch.from_numpy(items)).values.numpy().astype(np.float64)
-    usable = feature.present[items] & (items > 0) & np.isfinite(values).all(axis=1)
-    values[~usable] = 0.0
     length = np.sqrt((values**2).sum(axis=1, keepdims=True))
-    return values / np.where(length > 0, length, 1.0)
+    unit: FloatArray = values / np.where(length > 0, length, 1.0)
+    return unit
 
 
 def _count(items_UK: IntArray, num_items: int) -> NDArray[np.int64]:

@@ -25,11 +25,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from findrec.evaluation.metrics import FloatArray, IntArray, user_means
+from findrec.progress import progress
 
 RESAMPLES = 10_000
 LEVEL = 0.95
 FEWEST_RESAMPLES = 100
 _BLOCK_BYTES = 64 << 20
+_LONG = 10**9  # draws worth a progress bar: about ten seconds on a core
 _ROUNDING = 1e-13  # of the largest value: a resampled difference below it is a sum that should be 0
 
 
@@ -137,7 +139,11 @@ def resampled_means(values_UN: FloatArray, resamples: int, seed: int = 0) -> Flo
     if resamples < FEWEST_RESAMPLES:
         raise ValueError(f"{resamples} resamples give no usable interval: take {FEWEST_RESAMPLES} or more")
     num_users = len(values_UN)
-    blocks = [counts_BU @ values_UN for counts_BU in _draw_counts(num_users, resamples, seed)]
+    blocks = []
+    with progress("bootstrap", resamples, "resamples", show=resamples * num_users >= _LONG) as bar:
+        for counts_BU in _draw_counts(num_users, resamples, seed):
+            blocks.append(counts_BU @ values_UN)
+            bar.advance(len(counts_BU))
     means: FloatArray = np.concatenate(blocks) / num_users
     return means
 

@@ -133,14 +133,15 @@ def test_names_of_runs_that_share_theirs(folder: DataFolder, tmp_path: Path) -> 
     assert list(compare_runs(runs, resamples=100).origin) == [f"{run}: m" for run in runs]
 
 
-def test_table_says_who_really_beats_whom(folder: DataFolder, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", [("bad", "near[x]", "good"), ("good", "near[x]", "bad")])
+def test_table_says_who_really_beats_whom(order: tuple[str, ...], folder: DataFolder, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     users = list(range(30))
     good = rng.integers(1, 4, 30)
     near = good.copy()
     near[0] += 1  # one user more or less proves nothing
     ranks = {"bad": rng.integers(15, 30, 30), "near[x]": near, "good": good}
-    run = save(tmp_path / "a", folder, {name: (users, rank.tolist()) for name, rank in ranks.items()})
+    run = save(tmp_path / "a", folder, {name: (users, ranks[name].tolist()) for name in order})
     compared = compare_runs([run], ["ndcg@5", "mean_rank"], resamples=2000)
     for metric in ("ndcg@5", "mean_rank"):
         lines = shown(compared, metric)
@@ -149,6 +150,9 @@ def test_table_says_who_really_beats_whom(folder: DataFolder, tmp_path: Path) ->
         assert lines[0][4:7] == ["", "", ""]
         sign = "+" if metric == "mean_rank" else "-"
         assert all(line[4].startswith(sign) for line in lines[1:])
+        for line in lines[1:]:
+            low, high = (float(end) for end in line[5].split(" .. "))
+            assert low <= float(line[4]) <= high
         assert lines[1][6] == "1"
         assert 0 < float(lines[2][6]) < 0.05
     explained = "\n".join(describe(compared))

@@ -126,6 +126,23 @@ def test_few_users_prove_little(num_differ: int) -> None:
     assert only.p == max(2.0 ** (1 - num_differ), 2 / 10_001)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_resamples_without_a_difference_count_for_both_sides(seed: int) -> None:
+    """Few distinct values, so that many resamples draw the same ones of both: their sums must tie exactly."""
+    rng = np.random.default_rng(seed)
+    values = 1 / np.log2(1 + rng.integers(2, 4, (14, 2)))
+    models = {"a": values[:, 0], "b": values[:, 1]}
+    (found,) = compare_models({"m": models}, resamples=400).differences
+    draws = np.random.default_rng(0)
+    signs = []
+    for _ in range(400):
+        a, b = (sorted(column) for column in values[draws.integers(14, size=14)].T.tolist())
+        signs.append(0 if a == b else 1 if math.fsum(a) > math.fsum(b) else -1)
+    assert 10 < signs.count(0) < 200
+    tail = signs.count(0) + min(signs.count(1), signs.count(-1))
+    assert found.p == pytest.approx(min(1, 2 * (1 + tail) / 401))
+
+
 def test_order_and_sign() -> None:
     rng = np.random.default_rng(7)
     a, b = rng.random(60), rng.random(60)
