@@ -240,6 +240,12 @@ def _values(one: Evaluated, metric: str) -> FloatArray:
     at_k = _AT_K.fullmatch(metric)
     if metric not in _SIMPLE and at_k is None:
         _refuse(metric, one.row)
+    if metric == "auc" and one.row.get("candidates") == "available":
+        raise FindRecError(
+            f"{one.run}: auc cannot be compared where candidates are those available at the time: each case "
+            "has its own number of them, which ranks.parquet does not hold. Compare mean_rank, mrr, ndcg@k "
+            "or recall@k"
+        )
     values = case_metrics(one.rank, [int(at_k[2])] if at_k else [], int(one.row["items"]))[metric]
     said = one.row.get(metric)
     mean = float(user_means(one.user, values).mean())

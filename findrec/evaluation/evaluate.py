@@ -20,6 +20,7 @@ from torch import Tensor
 from findrec.datasets.batches import Part, evaluation_blocks
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.candidates import Candidates, Rule
+from findrec.evaluation.lists import list_metrics
 from findrec.evaluation.metrics import Ranks, describe_protocol, strata, summarise
 from findrec.evaluation.scorers import BlockScorer, Scorer, UserBlock, VectorScorer
 from findrec.evaluation.topk import TopItems
@@ -155,7 +156,7 @@ def evaluate_scorers(
                 model=scorer.name,
                 mask_seen=mask_seen,
                 candidates=candidates,
-            )
+            ) | list_metrics(found.lists, folder, ks)
             rows.setdefault(split, []).append(row)
             ranks[scorer.name, split] = found
             if split == "test":

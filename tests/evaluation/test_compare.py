@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def evaluated(folder: DataFolder, home: Path) -> Runs:
     """Make a run folder as an evaluation leaves it, with some baselines in the role of its models."""
 
-    def make(name: str, *scorers: type, data: DataFolder = folder, **options: bool) -> Path:
+    def make(name: str, *scorers: type, data: DataFolder = folder, **options: Any) -> Path:
         run = home / "runs" / name
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(f"name: {name}\n")
@@ -319,3 +320,10 @@ def test_damage_is_noticed(damage: Callable[[Path], None], message: str, evaluat
     with pytest.raises(FindRecError, match=message) as caught:
         compare_runs([run], resamples=100)
     assert "findrec evaluate demo" in str(caught.value)
+
+
+def test_auc_of_changing_candidates_is_refused(evaluated: Runs) -> None:
+    run = evaluated("offer", candidates="available")
+    compare_runs([run], ["mean_rank", "ndcg@10"], resamples=100)
+    with pytest.raises(FindRecError, match="auc cannot be compared"):
+        compare_runs([run], ["auc"], resamples=100)
