@@ -1,0 +1,141 @@
+"""The curve of a run's indexes for eyes and programs: a table, two pictures and JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from findrec.bench.rows import machine
+from findrec.errors import FindRecError
+from findrec.evaluation.index_curve import EXACT, IndexCurve, Point
+
+_COLOURS = ("#1c938b", "#c95e2a", "#5b6bb5", "#b5489a", "#8a8f1f", "#4d9a3f")
+
+
+def format_curve(curve: IndexCurve) -> Table:
+    """A rich table: a line for each setting, `*` for the one that is noted to be served."""
+    caption = (
+        f"{curve.users:,} test users, lists of {curve.k} of {curve.items:,} items, width {curve.dim}, "
+        f"{curve.threads} thread{'s' if curve.threads > 1 else ''}"
+        f"{'' if curve.gpus == 'none' else f', on all GPUs ({curve.gpus})'}; the model's own time is not counted\n"
+        f"{curve.protocol}\n"
+        "made exactly: lists the index could not fill, all items scored; *: noted to be served"
+    )
+    table = Table(
+        title=f"{curve.run}: {curve.model} at {curve.checkpoint}", caption=caption, caption_justify="left"
+    )
+    table.add_column("index")
+    table.add_column("setting")
+    for name in (
+        f"recall@{curve.k}",
+        "queries/s",
+        "p50 ms",
+        "p99 ms",
+        "index MiB",
+        "build s",
+        "made exactly",
+    ):
+        table.add_column(name, justify="right")
+    last = None
+    for point in curve.points:
+        if last is not None and point.factory != last:
+            table.add_section()
+        last = point.factory
+        served = " *" if curve.chosen.get(point.factory) == point.setting else ""
+        known = point.factory != EXACT
+        table.add_row(
+            point.factory.replace("[", r"\["),
+            f"{point.setting}{served}",
+            f"{point.recall:.4f}",
+            f"{point.queries_per_s:,.0f}",
+            f"{point.p50_ms:.3f}",
+            f"{point.p99_ms:.3f}",
+            f"{point.index_bytes / 2**20:,.1f}" if known else "–",
+            f"{point.build_s:,.2f}" if known else "–",
+            f"{point.exact_share:.1%}" if known else "–",
+        )
+    return table
+
+
+def print_curve(curve: IndexCurve) -> None:
+    """The table on standard output."""
+    Console(width=None if Console().is_terminal else 140).print(format_curve(curve))
+
+
+def write_curve(run_folder: Path, curve: IndexCurve, json_file: Path | None = None) -> list[Path]:
+    """Write `index/curve.json`, `.png` and `.svg` of a run, and the JSON to `json_file` too.
+
+    Returns the paths; raises `FindRecError` where one cannot be written.
+    """
+    text = json.dumps(asdict(curve) | {"machine": machine()}, indent=1, allow_nan=False) + "\n"
+    folder = run_folder / "index"
+    contents: dict[Path, bytes] = {folder / "curve.json": text.encode()}
+    figure = _draw(curve)
+    for end in ("png", "svg"):
+        out = io.BytesIO()
+        with mpl.rc_context({"svg.hashsalt": "findrec", "svg.fonttype": "none"}):
+            figure.savefig(out, format=end, dpi=110, metadata={"Date": None} if end == "svg" else None)
+        contents[folder / f"curve.{end}"] = out.getvalue()
+    if json_file is not None:
+        contents[json_file] = text.encode()
+    for path, content in contents.items():
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise FindRecError(f"cannot write {path}: {error.strerror or error}") from error
+    return list(contents)
+
+
+def _draw(curve: IndexCurve) -> Figure:
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    rate, latency = figure.subplots(1, 2)
+    groups = {p.factory: [q for q in curve.points if q.factory == p.factory] for p in curve.points}
+    for place, (factory, points) in enumerate(groups.items()):
+        colour = "black" if factory == EXACT else _COLOURS[place % len(_COLOURS)]
+        size = "" if factory == EXACT else f", {points[0].index_bytes / 2**20:,.1f} MiB"
+        _line(rate, points, [p.queries_per_s for p in points], colour, f"{factory}{size}")
+        _line(latency, points, [p.p99_ms for p in points], colour, f"{factory}{size}")
+    rate.set_ylabel(f"queries/s, {curve.threads} thread{'s' if curve.threads > 1 else ''}")
+    latency.set_ylabel("latency of one query, p99 (ms)")
+    for axes in (rate, latency):
+        axes.set_xlabel(f"recall@{curve.k} against exact search")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25, which="both")
+    rate.legend(fontsize=8)
+    figure.suptitle(f"{curve.run}: {curve.items:,} items, width {curve.dim}", parse_math=False)
+    return figure
+
+
+def _line(axes: Any, points: Sequence[Point], values: Sequence[float], colour: str, label: str) -> None:
+    axes.plot(
+        *([p.recall for p in points], values),
+        color=colour,
+        marker="o" if len(points) > 1 else "s",
+        markersize=4,
+        linewidth=1.4,
+        label=label,
+    )
+    for point, value in zip(points, values, strict=True):
+        if point.setting:
+            axes.annotate(
+                point.setting.split("=")[-1] if "," not in point.setting else point.setting,
+                *((point.recall, value),),
+                textcoords="offset points",
+                xytext=(4, 3),
+                fontsize=7,
+                color=colour,
+            )
