@@ -273,8 +273,6 @@ def index_run(
     from findrec.evaluation.index_curve import measure_indexes
     from findrec.evaluation.index_show import print_curve, write_curve
 
-    if gpus not in (None, "none", "replicate", "shard"):
-        raise FindRecError(f"--gpus is none, replicate or shard, not {gpus!r}")
     curve = measure_indexes(
         folder, factory or (), settings=setting or (), k=k, users=users, threads=threads, gpus=gpus
     )

@@ -6,11 +6,13 @@ whom n items are seen, not on offer yet, or the user's own gets k + n items, of 
 user's own items are scored apart, as their bonus is no inner product. Of the other items no more than k are
 needed, and the first k of those are among the k + n: over an index that searches exactly, lists are exact.
 
-Shape letters: B users, b some of them, V items, d width, I items in the index, K fetched, M removed, N own.
+Shape letters: B users, V items, d width, I items in the index, K fetched, M left out, N own or seen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +28,7 @@ from findrec.evaluation.topk import Late, Top, exact_top, import_faiss
 GPU_MOST = 2048  # items that FAISS's GPU indexes can return
 _TILE_BYTES = 64 << 20
 
+Ints = NDArray[np.int64]
 Gpus = Literal["none", "replicate", "shard"]
 
 
@@ -40,10 +43,70 @@ def need_faiss() -> Any:
     return faiss
 
 
-def default_gpus() -> Gpus:
-    """`replicate` where FAISS was built for GPUs and finds one, else `none`."""
+def choose_gpus(asked: str | None = None) -> Gpus:
+    """How indexes are searched: as asked, or `replicate` where FAISS finds a GPU and `none` where not.
+
+    Raises `FindRecError` where GPUs are asked for and this FAISS has none.
+    """
     faiss = need_faiss()
-    return "replicate" if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() else "none"
+    there = bool(hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus())
+    if asked == "none" or (asked is None and not there):
+        return "none"
+    if asked not in (None, "replicate", "shard"):
+        raise FindRecError(f"--gpus {asked}: give none, replicate or shard")
+    if not there:
+        raise FindRecError(
+            f"--gpus {asked}, but FAISS finds no GPU here. On a CUDA machine: pip uninstall faiss-cpu, then pip "
+            "install faiss-gpu; without one leave --gpus out"
+        )
+    return "shard" if asked == "shard" else "replicate"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What some users ask for, on the CPU. NumPy: a single query is short, and torch slow to begin with."""
+
+    users_Bd: NDArray[np.float32]
+    own_BN: Ints | None
+    bonus_BN: NDArray[np.float32] | None
+    seen_BM: Ints | None  # ascending
+    since_V: Ints | None
+    time_B: Ints | None
+
+    @staticmethod
+    def of(queries: Queries, seen_BN: Tensor | None, late: Late | None) -> _Asked:
+        own, bonus = queries.own_ids_BN, queries.own_bonus_BN
+        with_own = own is not None and bonus is not None
+        return _Asked(
+            np.ascontiguousarray(_array(queries.users_Bd), dtype=np.float32),
+            _array(own) if with_own else None,
+            _array(bonus) if with_own else None,
+            None if seen_BN is None else np.sort(_array(seen_BN), axis=1),
+            None if late is None else _array(late[0]),
+            None if late is None else _array(late[1]),
+        )
+
+    def rows(self, rows: Ints) -> _Asked:
+        """The same for some of the users."""
+        parts = (self.users_Bd, self.own_BN, self.bonus_BN, self.seen_BM)
+        users, own, bonus, seen = (None if part is None else part[rows] for part in parts)
+        assert users is not None
+        return _Asked(
+            users, own, bonus, seen, self.since_V, None if self.time_B is None else self.time_B[rows]
+        )
+
+    def too_late(self, ids_BK: Ints) -> NDArray[np.bool_] | bool:
+        """`[B, K]` whether an item comes too late for its user; False where none does."""
+        if self.since_V is None or self.time_B is None:
+            return False
+        return np.asarray(self.since_V[ids_BK] > self.time_B[:, None])
+
+    def removed(self) -> Ints | None:
+        """`[B, M]` ids to leave out of what is fetched, ascending: seen and own items."""
+        own = None if self.own_BN is None else np.sort(self.own_BN, axis=1)
+        if own is None or self.seen_BM is None:
+            return own if self.seen_BM is None else self.seen_BM
+        return np.sort(np.concatenate([self.seen_BM, own], axis=1), axis=1)
 
 
 class ItemIndex:
@@ -59,16 +122,16 @@ class ItemIndex:
         self.raw, self.items_Vd, self.factory, self.setting = raw, items_Vd, factory, ""
         self.ids_I = held_items(len(items_Vd) - 1, since_V)
         self.num_exact, self.most = 0, len(self.ids_I)
-        self._since_V = None if since_V is None else since_V.cpu()
-        self._ids = torch.from_numpy(np.append(self.ids_I, 0))  # FAISS says -1 for "no more": id 0
-        self._held_V = torch.zeros(len(items_Vd), dtype=torch.bool)
+        self._vectors_Vd = _array(items_Vd)
+        self._ids = np.append(self.ids_I, 0)  # FAISS says -1 for "no more": id 0
+        self._held_V = np.zeros(len(items_Vd), dtype=bool)
         self._held_V[self.ids_I] = True
         self._searcher, self._space = raw, need_faiss().ParameterSpace
         if gpus != "none":
             self._move(gpus)
 
     def _move(self, gpus: Gpus) -> None:
-        """Copy the index to all GPUs, whole or in parts; one that GPUs cannot hold (HNSW) stays where it is."""
+        """Copy the index to all GPUs, whole or in parts; what has no GPU form (HNSW) stays where it is."""
         faiss = need_faiss()
         options = faiss.GpuMultipleClonerOptions()
         options.shard = gpus == "shard"
@@ -95,95 +158,98 @@ class ItemIndex:
     ) -> Top:
         """The first min(k, V) items of users, as `exact_top` gives them as far as the index finds them.
 
-        Own and seen items are distinct within a row. Items the index was built without never appear.
+        Own and seen items are distinct within a row. Items the index was built without never appear. Raises
+        `FindRecError` for users of another width.
         """
-        users_Bd, own_BN = queries.users_Bd.to(self.items_Vd.device), _cpu(queries.own_ids_BN)
-        seen_BN, late = _cpu(seen_BN), self._lateness(late, len(users_Bd))
-        k = min(k, len(self.items_Vd) - 1)
-        removed_BM = _sorted_ids([ids for ids in (seen_BN, own_BN) if ids is not None], len(users_Bd))
-        fetch_B = k + (self._held_V[removed_BM]).sum(1) + self._num_late(late, len(users_Bd))
-        fetch_B = fetch_B.clamp(max=len(self.ids_I))
-
-        ids_Bk = torch.zeros(len(users_Bd), k, dtype=torch.int64)
-        scores_Bk = torch.full((len(users_Bd), k), -torch.inf)
-        able_B = torch.isfinite(users_Bd).all(1).cpu() & (fetch_B <= self.most) & (fetch_B > 0)
-        # Users of one power of two go together: one long history does not make all fetch as much.
-        power_B = torch.where(able_B, fetch_B.double().log2().ceil(), -1)
-        for power in power_B[able_B].unique().tolist():
-            rows = (power_B == power).nonzero().squeeze(1)
-            found = self._search(
-                users_Bd[rows], int(fetch_B[rows].max()), removed_BM[rows], _rows(late, rows)
+        if queries.users_Bd.shape[1] != self.raw.d:
+            raise FindRecError(
+                f"users are vectors of width {queries.users_Bd.shape[1]}, index {self.factory!r} is of width "
+                f"{self.raw.d}: search it with the model whose items it holds"
             )
-            if own_BN is not None and queries.own_bonus_BN is not None:
-                seen = None if seen_BN is None else seen_BN[rows]
-                own = self._own(
-                    users_Bd[rows], own_BN[rows], queries.own_bonus_BN[rows], seen, _rows(late, rows)
-                )
-                found = torch.cat([found[0], own_BN[rows]], 1), torch.cat([found[1], own], 1)
-            ids, scores = _best(*found, k)
+        late = self._lateness(late, len(queries.users_Bd))
+        asked = _Asked.of(queries, seen_BN, late)
+        num_users, k = len(asked.users_Bd), min(k, len(self.items_Vd) - 1)
+        ids_Bk = np.zeros((num_users, k), dtype=np.int64)
+        scores_Bk = np.full((num_users, k), -np.inf, dtype=np.float32)
+        removed_BM = asked.removed()
+        for rows, fetch in self._groups(asked, removed_BM, k):
+            some = asked if len(rows) == num_users else asked.rows(rows)
+            gone = removed_BM if removed_BM is None or some is asked else removed_BM[rows]
+            ids, scores = self._list(some, gone, fetch, k)
             ids_Bk[rows, : ids.shape[1]], scores_Bk[rows, : ids.shape[1]] = ids, scores
-        short = (ids_Bk == 0).any(1).nonzero().squeeze(1)
+        found = torch.from_numpy(ids_Bk), torch.from_numpy(scores_Bk)
+        short = torch.from_numpy(np.flatnonzero(ids_Bk[:, -1] == 0))  # best first: gaps are at the end
         if len(short):
             self.num_exact += len(short)
-            ids_Bk[short], scores_Bk[short] = self._exact(queries, short, k, seen_BN, late)
-        return ids_Bk, scores_Bk
+            found[0][short], found[1][short] = self._exact(queries, short, k, seen_BN, late)
+        return found
 
-    def _search(self, users_bd: Tensor, fetch: int, removed_bM: Tensor, late: Late | None) -> Top:
-        """The `fetch` nearest items of each user; -inf for those that do not count."""
-        query = np.ascontiguousarray(users_bd.cpu().numpy(), dtype=np.float32)
-        scores, place = self._searcher.search(query, fetch)
-        ids_bK = self._ids[torch.from_numpy(place)]
-        drop_bK = (ids_bK == 0) | _among(ids_bK, removed_bM)
-        if late is not None:
-            drop_bK |= late[0][ids_bK] > late[1][:, None]
-        return ids_bK, torch.from_numpy(scores).masked_fill_(drop_bK, -torch.inf)
+    def _groups(self, asked: _Asked, removed_BM: Ints | None, k: int) -> Iterator[tuple[Ints, int]]:
+        """Rows that are searched together and how many items are fetched for them; none that cannot be."""
+        fetch_B = np.full(len(asked.users_Bd), k)
+        if removed_BM is not None:
+            counts = self._held_V[removed_BM]
+            counts[:, 1:] &= removed_BM[:, 1:] != removed_BM[:, :-1]
+            fetch_B += counts.sum(1)
+        if asked.since_V is not None:
+            since_I = np.sort(asked.since_V[self._held_V])
+            fetch_B += len(since_I) - np.searchsorted(since_I, asked.time_B, side="right")
+        fetch_B = np.minimum(fetch_B, len(self.ids_I))
+        able_B = (fetch_B <= self.most) & (fetch_B > 0) & np.isfinite(asked.users_Bd).all(1)
+        # Users of one power of two go together: one long history does not make all fetch as much.
+        power_B = np.where(able_B, np.ceil(np.log2(np.maximum(fetch_B, 1))), -1)
+        for power in np.unique(power_B[able_B]):
+            rows = np.flatnonzero(power_B == power)
+            yield rows, int(fetch_B[rows].max())
 
-    def _own(
-        self, users_bd: Tensor, own_bN: Tensor, bonus_bN: Tensor, seen_bN: Tensor | None, late: Late | None
-    ) -> Tensor:
-        """`[b, N]` exact scores of own items, bonus included; -inf for those that do not count."""
-        step = max(1, _TILE_BYTES // (4 * max(1, own_bN.shape[1] * users_bd.shape[1])))
-        parts = []
-        for lo in range(0, len(users_bd), step):
-            vectors = self.items_Vd[own_bN[lo : lo + step].to(users_bd.device)]
-            parts.append((vectors @ users_bd[lo : lo + step, :, None]).squeeze(2).cpu())
-        scores_bN = torch.cat(parts) + bonus_bN.cpu().float()
-        drop_bN = ~self._held_V[own_bN]  # padding is not held either
-        if seen_bN is not None:
-            drop_bN |= _among(own_bN, _sorted_ids([seen_bN], len(seen_bN)))
-        if late is not None:
-            drop_bN |= late[0][own_bN] > late[1][:, None]
-        return scores_bN.masked_fill_(drop_bN, -torch.inf)
+    def _list(
+        self, asked: _Asked, removed_BM: Ints | None, fetch: int, k: int
+    ) -> tuple[Ints, NDArray[np.float32]]:
+        """The first k of the `fetch` nearest items that count, and of the own items."""
+        scores_BK, place_BK = self._searcher.search(asked.users_Bd, fetch)
+        ids_BK = self._ids[place_BK]
+        drop_BK = (ids_BK == 0) | asked.too_late(ids_BK)
+        if removed_BM is not None:
+            drop_BK |= _among(ids_BK, removed_BM, len(self._held_V))
+        scores_BK[drop_BK] = -np.inf
+        if asked.own_BN is not None:
+            ids_BK = np.concatenate([ids_BK, asked.own_BN], axis=1)
+            scores_BK = np.concatenate([scores_BK, self._own(asked)], axis=1)
+        return _best(ids_BK, scores_BK, k)
+
+    def _own(self, asked: _Asked) -> NDArray[np.float32]:
+        """`[B, N]` exact scores of own items, bonus included; -inf for those that do not count."""
+        own_BN, bonus_BN = asked.own_BN, asked.bonus_BN
+        assert own_BN is not None and bonus_BN is not None
+        step = max(1, _TILE_BYTES // (4 * max(1, own_BN.shape[1] * asked.users_Bd.shape[1])))
+        scores_BN = np.empty(own_BN.shape, dtype=np.float32)
+        for lo in range(0, len(own_BN), step):
+            vectors = self._vectors_Vd[own_BN[lo : lo + step]]
+            scores_BN[lo : lo + step] = (vectors @ asked.users_Bd[lo : lo + step, :, None])[:, :, 0]
+        scores_BN += bonus_BN
+        drop_BN = ~self._held_V[own_BN] | asked.too_late(own_BN)  # padding is not held either
+        if asked.seen_BM is not None:
+            drop_BN |= _among(own_BN, asked.seen_BM, len(self._held_V))
+        scores_BN[drop_BN] = -np.inf
+        return scores_BN
 
     def _exact(
         self, queries: Queries, rows: Tensor, k: int, seen_BN: Tensor | None, late: Late | None
     ) -> Top:
         device = self.items_Vd.device
-        own, bonus = queries.own_ids_BN, queries.own_bonus_BN
-        some = Queries(
-            queries.users_Bd.to(device)[rows],
-            None if own is None else own.to(device)[rows],
-            None if bonus is None else bonus.to(device)[rows],
-        )
-        return exact_top(
-            some, self.items_Vd, k, None if seen_BN is None else seen_BN[rows], _rows(late, rows)
-        )
+        parts = (queries.users_Bd, queries.own_ids_BN, queries.own_bonus_BN)
+        users, own, bonus = (None if part is None else part.to(device)[rows.to(device)] for part in parts)
+        assert users is not None
+        seen = None if seen_BN is None else seen_BN.cpu()[rows]
+        some_late = None if late is None else (late[0].cpu(), late[1].cpu()[rows])
+        return exact_top(Queries(users, own, bonus), self.items_Vd, k, seen, some_late)
 
     def _lateness(self, late: Late | None, num_users: int) -> Late | None:
-        """`late` on the CPU; where none is given, what the index was built without is late for all."""
-        if late is not None:
-            return late[0].cpu(), late[1].cpu()
-        if len(self.ids_I) == len(self.items_Vd) - 1:
-            return None
-        since_V = torch.full((len(self._held_V),), NEVER).masked_fill_(self._held_V, ALWAYS)
+        """Where no `late` is given, what the index was built without is late for all."""
+        if late is not None or len(self.ids_I) == len(self.items_Vd) - 1:
+            return late
+        since_V = torch.from_numpy(np.where(self._held_V, ALWAYS, NEVER))
         return since_V, torch.zeros(num_users, dtype=torch.int64)
-
-    def _num_late(self, late: Late | None, num_users: int) -> Tensor:
-        """`[B]` how many items of the index are not on offer yet."""
-        if late is None:
-            return torch.zeros(num_users, dtype=torch.int64)
-        since_I = late[0][self._held_V].sort().values
-        return len(since_I) - torch.searchsorted(since_I, late[1], right=True)
 
 
 def build_index(
@@ -227,51 +293,37 @@ def check_finite(items_Vd: Tensor) -> None:
     if len(bad):
         raise FindRecError(
             f"{len(bad):,} of {len(items_Vd) - 1:,} item vectors are not finite (NaN or infinity), the first "
-            f"that of item {int(bad[0])}: no index can be searched for them. Evaluate an earlier checkpoint, or "
-            "train again with a lower training.optim.lr"
+            f"that of item {int(bad[0])}: no index can be built of them. The training has "
+            "diverged: train again with a lower training.optim.lr"
         )
 
 
 def _reason(error: RuntimeError) -> str:
     """What FAISS says without where in its source it says it."""
-    return (
-        str(error)
-        .strip()
-        .splitlines()[-1]
-        .rsplit(" failed: ", 1)[-1]
-        .split(".cpp:")[-1]
-        .lstrip("0123456789: ")
-    )
+    told = str(error).strip().splitlines()[-1].rsplit(" failed: ", 1)[-1]
+    return told.split(".cpp:")[-1].lstrip("0123456789: ")
 
 
-def _cpu(ids: Tensor | None) -> Tensor | None:
-    return None if ids is None else ids.cpu()
+def _array(values: Tensor) -> NDArray[Any]:
+    return values.detach().cpu().numpy()
 
 
-def _rows(late: Late | None, rows: Tensor) -> Late | None:
-    return None if late is None else (late[0], late[1][rows])
+def _among(ids_BK: Ints, sorted_BM: Ints, stride: int) -> NDArray[np.bool_]:
+    """`[B, K]` whether each id, below `stride`, is in its row of `sorted_BM`."""
+    if not sorted_BM.size:
+        return np.zeros(ids_BK.shape, dtype=bool)
+    first_B = stride * np.arange(len(ids_BK))[:, None]
+    known, asked = (sorted_BM + first_B).ravel(), ids_BK + first_B
+    return np.asarray(known[np.minimum(np.searchsorted(known, asked), known.size - 1)] == asked)
 
 
-def _sorted_ids(parts: list[Tensor], num_rows: int) -> Tensor:
-    """`[B, M]` the distinct ids of each row, ascending, with zeros (for repeated ones too) before them."""
-    if not parts:
-        return torch.zeros(num_rows, 0, dtype=torch.int64)
-    ids_BM = torch.cat(parts, dim=1).sort(dim=1).values
-    if len(parts) == 1:
-        return ids_BM
-    ids_BM[:, 1:] = ids_BM[:, 1:].masked_fill(ids_BM[:, 1:] == ids_BM[:, :-1], 0)
-    return ids_BM.sort(dim=1).values
-
-
-def _among(ids_bK: Tensor, sorted_bM: Tensor) -> Tensor:
-    """`[b, K]` whether each id is in its row of `sorted_bM`."""
-    if not sorted_bM.shape[1]:
-        return torch.zeros_like(ids_bK, dtype=torch.bool)
-    place = torch.searchsorted(sorted_bM, ids_bK).clamp_(max=sorted_bM.shape[1] - 1)
-    return sorted_bM.gather(1, place) == ids_bK
-
-
-def _best(ids_bK: Tensor, scores_bK: Tensor, k: int) -> Top:
-    best = scores_bK.nan_to_num(nan=-torch.inf, neginf=-torch.inf, posinf=torch.inf)
-    values, place = best.topk(min(k, best.shape[1]))
-    return torch.where(values == -torch.inf, 0, ids_bK.gather(1, place)), values
+def _best(ids_BK: Ints, scores_BK: NDArray[np.float32], k: int) -> tuple[Ints, NDArray[np.float32]]:
+    """The first k columns by score, best first; id 0 where the score is -inf or no number."""
+    np.nan_to_num(scores_BK, copy=False, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    k = min(k, ids_BK.shape[1])
+    if k < ids_BK.shape[1]:
+        place = np.argpartition(scores_BK, -k, axis=1)[:, -k:]
+        ids_BK, scores_BK = (np.take_along_axis(values, place, 1) for values in (ids_BK, scores_BK))
+    order = np.argsort(-scores_BK, axis=1, kind="stable")
+    ids_BK, scores_BK = (np.take_along_axis(values, order, 1) for values in (ids_BK, scores_BK))
+    return np.where(scores_BK == -np.inf, 0, ids_BK), scores_BK

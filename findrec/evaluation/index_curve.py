@@ -29,7 +29,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.candidates import Candidates
-from findrec.evaluation.index import Gpus, ItemIndex, build_index, default_gpus, need_faiss
+from findrec.evaluation.index import Gpus, ItemIndex, build_index, choose_gpus, need_faiss
 from findrec.evaluation.index_store import (
     IndexMark,
     index_folder,
@@ -117,7 +117,7 @@ def measure_indexes(
     k: int = 10,
     users: int = 2000,
     threads: int | None = None,
-    gpus: Gpus | None = None,
+    gpus: str | None = None,
 ) -> IndexCurve:
     """Build, save and measure indexes of a run's best checkpoint.
 
@@ -126,20 +126,19 @@ def measure_indexes(
     FAISS and torch alike; default: the run's. Raises `FindRecError` for a run without test users or usable
     checkpoint, and for what `build_index` refuses.
     """
-    need_faiss()
+    placed = choose_gpus(gpus)
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data, verify=False)
     if not len(evaluated_users(folder, "test")):
         raise FindRecError(
-            f"{folder.path} has no user with an event in the test split and one before it: there is nobody to "
-            "ask for. Prepare the data with a split that leaves test events"
+            f"{folder.path} has no user with an event in the test split and one before it: there is nobody "
+            "to ask for. Prepare the data with a split that leaves test events"
         )
     job = training_jobs(config, run_folder)[0]
     scorer = load_scorer(job, folder)
     checkpoint = best_checkpoint_path(checkpoint_folder(job.folder))
     assert checkpoint is not None, "load_scorer has found one"
     threads = threads or max(1, config.cluster.threads or torch.get_num_threads())
-    gpus = default_gpus() if gpus is None else gpus
     with num_threads(threads):
         mask_seen = seen_filter(config.evaluation.mask_seen, folder)
         blocks, singles = _ask(config, scorer, folder, users, mask_seen)
@@ -159,7 +158,7 @@ def measure_indexes(
             built = build_index(items_Vd, factory, since_V)
             save_index(built, run_folder, checkpoint, time.perf_counter() - start)
             del built  # what is measured is what a user will load
-            index = load_index(run_folder, factory, items_Vd, checkpoint, since_V, gpus=gpus)
+            index = load_index(run_folder, factory, items_Vd, checkpoint, since_V, gpus=placed)
             mark = read_mark(index_folder(run_folder, factory))
             tried = applicable(index, settings)
             found = _measure(_of_index(index, k, mark), tried, blocks, singles, truth)
@@ -175,7 +174,7 @@ def measure_indexes(
         items=folder.num_items,
         dim=items_Vd.shape[1],
         threads=threads,
-        gpus=gpus,
+        gpus=placed,
         protocol=describe_protocol(folder, mask_seen, config.evaluation.candidates),
         points=points,
         chosen=chosen,
@@ -317,7 +316,7 @@ def _measure(
 
 
 def recall(lists: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Mean over users of the share of the true list `[B, k]` (0: no more) that the list holds; 1 without any."""
+    """Mean over users of the share of the true list `[B, k]` (0: no more) that the other holds; or 1."""
     shares = []
     for ids_Bk, true_Bk in zip(lists, truth, strict=True):
         there = (true_Bk[:, :, None] == ids_Bk[:, None, :]).any(2) & (true_Bk > 0)

@@ -26,8 +26,7 @@ def format_curve(curve: IndexCurve) -> Table:
     """A rich table: a line for each setting, `*` for the one that is noted to be served."""
     caption = (
         f"{curve.users:,} test users, lists of {curve.k} of {curve.items:,} items, width {curve.dim}, "
-        f"{curve.threads} thread{'s' if curve.threads > 1 else ''}"
-        f"{'' if curve.gpus == 'none' else f', on all GPUs ({curve.gpus})'}; the model's own time is not counted\n"
+        f"{_place(curve)}; the model's own time is not counted\n"
         f"{curve.protocol}\n"
         "made exactly: lists the index could not fill, all items scored; *: noted to be served"
     )
@@ -109,7 +108,7 @@ def _draw(curve: IndexCurve) -> Figure:
         size = "" if factory == EXACT else f", {points[0].index_bytes / 2**20:,.1f} MiB"
         _line(rate, points, [p.queries_per_s for p in points], colour, f"{factory}{size}")
         _line(latency, points, [p.p99_ms for p in points], colour, f"{factory}{size}")
-    rate.set_ylabel(f"queries/s, {curve.threads} thread{'s' if curve.threads > 1 else ''}")
+    rate.set_ylabel(f"queries/s, {_place(curve)}")
     latency.set_ylabel("latency of one query, p99 (ms)")
     for axes in (rate, latency):
         axes.set_xlabel(f"recall@{curve.k} against exact search")
@@ -118,6 +117,11 @@ def _draw(curve: IndexCurve) -> Figure:
     rate.legend(fontsize=8)
     figure.suptitle(f"{curve.run}: {curve.items:,} items, width {curve.dim}", parse_math=False)
     return figure
+
+
+def _place(curve: IndexCurve) -> str:
+    threads = f"{curve.threads} thread{'s' if curve.threads > 1 else ''}"
+    return threads if curve.gpus == "none" else f"{threads}, all GPUs ({curve.gpus})"
 
 
 def _line(axes: Any, points: Sequence[Point], values: Sequence[float], colour: str, label: str) -> None:

@@ -77,8 +77,8 @@ def save_index(index: ItemIndex, run_folder: Path, checkpoint: Path, build_s: fl
         _write(folder, mark)
     except (OSError, RuntimeError) as error:
         raise FindRecError(
-            f"cannot write the index to {folder}: {str(error).splitlines()[-1]}. Is the disk full, or the run "
-            "folder not yours?"
+            f"cannot write the index to {folder}: {str(error).splitlines()[-1]}. Is the disk full, or "
+            "the run folder not yours?"
         ) from None
     return folder
 
@@ -160,8 +160,8 @@ def _read(folder: Path, mark: IndexMark) -> Any:
         return need_faiss().read_index(str(path))
     except RuntimeError as error:
         raise FindRecError(
-            f"FAISS cannot read {path}, written by version {mark.faiss}: {str(error).splitlines()[-1]}. Build it "
-            f"anew: {_command(folder, mark.factory)}"
+            f"FAISS cannot read {path}, written by version {mark.faiss}: {str(error).splitlines()[-1]}. "
+            f"Build it anew: {_command(folder, mark.factory)}"
         ) from None
 
 
