@@ -15,6 +15,7 @@ from torch import Tensor
 
 from findrec.datasets.batch import Batch
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.histories import Histories
 from findrec.datasets.padding import gap_buckets, padded_batch
 from findrec.datasets.plan import EpochPlan, Windows, share
 from findrec.datasets.splits import Int64Array
@@ -99,16 +100,9 @@ def evaluation_batch(
     `position` is the last valid place of each row and `target` is empty: a row's one vector ranks all of its
     targets, which are several where a basket, a share or a period of time is asked for.
     """
-    first, last = _cuts(folder, split)
-    start = np.maximum(first[users] - max_length, 0)
-    shown = padded_batch(folder.histories(users, start, first[users]), users, folder.num_items)
-    turn = folder.histories(users, first[users] - 1, first[users] + 1)  # last event shown, first asked for
-    batch = replace(
-        shown,
-        position=torch.arange(len(users)) * shown.item.shape[1] + shown.length - 1,
-        wait=torch.from_numpy(gap_buckets(turn.timestamp, turn.offset)[1::2]),
-    )
-    targets = folder.histories(users, first[users], last[users])
+    first, _ = _cuts(folder, split)
+    targets = target_events(folder, split, users)
+    batch = asking_batch(folder, users, first[users], targets.timestamp[targets.offset[:-1]], max_length)
     row = np.repeat(np.arange(len(users)), np.diff(targets.offset))
     return batch, Cases(
         row=torch.from_numpy(row),
@@ -118,10 +112,27 @@ def evaluation_batch(
     )
 
 
-def target_times(folder: DataFolder, split: Part, users: Int64Array) -> Int64Array:
-    """`[C]` times (s) of the split's targets of `users`, user by user."""
+def asking_batch(
+    folder: DataFolder, users: Int64Array, stop: Int64Array, time: Int64Array, max_length: int
+) -> Batch:
+    """The last `max_length` of the first `stop` `[B]` (at least 1) events of `users` `[B]`, who are asked at
+    `time` `[B]` (s) what comes next: `position` is the last valid place of each row, `target` is empty.
+    """
+    start = np.maximum(stop - max_length, 0)
+    shown = padded_batch(folder.histories(users, start, stop), users, folder.num_items)
+    last = folder.histories(users, stop - 1, stop).timestamp
+    turn = np.stack([last, time], axis=1)  # the last event shown and the moment of asking
+    return replace(
+        shown,
+        position=torch.arange(len(users)) * shown.item.shape[1] + shown.length - 1,
+        wait=torch.from_numpy(gap_buckets(turn.reshape(-1), 2 * np.arange(len(users) + 1))[1::2]),
+    )
+
+
+def target_events(folder: DataFolder, split: Part, users: Int64Array) -> Histories:
+    """The events of `users` that are the split's targets."""
     first, last = _cuts(folder, split)
-    return folder.histories(users, first[users], last[users]).timestamp
+    return folder.histories(users, first[users], last[users])
 
 
 class TrainLoader:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from findrec.datasets.batches import Part, evaluation_blocks
 from findrec.datasets.folder import DataFolder
@@ -54,7 +53,8 @@ def rank_split(
     candidates: Rule = "all",
 ) -> Ranks:
     """Rank every target of `split` among the whole catalogue (padding excluded), or with `candidates`
-    "available" among the items that were on offer at the target's time.
+    "available" among the items that were on offer at the target's time. With an allow-list among
+    `candidates` targets that are not on it, and users who have no others, are left out.
 
     `max_length` cuts what a model is shown; plain scorers and the seen filter know whole histories.
     `mask_seen` takes the items of a user's history out of the running (never the target). Worker `rank` of
@@ -68,7 +68,7 @@ def rank_split(
     parts = []
     for users in evaluation_blocks(folder, split, users_per_block)[rank::world]:
         block = UserBlock.read(folder, split, users, max_length)
-        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top, offer.since_V))
+        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top, offer))
     return Ranks.concat(parts)
 
 
@@ -79,11 +79,14 @@ def _rank_block(
     mask_seen: bool,
     list_k: int,
     top: TopItems,
-    since_V: Tensor | None,
+    offer: Candidates,
 ) -> Ranks:
     seen_BN = block.padded_items() if mask_seen else None
-    row_C, target_C = block.cases.row, block.cases.target
-    time_C = None if since_V is None else block.cases.time
+    cases, since_V = offer.asked(block.cases), offer.since_V
+    if not len(cases.target):
+        return Ranks.from_array(np.zeros((0, 4), dtype=np.int64))
+    row_C, target_C = cases.row, cases.target
+    time_C = None if since_V is None else cases.time
     queries = None
     if isinstance(scorer, VectorScorer):
         device = scorer.items_Vd.device
@@ -114,9 +117,9 @@ def _rank_block(
     lists = np.zeros((0, 0), dtype=np.int64)
     if list_k:
         ids, _ = top.of(block, list_k, mask_seen=mask_seen, queries=queries)
-        lists = np.concatenate([block.user[:, None], ids.numpy()], axis=1)
+        lists = np.concatenate([block.user[:, None], ids.numpy()], axis=1)[np.unique(row_C.numpy())]
     greater, equal = (count.cpu().numpy() for count in counts)
-    return Ranks(block.cases.user.numpy(), target_C.numpy(), greater, equal, lists)
+    return Ranks(cases.user.numpy(), target_C.numpy(), greater, equal, lists)
 
 
 def evaluate_scorers(
@@ -150,6 +153,8 @@ def evaluate_scorers(
                 list_k=max(ks),
                 candidates=candidates,
             )
+            if not len(found.user):  # no target is on the allow-list
+                continue
             row = summarise(
                 *(found, folder, split),
                 ks=ks,

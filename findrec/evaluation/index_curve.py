@@ -23,26 +23,17 @@ import torch
 from torch import Tensor
 
 from findrec.bench.timer import time_alternating
-from findrec.config import RunConfig
 from findrec.datasets.batches import evaluated_users
-from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.candidates import Candidates
-from findrec.evaluation.index import Gpus, ItemIndex, build_index, choose_gpus, need_faiss
-from findrec.evaluation.index_store import (
-    IndexMark,
-    index_folder,
-    keep_setting,
-    load_index,
-    read_mark,
-    save_index,
-)
+from findrec.evaluation.faiss_library import GPU_MOST, Gpus, choose_gpus, need_faiss
+from findrec.evaluation.index import ItemIndex, build_index
+from findrec.evaluation.index_queries import Query, drawn_queries, single_queries
+from findrec.evaluation.index_store import index_folder, keep_setting, load_index, read_mark, save_index
 from findrec.evaluation.metrics import describe_protocol, seen_filter
-from findrec.evaluation.report import draw_users
 from findrec.evaluation.run import load_scorer
-from findrec.evaluation.scorers import ModelScorer, Queries, UserBlock
-from findrec.evaluation.topk import Late, Top, exact_top
+from findrec.evaluation.topk import Top, exact_top
 from findrec.progress import say
 from findrec.training.checkpoint import best_checkpoint_path
 from findrec.training.runs import checkpoint_folder, read_run_config, training_jobs
@@ -68,6 +59,7 @@ class Point:
     exact_share: float  # of the lists that the index could not fill, so that all items were scored
     index_bytes: int
     build_s: float
+    served: bool = False  # whether index.json notes this setting
 
 
 @dataclass(frozen=True)
@@ -85,16 +77,6 @@ class IndexCurve:
     gpus: Gpus
     protocol: str
     points: list[Point]
-    chosen: dict[str, str]  # factory -> the setting its index.json notes
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """One block of users, or one user, ready to be searched for."""
-
-    queries: Queries
-    seen_BN: Tensor | None
-    late: Late | None
 
 
 @dataclass(frozen=True)
@@ -102,11 +84,11 @@ class _Searched:
     """Something that makes lists, and what is known of it before it is asked."""
 
     factory: str
-    search: Callable[[_Asked], Top]
+    search: Callable[[Query], Top]
+    index_bytes: int
+    build_s: float = 0.0
     set: Callable[[str], None] = lambda setting: None
     num_exact: Callable[[], int] = lambda: 0
-    index_bytes: int = 0
-    build_s: float = 0.0
 
 
 def measure_indexes(
@@ -139,32 +121,32 @@ def measure_indexes(
     checkpoint = best_checkpoint_path(checkpoint_folder(job.folder))
     assert checkpoint is not None, "load_scorer has found one"
     threads = threads or max(1, config.cluster.threads or torch.get_num_threads())
+    mask_seen = seen_filter(config.evaluation.mask_seen, folder)
+    items_Vd, k = scorer.items_Vd, min(k, folder.num_items)
+    held_V = Candidates.of(folder, "all").since_V  # allow-lists and times are for each search to heed
     with num_threads(threads):
-        mask_seen = seen_filter(config.evaluation.mask_seen, folder)
-        blocks, singles = _ask(config, scorer, folder, users, mask_seen)
-        since_V = Candidates.of(folder, config.evaluation.candidates).since_V
-        factories = list(dict.fromkeys(factories or default_factories(folder.num_items)))
-        items_Vd, k = scorer.items_Vd, min(k, folder.num_items)
+        blocks = drawn_queries(config, scorer, folder, users, mask_seen)
+        singles = single_queries(blocks, _SINGLES, config.training.seed)
 
-        def exact(asked: _Asked) -> Top:
-            return exact_top(asked.queries, items_Vd, k, asked.seen_BN, asked.late)
+        def exact(query: Query) -> Top:
+            return exact_top(query.users, items_Vd, k, query.seen_BN, query.late)
 
-        truth = [exact(asked)[0] for asked in blocks]
-        points = _measure(_Searched(EXACT, exact), [""], blocks, singles, truth)
-        chosen = {}
-        for factory in factories:
+        truth = [exact(query)[0] for query in blocks]
+        whole = _Searched(EXACT, exact, index_bytes=4 * folder.num_items * items_Vd.shape[1])
+        points = _measure(whole, [""], blocks, singles, truth)
+        for factory in dict.fromkeys(factories or default_factories(folder.num_items)):
             say(f"index {factory}")
             start = time.perf_counter()
-            built = build_index(items_Vd, factory, since_V)
+            built = build_index(items_Vd, factory, held_V)
             save_index(built, run_folder, checkpoint, time.perf_counter() - start)
             del built  # what is measured is what a user will load
-            index = load_index(run_folder, factory, items_Vd, checkpoint, since_V, gpus=placed)
-            mark = read_mark(index_folder(run_folder, factory))
-            tried = applicable(index, settings)
-            found = _measure(_of_index(index, k, mark), tried, blocks, singles, truth)
-            chosen[factory] = choose(found)
-            keep_setting(index_folder(run_folder, factory), chosen[factory])
-            points += found
+            index = load_index(run_folder, factory, items_Vd, checkpoint, held_V, gpus=placed)
+            found = _measure(
+                _of_index(index, run_folder, k), applicable(index, settings), blocks, singles, truth
+            )
+            served = choose(found)
+            keep_setting(index_folder(run_folder, factory), served.setting)
+            points += [Point(**{**vars(p), "served": p is served}) for p in found]
     return IndexCurve(
         run=run_folder.name,
         model=job.name,
@@ -177,7 +159,6 @@ def measure_indexes(
         gpus=placed,
         protocol=describe_protocol(folder, mask_seen, config.evaluation.candidates),
         points=points,
-        chosen=chosen,
     )
 
 
@@ -207,16 +188,17 @@ def applicable(index: ItemIndex, settings: Sequence[str]) -> list[str]:
         return [s for s in settings if {part.split("=")[0] for part in s.split(",")} <= names] or [""]
     if "nprobe" in names:
         lists = faiss.extract_index_ivf(index.raw).nlist
-        return [f"nprobe={2**power}" for power in range(int(math.log2(lists)) + 1)]
+        most = min(lists, GPU_MOST) if index.on_gpu else lists
+        return [f"nprobe={2**power}" for power in range(int(math.log2(most)) + 1)]
     return [f"efSearch={width}" for width in _WIDTHS] if "efSearch" in names else [""]
 
 
-def choose(points: Sequence[Point]) -> str:
-    """The setting to serve: the fastest of a recall of `SERVED_RECALL`, else the one that finds most."""
+def choose(points: Sequence[Point]) -> Point:
+    """The one to serve: the fastest of a recall of `SERVED_RECALL`, else the one that finds most."""
     enough = [point for point in points if point.recall >= SERVED_RECALL]
     if enough:
-        return max(enough, key=lambda point: point.queries_per_s).setting
-    return max(points, key=lambda point: (point.recall, point.queries_per_s)).setting
+        return max(enough, key=lambda point: point.queries_per_s)
+    return max(points, key=lambda point: (point.recall, point.queries_per_s))
 
 
 @contextlib.contextmanager
@@ -233,58 +215,28 @@ def num_threads(count: int) -> Iterator[None]:
         faiss.omp_set_num_threads(before[1])
 
 
-def _of_index(index: ItemIndex, k: int, mark: IndexMark) -> _Searched:
+def _of_index(index: ItemIndex, run_folder: Path, k: int) -> _Searched:
+    mark = read_mark(index_folder(run_folder, index.factory))
     return _Searched(
         index.factory,
-        lambda asked: index.top(asked.queries, k, seen_BN=asked.seen_BN, late=asked.late),
-        index.set,
-        lambda: index.num_exact,
+        lambda query: index.top(query.users, k, seen_BN=query.seen_BN, late=query.late),
         mark.bytes,
         mark.build_s,
-    )
-
-
-def _ask(
-    config: RunConfig, scorer: ModelScorer, folder: DataFolder, users: int, mask_seen: bool
-) -> tuple[list[_Asked], list[_Asked]]:
-    """Drawn test users in blocks, and the first of them in random order one by one."""
-    drawn = draw_users(folder, "test", users, seed=config.training.seed)
-    offer = Candidates.of(folder, config.evaluation.candidates)
-    blocks = []
-    for lo in range(0, len(drawn), config.evaluation.users_per_block):
-        rows = drawn[lo : lo + config.evaluation.users_per_block]
-        block = UserBlock.read(folder, "test", rows, config.data.max_length)
-        seen_BN = block.padded_items() if mask_seen else None
-        blocks.append(_Asked(scorer.queries(block), seen_BN, offer.late(block.cases, len(rows))))
-    everyone = [(asked, row) for asked in blocks for row in range(len(asked.queries.users_Bd))]
-    order = np.random.default_rng(config.training.seed).permutation(len(everyone))
-    return blocks, [_single(*everyone[place]) for place in order[:_SINGLES]]
-
-
-def _single(asked: _Asked, row: int) -> _Asked:
-    """One user of a block, without the padding that others made necessary."""
-    users, own, bonus = asked.queries.users_Bd, asked.queries.own_ids_BN, asked.queries.own_bonus_BN
-    if own is not None and bonus is not None:
-        there = own[row] > 0
-        own, bonus = own[row : row + 1, there], bonus[row : row + 1, there]
-    seen, late = asked.seen_BN, asked.late
-    return _Asked(
-        Queries(users[row : row + 1], own, bonus),
-        None if seen is None else seen[row : row + 1, seen[row] > 0],
-        None if late is None else (late[0], late[1][row : row + 1]),
+        index.set,
+        lambda: index.num_exact,
     )
 
 
 def _measure(
     searched: _Searched,
     settings: Sequence[str],
-    blocks: Sequence[_Asked],
-    singles: Sequence[_Asked],
+    blocks: Sequence[Query],
+    singles: Sequence[Query],
     truth: Sequence[Tensor],
 ) -> list[Point]:
     def all_blocks(setting: str) -> list[Tensor]:
         searched.set(setting)
-        return [searched.search(asked)[0] for asked in blocks]
+        return [searched.search(query)[0] for query in blocks]
 
     num_users = sum(len(ids) for ids in truth)
     found, filled = {}, {}
@@ -326,14 +278,14 @@ def recall(lists: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
     return float(share.double().mean()) if len(share) else 1.0
 
 
-def _latencies(search: Callable[[_Asked], Top], singles: Sequence[_Asked]) -> list[float]:
+def _latencies(search: Callable[[Query], Top], singles: Sequence[Query]) -> list[float]:
     """Seconds of each single query, until all are asked or enough of them took long enough."""
-    for asked in singles[:10]:
-        search(asked)
+    for query in singles[:10]:
+        search(query)
     took: list[float] = []
-    for asked in singles:
+    for query in singles:
         start = time.perf_counter()
-        search(asked)
+        search(query)
         took.append(time.perf_counter() - start)
         if len(took) >= _FEWEST and sum(took) > _SINGLES_S:
             break

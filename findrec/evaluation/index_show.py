@@ -1,4 +1,6 @@
-"""The curve of a run's indexes for eyes and programs: a table, two pictures and JSON."""
+"""The curve of a run's indexes for eyes and programs: a table, two pictures, and JSON with a line for each
+setting, which the pictures can be drawn from again.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from findrec.bench.rows import machine
 from findrec.errors import FindRecError
 from findrec.evaluation.index_curve import EXACT, IndexCurve, Point
 
+CURVE = "curve.jsonl"  # in a run's folder of indexes
 _COLOURS = ("#1c938b", "#c95e2a", "#5b6bb5", "#b5489a", "#8a8f1f", "#4d9a3f")
 
 
@@ -50,7 +53,7 @@ def format_curve(curve: IndexCurve) -> Table:
         if last is not None and point.factory != last:
             table.add_section()
         last = point.factory
-        served = " *" if curve.chosen.get(point.factory) == point.setting else ""
+        served = " *" if point.served else ""
         known = point.factory != EXACT
         table.add_row(
             point.factory.replace("[", r"\["),
@@ -59,7 +62,7 @@ def format_curve(curve: IndexCurve) -> Table:
             f"{point.queries_per_s:,.0f}",
             f"{point.p50_ms:.3f}",
             f"{point.p99_ms:.3f}",
-            f"{point.index_bytes / 2**20:,.1f}" if known else "–",
+            f"{point.index_bytes / 2**20:,.1f}",
             f"{point.build_s:,.2f}" if known else "–",
             f"{point.exact_share:.1%}" if known else "–",
         )
@@ -72,21 +75,24 @@ def print_curve(curve: IndexCurve) -> None:
 
 
 def write_curve(run_folder: Path, curve: IndexCurve, json_file: Path | None = None) -> list[Path]:
-    """Write `index/curve.json`, `.png` and `.svg` of a run, and the JSON to `json_file` too.
+    """Write `index/curve.jsonl`, `.png` and `.svg` of a run, and the JSON lines to `json_file` too.
 
     Returns the paths; raises `FindRecError` where one cannot be written.
     """
-    text = json.dumps(asdict(curve) | {"machine": machine()}, indent=1, allow_nan=False) + "\n"
+    of_all = {name: value for name, value in asdict(curve).items() if name != "points"}
+    here = {"machine": machine()}
+    lines = [json.dumps(of_all | asdict(p) | here, allow_nan=False) + "\n" for p in curve.points]
+    text = "".join(lines).encode()
     folder = run_folder / "index"
-    contents: dict[Path, bytes] = {folder / "curve.json": text.encode()}
-    figure = _draw(curve)
+    contents: dict[Path, bytes] = {folder / CURVE: text}
+    figure = draw_curve(curve)
     for end in ("png", "svg"):
         out = io.BytesIO()
         with mpl.rc_context({"svg.hashsalt": "findrec", "svg.fonttype": "none"}):
             figure.savefig(out, format=end, dpi=110, metadata={"Date": None} if end == "svg" else None)
         contents[folder / f"curve.{end}"] = out.getvalue()
     if json_file is not None:
-        contents[json_file] = text.encode()
+        contents[json_file] = text
     for path, content in contents.items():
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -99,15 +105,35 @@ def write_curve(run_folder: Path, curve: IndexCurve, json_file: Path | None = No
     return list(contents)
 
 
-def _draw(curve: IndexCurve) -> Figure:
+def read_curve(run_folder: Path) -> IndexCurve | None:
+    """What `write_curve` saved of a run; None where it has measured no index, or not as this version does."""
+    of_point = {field.name for field in fields(Point)}
+    of_all = {field.name for field in fields(IndexCurve)} - {"points"}
+    try:
+        text = (run_folder / "index" / CURVE).read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text.splitlines()]
+        points = [Point(**{name: line[name] for name in of_point}) for line in lines]
+        return IndexCurve(**{name: lines[0][name] for name in of_all}, points=points)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def index_curve_figure(run_folder: Path) -> Figure | None:
+    """The picture of a run's index curve as `findrec index` measured it; None where it has not."""
+    curve = read_curve(run_folder)
+    return None if curve is None else draw_curve(curve)
+
+
+def draw_curve(curve: IndexCurve) -> Figure:
+    """Rate and latency of each setting over its recall."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     rate, latency = figure.subplots(1, 2)
     groups = {p.factory: [q for q in curve.points if q.factory == p.factory] for p in curve.points}
     for place, (factory, points) in enumerate(groups.items()):
-        colour = "black" if factory == EXACT else _COLOURS[place % len(_COLOURS)]
-        size = "" if factory == EXACT else f", {points[0].index_bytes / 2**20:,.1f} MiB"
-        _line(rate, points, [p.queries_per_s for p in points], colour, f"{factory}{size}")
-        _line(latency, points, [p.p99_ms for p in points], colour, f"{factory}{size}")
+        colour = "#7d8791" if factory == EXACT else _COLOURS[place % len(_COLOURS)]
+        label = f"{factory}, {points[0].index_bytes / 2**20:,.1f} MiB"
+        _line(rate, points, [p.queries_per_s for p in points], colour, label)
+        _line(latency, points, [p.p99_ms for p in points], colour, label)
     rate.set_ylabel(f"queries/s, {_place(curve)}")
     latency.set_ylabel("latency of one query, p99 (ms)")
     for axes in (rate, latency):

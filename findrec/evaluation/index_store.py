@@ -12,13 +12,14 @@ import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from torch import Tensor
 
 from findrec.datasets.manifest import sha256_file
 from findrec.errors import FindRecError
-from findrec.evaluation.index import Gpus, ItemIndex, held_items, need_faiss
+from findrec.evaluation.faiss_library import Gpus, need_faiss
+from findrec.evaluation.index import ItemIndex, held_items
 
 FORMAT = 1
 
@@ -46,6 +47,11 @@ class IndexMark:
 def index_folder(run_folder: Path, factory: str) -> Path:
     """Where a run keeps its index of a factory string."""
     return run_folder / "index" / quote(factory, safe=",()").replace(".", "%2E")
+
+
+def saved_indexes(run_folder: Path) -> list[str]:
+    """The factory strings of a run's saved indexes."""
+    return [unquote(path.parent.name) for path in sorted((run_folder / "index").glob("*/index.json"))]
 
 
 def save_index(index: ItemIndex, run_folder: Path, checkpoint: Path, build_s: float = 0.0) -> Path:
@@ -91,14 +97,15 @@ def keep_setting(folder: Path, setting: str) -> None:
 def read_mark(folder: Path) -> IndexMark:
     """What a saved index is; raises `FindRecError` where there is none or it cannot be read."""
     path = folder / "index.json"
-    mend = f"Build it with: {_command(folder)}"
+    mend = f"Build it with: {_command(folder, unquote(folder.name))}"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         if tree["format"] != FORMAT:
             raise FindRecError(f"{path} has format {tree['format']}, this version reads {FORMAT}. {mend}")
         return IndexMark(**tree)
     except FileNotFoundError:
-        raise FindRecError(f"no index in {folder}. {mend}") from None
+        there = ", ".join(saved_indexes(folder.parent.parent)) or "none"
+        raise FindRecError(f"no index in {folder} (there: {there}). {mend}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, FindRecError):
             raise
@@ -171,7 +178,7 @@ def _write(folder: Path, mark: IndexMark) -> None:
     temporary.replace(folder / "index.json")
 
 
-def _command(folder: Path, factory: str = "FACTORY") -> str:
+def _command(folder: Path, factory: str) -> str:
     return f"findrec index {folder.parent.parent.name} --factory '{factory}'"
 
 

@@ -21,8 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from findrec.datasets.batches import Part
-from findrec.datasets.folder import DataFolder
-from findrec.evaluation.candidates import Rule, candidate_counts
+from findrec.datasets.folder import NEVER, DataFolder
+from findrec.errors import FindRecError
+from findrec.evaluation.candidates import (
+    Candidates,
+    Rule,
+    candidate_counts,
+    conditions_of,
+    describe_rule,
+    goes_by_time,
+)
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -117,7 +125,12 @@ def describe_protocol(folder: DataFolder, mask_seen: bool, candidates: Rule = "a
     if gone:
         size += f"; {gone:,} gone ones left out"
     among = f"full catalogue ({size})"
-    if candidates == "available":
+    if conditions := conditions_of(candidates):
+        listed = int(Candidates.of(folder, conditions).at(NEVER, folder.num_items).sum())
+        among = (
+            f"{listed:,} items of {' and '.join(conditions)} (targets elsewhere left out), out of the {among}"
+        )
+    if goes_by_time(candidates):
         among = f"the items available at the target's time, out of the {among}"
     return f"{split_title(folder)}{_split_details(folder)}, {among}, seen items {seen}, ties at {TIE_RULE}"
 
@@ -156,17 +169,22 @@ def summarise(
     """The metrics row of a model: its protocol, then every metric with the standard error over users.
 
     A standard error needs two users (else None). Coverage is there for each k the ranks hold lists for.
-    Raises `ValueError` without cases.
+    Raises `FindRecError` without cases.
     """
+    offer = Candidates.of(folder, candidates)
     if not len(ranks.user):
-        raise ValueError(f"no user of {folder.path} has a target in the {split} split")
-    num_items = folder.num_items - int(folder.gone.sum())
+        where = "" if offer.listed_V is None else f" among the items of {describe_rule(candidates)}"
+        raise FindRecError(
+            f"no user of {folder.path} has a target in the {split} split{where}: there is nothing to measure"
+        )
+    num_items = int(offer.at(NEVER, folder.num_items).sum())
     row: dict[str, Any] = {
         "model": model,
         "protocol": describe_protocol(folder, mask_seen, candidates),
         "split": split,
         "seen_filter": mask_seen,
-        "candidates": candidates,
+        "candidates": describe_rule(candidates),
+        **({} if (digest := offer.sha256()) is None else {"candidates_sha256": digest}),
         "tie_rule": TIE_RULE,
         "users": len(np.unique(ranks.user)),
         "cases": len(ranks.user),

@@ -19,6 +19,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
+from findrec.evaluation.candidates import describe_rule
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
 from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.report import draw_users, format_table, sample_recommendations, write_report
@@ -102,6 +103,13 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
         mask_seen=seen_filter(config.evaluation.mask_seen, folder),
         candidates=config.evaluation.candidates,
     )
+    if "test" not in rows:
+        raise FindRecError(
+            f"nobody in {folder.path} can be tested: no user has an event in the test split, one before it, "
+            f"and a target among evaluation.candidates ({describe_rule(config.evaluation.candidates)}). "
+            "Prepare the data with a split that leaves test events, or change evaluation.candidates in "
+            f"{run_folder / 'config.yaml'}"
+        )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)
     _mirror(config, run_folder, rows)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from findrec.evaluation.candidates import Candidates
+from findrec.evaluation.faiss_library import import_faiss
 from findrec.evaluation.scorers import BlockScorer, Queries, Scorer, UserBlock
 from findrec.ops.counting import EXCLUDED, too_late
 
@@ -49,16 +50,6 @@ class TopItems:
                 scores, place = self._index.search(np.ascontiguousarray(queries.users_Bd.cpu().numpy()), k)
                 return torch.from_numpy(place + 1), torch.from_numpy(scores)
         return exact_top(queries, scorer.items_Vd, k, seen_BN, late)
-
-
-def import_faiss() -> Any:
-    """The `faiss` module, set up; None where it is not installed."""
-    try:
-        import faiss
-    except ImportError:
-        return None
-    faiss.cvar.distance_compute_blas_threshold = 1  # below it FAISS takes another, slower road
-    return faiss
 
 
 def _flat_index(items_Vd: Tensor) -> Any:
