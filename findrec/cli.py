@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from findrec import __version__
+from findrec.cli_lists import RUN_HELP, index_run, recommend
 from findrec.errors import FindRecError
 from findrec.paths import drop_checkout_from_sys_path, find_run, resolve
 
@@ -22,8 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-RUN_HELP = "A run folder, or the name of one below runs/."
 
 
 @app.command()
@@ -248,36 +247,8 @@ def inspect_user(
     typer.echo(f"written: {page}, {picture}")
 
 
-@app.command("index")
-def index_run(
-    run: Annotated[str, typer.Argument(help=RUN_HELP)],
-    factory: Annotated[
-        list[str] | None,
-        typer.Option(help="A FAISS factory string, may be repeated; default: Flat, IVF<n>,Flat and HNSW32."),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(help="e.g. nprobe=8 or efSearch=64, may be repeated; default: a range of each."),
-    ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Length of the lists.")] = 10,
-    users: Annotated[int, typer.Option(min=1, help="Test users asked for, at most.")] = 2000,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: the run's cluster.threads.")] = None,
-    gpus: Annotated[
-        str | None,
-        typer.Option(help="none, replicate or shard; default: replicate where FAISS finds GPUs."),
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here too.")] = None,
-) -> None:
-    """Build indexes of a run's items and measure what each finds and costs against exact search."""
-    folder = find_run(run)
-    from findrec.evaluation.index_curve import measure_indexes
-    from findrec.evaluation.index_show import print_curve, write_curve
-
-    curve = measure_indexes(
-        folder, factory or (), settings=setting or (), k=k, users=users, threads=threads, gpus=gpus
-    )
-    print_curve(curve)
-    typer.echo("written: " + ", ".join(str(path) for path in write_curve(folder, curve, json)))
+app.command("index")(index_run)
+app.command()(recommend)
 
 
 @app.command()

@@ -232,6 +232,8 @@ def build_index(
     vectors = np.ascontiguousarray(as_array(items_Vd)[ids_I], dtype=np.float32)
     try:
         raw = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if raw.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise RuntimeError("it does not search by inner product")
         raw.train(vectors)
         raw.add(vectors)
     except RuntimeError as error:

@@ -85,7 +85,7 @@ def write_curve(run_folder: Path, curve: IndexCurve, json_file: Path | None = No
     text = "".join(lines).encode()
     folder = run_folder / "index"
     contents: dict[Path, bytes] = {folder / CURVE: text}
-    figure = draw_curve(curve)
+    figure = _draw(curve)
     for end in ("png", "svg"):
         out = io.BytesIO()
         with mpl.rc_context({"svg.hashsalt": "findrec", "svg.fonttype": "none"}):
@@ -121,10 +121,10 @@ def read_curve(run_folder: Path) -> IndexCurve | None:
 def index_curve_figure(run_folder: Path) -> Figure | None:
     """The picture of a run's index curve as `findrec index` measured it; None where it has not."""
     curve = read_curve(run_folder)
-    return None if curve is None else draw_curve(curve)
+    return None if curve is None else _draw(curve)
 
 
-def draw_curve(curve: IndexCurve) -> Figure:
+def _draw(curve: IndexCurve) -> Figure:
     """Rate and latency of each setting over its recall."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     rate, latency = figure.subplots(1, 2)

@@ -128,7 +128,7 @@ def describe_protocol(folder: DataFolder, mask_seen: bool, candidates: Rule = "a
     if conditions := conditions_of(candidates):
         listed = int(Candidates.of(folder, conditions).at(NEVER, folder.num_items).sum())
         among = (
-            f"{listed:,} items of {' and '.join(conditions)} (targets elsewhere left out), out of the {among}"
+            f"the {listed:,} items of {' and '.join(conditions)} (other targets left out), out of the {among}"
         )
     if goes_by_time(candidates):
         among = f"the items available at the target's time, out of the {among}"
