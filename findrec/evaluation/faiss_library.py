@@ -68,6 +68,13 @@ def copy_to_gpus(raw: Any, gpus: Gpus) -> Any:
         return None
 
 
+def keeps_vectors(raw: Any) -> bool:
+    """Whether an index holds vectors as they were given, so that its scores are those of the model."""
+    faiss = need_faiss()
+    index = faiss.downcast_index(raw)
+    return isinstance(index, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexHNSWFlat | faiss.IndexNSGFlat)
+
+
 def search_only(raw: Any, among_I: NDArray[np.bool_]) -> Any:
     """Search parameters of a CPU index that make it return only the rows marked in `among_I` `[I]`.
 

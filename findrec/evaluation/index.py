@@ -5,8 +5,9 @@ from a list is asked for in addition: a user of whom n items are seen or the use
 which at least k stay. Items that may be shown to nobody (not on offer yet, not on the allow-list) are not
 searched at all where the kind of index can select; elsewhere they are asked for in addition, too. A user's
 own items are scored apart, as their bonus is no inner product: of the others no more than k are needed, and
-the first k of those are among the k + n. So over an index that searches exactly, lists are exact; and a list
-that an index leaves short is made by exact search, so that every list is as long as it can be.
+the first k of those are among the k + n. What an index finds by shortened vectors is scored again by those
+of the model. So over an index that searches exactly, lists are exact; and a list that an index leaves short
+is made by exact search, so that every list is as long as it can be.
 
 Shape letters: B users, V items, d width, I items in the index, K fetched, M left out, N own or seen.
 """
@@ -27,6 +28,7 @@ from findrec.evaluation.faiss_library import (
     GPU_MOST,
     Gpus,
     copy_to_gpus,
+    keeps_vectors,
     need_faiss,
     reason,
     search_only,
@@ -57,6 +59,7 @@ class ItemIndex:
         self._held_V[self.ids_I] = True
         self._searcher, self._space = raw, need_faiss().ParameterSpace
         self._selects: bool | None = None  # not tried yet
+        self._scores_stand = keeps_vectors(raw)
         if gpus != "none" and (there := copy_to_gpus(raw, gpus)) is not None:
             self._searcher, self._space = there, need_faiss().GpuParameterSpace
             self.most, self._selects = min(self.most, GPU_MOST), False
@@ -159,6 +162,8 @@ class ItemIndex:
         how = {} if params is None else {"params": params}
         scores_BK, place_BK = self._searcher.search(asked.users_Bd, fetch, **how)
         ids_BK = self._ids[place_BK]
+        if not self._scores_stand:
+            scores_BK = self._scores(asked.users_Bd, ids_BK)
         drop_BK = (ids_BK == 0) | asked.too_late(ids_BK)
         if removed_BM is not None:
             drop_BK |= among(ids_BK, removed_BM, len(self._held_V))
@@ -173,16 +178,20 @@ class ItemIndex:
         own_BN, bonus_BN = asked.own_BN, asked.bonus_BN
         assert own_BN is not None
         assert bonus_BN is not None
-        step = max(1, _TILE_BYTES // (4 * max(1, own_BN.shape[1] * asked.users_Bd.shape[1])))
-        scores_BN = np.empty(own_BN.shape, dtype=np.float32)
-        for lo in range(0, len(own_BN), step):
-            vectors = self._vectors_Vd[own_BN[lo : lo + step]]
-            scores_BN[lo : lo + step] = (vectors @ asked.users_Bd[lo : lo + step, :, None])[:, :, 0]
-        scores_BN += bonus_BN
+        scores_BN = self._scores(asked.users_Bd, own_BN) + bonus_BN
         drop_BN = ~self._held_V[own_BN] | asked.too_late(own_BN)  # padding is not held either
         if asked.seen_BM is not None:
             drop_BN |= among(own_BN, asked.seen_BM, len(self._held_V))
         scores_BN[drop_BN] = -np.inf
+        return scores_BN
+
+    def _scores(self, users_Bd: Floats, ids_BN: Ints) -> Floats:
+        """`[B, N]` inner products of users and items of theirs."""
+        step = max(1, _TILE_BYTES // (4 * max(1, ids_BN.shape[1] * users_Bd.shape[1])))
+        scores_BN = np.empty(ids_BN.shape, dtype=np.float32)
+        for lo in range(0, len(ids_BN), step):
+            vectors = self._vectors_Vd[ids_BN[lo : lo + step]]
+            scores_BN[lo : lo + step] = (vectors @ users_Bd[lo : lo + step, :, None])[:, :, 0]
         return scores_BN
 
     def _possible(self, asked: Asked) -> Ints:
@@ -232,8 +241,6 @@ def build_index(
     vectors = np.ascontiguousarray(as_array(items_Vd)[ids_I], dtype=np.float32)
     try:
         raw = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        if raw.metric_type != faiss.METRIC_INNER_PRODUCT:
-            raise RuntimeError("it does not search by inner product")
         raw.train(vectors)
         raw.add(vectors)
     except RuntimeError as error:

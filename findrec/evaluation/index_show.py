@@ -133,9 +133,11 @@ def _draw(curve: IndexCurve) -> Figure:
         colour = "#7d8791" if factory == EXACT else _COLOURS[place % len(_COLOURS)]
         label = f"{factory}, {points[0].index_bytes / 2**20:,.1f} MiB"
         _line(rate, points, [p.queries_per_s for p in points], colour, label)
-        _line(latency, points, [p.p99_ms for p in points], colour, label)
+        _line(latency, points, [p.p50_ms for p in points], colour, label)
+        ends = [[getattr(p, name) for p in points] for name in ("recall", "p50_ms", "p99_ms")]
+        latency.vlines(*ends, color=colour, alpha=0.3, linewidth=3)
     rate.set_ylabel(f"queries/s, {_place(curve)}")
-    latency.set_ylabel("latency of one query, p99 (ms)")
+    latency.set_ylabel("latency of one query (ms): median, up to p99")
     for axes in (rate, latency):
         axes.set_xlabel(f"recall@{curve.k} against exact search")
         axes.set_yscale("log")
