@@ -55,6 +55,8 @@ def test_help_names_every_command_quickly() -> None:
         "report",
         "compare",
         "inspect",
+        "index",
+        "recommend",
         "doctor",
     ):
         assert command in done.stdout

@@ -95,10 +95,8 @@ def test_mistakes_are_told(folder: DataFolder, conditions: list[str], message: s
 
 
 def test_files_without_a_known_id_are_told(folder: DataFolder, tmp_path: Path) -> None:
-    for text, message in (
-        ("7\n8\n", r"none of its 2 ids .*there: 'sku 1', one here: '7'"),
-        ("", "none of its 0"),
-    ):
+    told = {"7\n8\n": r"none of its 2 ids .*there: 'sku 1', one here: '7'", "": "none of its 0"}
+    for text, message in told.items():
         (tmp_path / "x.txt").write_text(text)
         with pytest.raises(FindRecError, match=message):
             allowed_items(folder, [f"file:{tmp_path / 'x.txt'}"])
