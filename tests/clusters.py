@@ -160,7 +160,10 @@ class Run:
             assert self.process.poll() is None or text in self.output, self.output[-6000:]
             return text in self.output
 
-        wait_until(there, seconds, f"{text!r} is not said")
+        try:
+            wait_until(there, seconds, f"{text!r} is not said")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output[-6000:]}") from None
 
     def end(self, code: int = 0, seconds: float = 300) -> str:
         """Wait for the end; everything that was said."""

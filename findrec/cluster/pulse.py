@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from findrec.training.worker import TRAINING, Pulse
+from findrec.training.worker import STARTING, TRAINING, Pulse
 
 BEAT_S = 1.0
 _SLOWER = 5.0  # times its longest piece of a step so far that a worker may take for the next one
@@ -82,10 +82,11 @@ class Board:
 def find_hung(seen: Sequence[Seen], *, hang_s: float, timeout_s: float) -> list[Seen]:
     """The workers that keep the others waiting; empty while all is well.
 
-    A step may stand still for `hang_s`, or for some times its longest piece so far. What is done before the
-    first step and between steps may take `timeout_s` without a sign, and any time with one.
+    A step may stand still for `hang_s`, or for some times its longest piece so far; what is done before the
+    first step and between steps may take any time. A process that gives no sign at all is stopped or gone:
+    it has `hang_s`, and `timeout_s` before its first step, when whole libraries are loaded.
     """
-    silent = [s for s in seen if s.silent_s > (hang_s if s.sign.doing == TRAINING else timeout_s)]
+    silent = [s for s in seen if s.silent_s > (timeout_s if s.sign.doing == STARTING else hang_s)]
     if silent or not seen:
         return silent
     limits = [max(hang_s, _SLOWER * s.sign.longest_s) for s in seen]
