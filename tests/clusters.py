@@ -153,12 +153,13 @@ class Run:
 
         wait_until(there, 200, f"step {step} is not reached")
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Wait for something to be said."""
+    def wait_for(self, text: str, seconds: float = 120, times: int = 1) -> None:
+        """Wait for something to be said, so often."""
 
         def there() -> bool:
-            assert self.process.poll() is None or text in self.output, self.output[-6000:]
-            return text in self.output
+            said = self.output.count(text) >= times
+            assert said or self.process.poll() is None, self.output[-6000:]
+            return said
 
         try:
             wait_until(there, seconds, f"{text!r} is not said")
