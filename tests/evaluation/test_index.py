@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -224,7 +225,7 @@ def test_wrong_questions_are_told(items_Vd: Tensor) -> None:
 
 
 def test_without_faiss(items_Vd: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(FindRecError, match=r"pip install faiss-cpu .*never both"):
         build_index(items_Vd, "Flat")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,16 @@ def test_the_command_prints_and_writes(
     assert "user 3" in shown
     assert all(row["title"] in shown and f"{row['score']:.4f}" in shown for row in rows)
     assert str(out) in shown
+
+
+def test_without_faiss_all_items_are_scored(
+    run: Path, data: DataFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    check(recommend(run, ["3"], k=7)[0], by_hand(run, data, "3"), 7)
+    for command in (["index", str(run)], ["recommend", str(run), "--user", "3", "--index", "Flat"]):
+        assert main(command) == 2
+        assert "FAISS is not installed" in capsys.readouterr().err
 
 
 def test_times() -> None:
