@@ -11,7 +11,7 @@ from torch import Tensor
 from findrec.datasets.batch import Batch
 from findrec.datasets.catalogue import ItemFeatures
 from findrec.models.repeat import own_items
-from findrec.tables.item_table import ItemTable, Transform
+from findrec.tables.item_table import ItemTable
 from findrec.training.tower import Tower
 
 

@@ -1,0 +1,108 @@
+"""Which worker holds which rows of a table, and the exchanges between them.
+
+Ranges are contiguous: a worker then saves, initialises and reads features of one piece, and a checkpoint is
+row-range files that any other number of workers reads its own ranges from. Dealing rows round robin would
+spread frequent items more evenly, but their lookups are a small part of a step: the catalogue loss costs the
+same for every row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Rows 0..num_rows - 1 in ranges of one size, `size` rows each; the last ranks may have fewer, or none."""
+
+    num_rows: int
+    group: dist.ProcessGroup | None = None  # None: all workers
+
+    @property
+    def world(self) -> int:
+        """Number of workers; 1 without a process group."""
+        return dist.get_world_size(self.group) if dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """This worker's place among them."""
+        return dist.get_rank(self.group) if dist.is_initialized() else 0
+
+    @property
+    def size(self) -> int:
+        """Rows of a range."""
+        return -(-self.num_rows // self.world)
+
+    @property
+    def first(self) -> int:
+        """This worker's first row."""
+        return self.rank * self.size
+
+    @property
+    def end(self) -> int:
+        """One past this worker's last row; at or below `first` where it has none."""
+        return min(self.num_rows, self.first + self.size)
+
+    def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """All-to-all of slices of `x`: `sent[r]` go to rank r, `received[r]` come from it, in rank order."""
+        if self.world == 1:
+            return x
+        result = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(result, x.contiguous(), received, sent, group=self.group)
+        return result
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[W, *x.shape]` from tensors of one shape."""
+        if self.world == 1:
+            return x[None]
+        result = x.new_empty(self.world, *x.shape)
+        dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
+        return result
+
+    def gather_uneven(self, x: Tensor, lengths: list[int]) -> Tensor:
+        """`[sum(lengths), ...]` in rank order, where rank r gives `lengths[r]`."""
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = self.gather(padded)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def scatter_sum(self, x: Tensor, lengths: list[int]) -> Tensor:
+        """The own part `[lengths[rank], ...]` of the sum of all workers' `x` `[sum(lengths), ...]`.
+
+        A reduce-scatter of uneven parts that adds up in rank order, so that bits repeat.
+        """
+        own = lengths[self.rank]
+        parts = self.exchange(x, lengths, [own] * self.world)
+        return parts.view(self.world, own, *x.shape[1:]).sum(0)
+
+    def total(self, value: float, device: torch.device) -> float:
+        """The sum of a number over workers."""
+        return float(self.gather(torch.tensor(value, dtype=torch.float64, device=device)).sum())
+
+
+class Route:
+    """Where the rows of distinct ids lie: made by all workers together, each for ids of its own."""
+
+    def __init__(self, shards: Shards, ids_U: Tensor) -> None:
+        self._shards = shards
+        owner_U = torch.div(ids_U, shards.size, rounding_mode="floor")
+        self._order_U = owner_U.argsort(stable=True)
+        sent = torch.bincount(owner_U, minlength=shards.world)
+        self._sent: list[int] = sent.tolist()
+        self._received: list[int] = shards.exchange(sent, [1] * shards.world, [1] * shards.world).tolist()
+        self.place_R = self.to_owners(ids_U) - shards.first  # rows of this worker that are asked for
+
+    def to_owners(self, x_U: Tensor) -> Tensor:
+        """`[R, ...]`: what belongs to the rows this worker holds, by rank of the asker."""
+        return self._shards.exchange(x_U[self._order_U], self._sent, self._received)
+
+    def to_askers(self, x_R: Tensor) -> Tensor:
+        """`[U, ...]`: what the holders of the asked-for ids say of them."""
+        answer = self._shards.exchange(x_R, self._received, self._sent)
+        result = torch.empty_like(answer)
+        result[self._order_U] = answer
+        return result
