@@ -11,8 +11,8 @@ from torch import Tensor
 
 from findrec.ops.linear_cross_entropy import OwnBonus
 
-# How rows become the vectors that are scored: `transform(ids, rows)`, `ids` None for the whole table.
-Transform = Callable[[Tensor | None, Tensor], Tensor]
+# How rows become the vectors that are scored: `transform(ids, rows)`, ids as a tensor or as a range of them.
+Transform = Callable[[Tensor | range, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,33 @@ class CatalogueLoss:
 
 
 class SavedRows(Protocol):
-    """A saved table: whole tensors `weight`, `exp_avg`, `exp_avg_sq` by name, or ranges of their rows."""
+    """A saved table: `weight`, `exp_avg` and `exp_avg_sq`, each `[num_rows, width]`."""
 
     @property
     def num_rows(self) -> int:
         """V + 1."""
 
-    def __getitem__(self, name: str, /) -> Tensor:
-        """All rows."""
+    @property
+    def width(self) -> int:
+        """d."""
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
-        """Rows `first` to `end - 1`."""
+        """Rows `first` to `end - 1`, `[end - first, d]`."""
 
 
 class Table(Protocol):
     """Rows, catalogue loss and optimizer of `V` items; row 0 (padding) is zero and stays zero.
 
-    Where several workers train, `lookup`, `catalogue_loss`, `push` of ids, `reduce_gradient`, `step` and
-    `all_rows` may be collectives: every worker calls them in the same order.
+    Where several workers train, `lookup`, `catalogue_loss`, `push` of ids and `step` may be collectives:
+    every worker calls them in the same order, the n-th call on one meets the n-th on the others.
     """
 
     sharded: bool  # workers hold different rows, and each saves its own
+    weight: Tensor  # [n, d] the rows this worker holds
 
     @property
     def first_row(self) -> int:
-        """Id of the first row of `state`."""
+        """Id of the first of them."""
 
     def lookup(self, ids_U: Tensor) -> Tensor:
         """Rows `[U, d]` of distinct ids as a leaf that collects a gradient; hand that to `push`."""
@@ -78,16 +80,15 @@ class Table(Protocol):
         generator: torch.Generator | None = None,
         transform: Transform | None = None,
     ) -> CatalogueLoss:
-        """Cross-entropy of a microbatch, over `num_targets` = all targets of the step on all workers."""
+        """Cross-entropy of a microbatch, over `num_targets` = all targets of the step on all workers.
 
-    def reduce_gradient(self) -> None:
-        """Add up what workers have collected, before `step`."""
+        `h_Td` and `own.bonus_TN` are taken detached; their gradients are returned. The table's own
+        gradient is added here, or, with a `transform`, returned on its way there (`Scored`).
+        `generator` draws the sampled negatives (CPU).
+        """
 
     def step(self, lr: float) -> float:
-        """One AdamW step of all rows; returns the norm of the whole gradient before clipping."""
-
-    def all_rows(self) -> Tensor:
-        """The whole table `[V + 1, d]` on every worker."""
+        """One AdamW step with what all workers pushed; returns the norm of that gradient before clipping."""
 
     def state(self) -> Mapping[str, Tensor]:
         """Weights and moments of the rows this worker holds, for a checkpoint."""

@@ -4,6 +4,8 @@ Ranges are contiguous: a worker then saves, initialises and reads features of on
 row-range files that any other number of workers reads its own ranges from. Dealing rows round robin would
 spread frequent items more evenly, but their lookups are a small part of a step: the catalogue loss costs the
 same for every row.
+
+Shape letters: U ids that are asked for, R rows that are asked for here, W workers.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def row_range(num_rows: int, rank: int, world: int) -> range:
+    """The rows of `num_rows` that worker `rank` of `world` holds; sizes differ by one at most."""
+    return range(rank * num_rows // world, (rank + 1) * num_rows // world)
+
+
 @dataclass(frozen=True)
 class Shards:
-    """Rows 0..num_rows - 1 in ranges of one size, `size` rows each; the last ranks may have fewer, or none."""
+    """Rows 0..num_rows - 1 in one range for each worker of a group (`row_range`)."""
 
     num_rows: int
     group: dist.ProcessGroup | None = None  # None: all workers
@@ -33,19 +40,14 @@ class Shards:
         return dist.get_rank(self.group) if dist.is_initialized() else 0
 
     @property
-    def size(self) -> int:
-        """Rows of a range."""
-        return -(-self.num_rows // self.world)
+    def own(self) -> range:
+        """This worker's rows."""
+        return row_range(self.num_rows, self.rank, self.world)
 
-    @property
-    def first(self) -> int:
-        """This worker's first row."""
-        return self.rank * self.size
-
-    @property
-    def end(self) -> int:
-        """One past this worker's last row; at or below `first` where it has none."""
-        return min(self.num_rows, self.first + self.size)
+    def owner(self, ids: Tensor) -> Tensor:
+        """The rank that holds each row."""
+        # r holds id where r <= ((id + 1) W - 1) / num_rows < r + 1: `row_range`, solved for the rank.
+        return torch.div((ids + 1) * self.world - 1, self.num_rows, rounding_mode="floor")
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
         """All-to-all of slices of `x`: `sent[r]` go to rank r, `received[r]` come from it, in rank order."""
@@ -63,8 +65,15 @@ class Shards:
         dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
         return result
 
+    def lengths(self, *own: int, device: torch.device) -> list[list[int]]:
+        """For each number given here, what it is on every worker."""
+        found: list[list[int]] = self.gather(torch.tensor(own, device=device)).t().tolist()
+        return found
+
     def gather_uneven(self, x: Tensor, lengths: list[int]) -> Tensor:
         """`[sum(lengths), ...]` in rank order, where rank r gives `lengths[r]`."""
+        if self.world == 1:
+            return x
         padded = x.new_zeros(max(lengths), *x.shape[1:])
         padded[: len(x)] = x
         parts = self.gather(padded)
@@ -89,12 +98,13 @@ class Route:
 
     def __init__(self, shards: Shards, ids_U: Tensor) -> None:
         self._shards = shards
-        owner_U = torch.div(ids_U, shards.size, rounding_mode="floor")
+        owner_U = shards.owner(ids_U)
         self._order_U = owner_U.argsort(stable=True)
         sent = torch.bincount(owner_U, minlength=shards.world)
+        each = [1] * shards.world
         self._sent: list[int] = sent.tolist()
-        self._received: list[int] = shards.exchange(sent, [1] * shards.world, [1] * shards.world).tolist()
-        self.place_R = self.to_owners(ids_U) - shards.first  # rows of this worker that are asked for
+        self._received: list[int] = shards.exchange(sent, each, each).tolist()
+        self.place_R = self.to_owners(ids_U) - shards.own.start  # rows of this worker that are asked for
 
     def to_owners(self, x_U: Tensor) -> Tensor:
         """`[R, ...]`: what belongs to the rows this worker holds, by rank of the asker."""

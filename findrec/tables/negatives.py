@@ -2,6 +2,8 @@
 
 The sample is a microbatch's own, keyed by its generator, so that it is the same wherever the microbatch runs
 and however the table's rows are placed.
+
+Shape letters: T tokens, S samples, n distinct ids that the loss reads, V items, d width.
 """
 
 from __future__ import annotations
@@ -30,37 +32,37 @@ class Negatives:
         classes: Tensor | None,
         device: torch.device | str,
     ) -> None:
-        self._loss, self._num_items, self._device = loss, num_items, device
-        self._classes = None if classes is None else classes.cpu()
-        self._proposal: Tensor | None = None
+        self._loss, self._num_items, self._classes, self._device = loss, num_items, classes, device
+        self._num_classes = num_items if classes is None else int(classes[1:].sum())
+        self._upto: Tensor | None = None  # [V + 1] float64, chance to draw this item or an earlier one
         if loss.kind != "sampled":
             return
         if train_count is None:
             raise ValueError("the sampled loss draws negatives by popularity: train_count is needed")
         # Between popularity (good for frequent items) and uniform (so that no item has a huge weight).
-        proposal = (train_count.to(torch.float64) + 1.0) ** 0.75
+        proposal = train_count.to(torch.float64).add_(1.0).pow_(0.75)
         proposal[0] = 0.0
-        if self._classes is not None:
-            proposal[~self._classes] = 0.0
-        proposal /= proposal.sum()
-        self._proposal = proposal.to(device)
-        self._cumulated = proposal.cumsum(0)
-        self._cumulated /= self._cumulated[-1].clone()
+        if classes is not None:
+            proposal[~classes] = 0.0
+        self._upto = proposal.div_(proposal.sum()).cumsum_(0)
+        self._upto /= self._upto[-1].clone()
 
-    def draw(self, generator: torch.Generator | None) -> Tensor:
-        """`[S]` negatives: with replacement from the proposal, for gBCE distinct and uniform."""
+    def draw(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """`[S]` negatives: with replacement from the proposal, for gBCE distinct and uniform; and `[S]`
+        float64, how often each is expected among them (sampled softmax only).
+        """
         num = self._loss.negatives
-        if self._loss.kind == "gbce":
+        if self._upto is None:
             pool = torch.arange(1, self._num_items + 1)
             if self._classes is not None:
-                pool = self._classes.nonzero().flatten()
-            drawn = pool[torch.randperm(len(pool), generator=generator)[:num]]
-        else:
-            # What `torch.multinomial` does, draw by draw, but it would sum up the catalogue each time, and
-            # refuses more than 2**24 items.
-            uniform = torch.rand(num, dtype=torch.float64, generator=generator)
-            drawn = torch.searchsorted(self._cumulated, uniform)
-        return drawn.to(self._device)
+                pool = pool[self._classes[1:]]
+            return pool[torch.randperm(len(pool), generator=generator)[:num]].to(self._device), None
+        # What `torch.multinomial` does, draw by draw, but it would sum up the catalogue each time, and
+        # refuses more than 2**24 items.
+        uniform = torch.rand(num, dtype=torch.float64, generator=generator)
+        drawn = torch.searchsorted(self._upto, uniform, right=True)
+        expected = (self._upto[drawn] - self._upto[drawn - 1]) * num
+        return drawn.to(self._device), expected.to(self._device)
 
     def loss(
         self,
@@ -68,7 +70,7 @@ class Negatives:
         vectors_nd: Tensor,
         ids_n: Tensor,
         target_T: Tensor,
-        sample_S: Tensor,
+        drawn: tuple[Tensor, Tensor | None],
         own: OwnBonus | None,
     ) -> Tensor:
         """Sum over tokens; `vectors_nd` belong to `ids_n`, ascending, with every id used here."""
@@ -76,23 +78,23 @@ class Negatives:
         def vectors_of(ids: Tensor) -> Tensor:
             return F.embedding(torch.searchsorted(ids_n, ids), vectors_nd)
 
+        sample_S, expected_S = drawn
         target_Td, sample_Sd = vectors_of(target_T), vectors_of(sample_S)
-        if self._loss.kind == "gbce":
+        if expected_S is None:
             return generalised_bce(
                 h,
                 target_Td,
                 sample_Sd,
                 target_T,
                 sample_S,
-                num_items=self._num_items if self._classes is None else int(self._classes.sum()),
+                num_items=self._num_classes,
                 calibration=self._loss.calibration,
                 own=own,
             )
-        assert self._proposal is not None
-        log_expected = (self._proposal[sample_S] * self._loss.negatives).log().to(h.dtype)
+        log_expected_S = expected_S.log().to(h.dtype)
         own_row_BNd = None if own is None else vectors_of(own.ids_BN)
         return sampled_cross_entropy(
-            h, target_Td, sample_Sd, target_T, sample_S, log_expected, own=own, own_row_BNd=own_row_BNd
+            h, target_Td, sample_Sd, target_T, sample_S, log_expected_S, own=own, own_row_BNd=own_row_BNd
         )
 
 
@@ -113,13 +115,13 @@ def estimated_loss(
     if own is not None:
         bonus = own.bonus_TN.detach().requires_grad_()
         own = replace(own, bonus_TN=bonus)
-    sample_S = negatives.draw(generator)
+    drawn = negatives.draw(generator)
     met = [] if own is None else [own.ids_BN.flatten()]
-    ids = torch.unique(torch.cat([sample_S, target_T, *met]))
+    ids = torch.unique(torch.cat([drawn[0], target_T, *met]))
     rows = table.lookup(ids)
     vectors = rows if transform is None else transform(ids, rows)
     leaf = vectors.detach().requires_grad_()
-    loss = negatives.loss(h, leaf, ids, target_T, sample_S, own) / num_targets
+    loss = negatives.loss(h, leaf, ids, target_T, drawn, own) / num_targets
     loss.backward()  # type: ignore[no-untyped-call]
     assert h.grad is not None
     assert leaf.grad is not None

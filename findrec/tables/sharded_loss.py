@@ -47,9 +47,9 @@ def sharded_cross_entropy(
 ) -> ShardedLoss:
     """`share * sum_t (logsumexp_v s_tv - s_t,target)` with its gradients (a collective).
 
-    `rows_nd` are the `shards.size` rows this worker holds, `blocked` the places among them that are no
-    class. The gradient in these rows, of the tokens of all workers, is added to `drows_nd`. Memory beside
-    it: all tokens' vectors and bonuses, and a tile of logits (`tile_bytes`, as in `linear_cross_entropy`).
+    `rows_nd` belong to the rows this worker holds, `blocked` are the places among them that are no class.
+    The gradient in these rows, of the tokens of all workers, is added to `drows_nd`. Memory beside it: all
+    tokens' vectors and bonuses, and a tile of logits (`tile_bytes`, as in `linear_cross_entropy`).
     """
     tokens = _gather(shards, h_Td, target_T, own)
     dh_Ad = torch.zeros_like(tokens.h_Ad)
@@ -109,8 +109,7 @@ class _Tokens:
 
 def _gather(shards: Shards, h_Td: Tensor, target_T: Tensor, own: OwnBonus | None) -> _Tokens:
     num_rows, num_own = (0, 0) if own is None else own.ids_BN.shape
-    sizes = shards.gather(torch.tensor([len(h_Td), num_rows, num_own], device=h_Td.device))
-    lengths, rows, owns = sizes.t().tolist()
+    lengths, rows, owns = shards.lengths(len(h_Td), num_rows, num_own, device=h_Td.device)
     h_Ad = shards.gather_uneven(h_Td.detach().float(), lengths)
     target_A = shards.gather_uneven(target_T, lengths)
     if own is None:
@@ -128,6 +127,6 @@ def _gather(shards: Shards, h_Td: Tensor, target_T: Tensor, own: OwnBonus | None
 
 def _places(ids: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
     """The place of each id among this worker's rows, 0 where another holds it, and whether it is here."""
-    place = ids - shards.first
-    mine = (place >= 0) & (place < shards.size)
+    place = ids - shards.own.start
+    mine = (place >= 0) & (place < len(shards.own))
     return place.masked_fill_(~mine, 0), mine

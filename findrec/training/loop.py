@@ -25,12 +25,13 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, cut_prefixes, cut_windows, plan_epoch
 from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
-from findrec.tables.item_table import ItemTable
+from findrec.tables.base import Table
 from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue
-from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
+from findrec.training.checkpoint import TrainState, prune_checkpoints
 from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
+from findrec.training.saving import save_training
 from findrec.training.schedule import learning_rate
 from findrec.training.tower import Tower
 from findrec.training.validation import validate
@@ -49,7 +50,7 @@ def run_training(
     folder: DataFolder,
     checkpoints: Path,
     tower: Tower,
-    table: ItemTable,
+    table: Table,
     *,
     worker: Worker,
     log: StepLog | None = None,
@@ -107,7 +108,7 @@ class _Run:
         windows: Windows,
         checkpoints: Path,
         tower: Tower,
-        table: ItemTable,
+        table: Table,
         worker: Worker,
         log: StepLog | None,
         bar: Bar,
@@ -204,7 +205,6 @@ class _Run:
         values = _sum_over_workers(shares, self.worker)
         _refuse_nan(values, state.step, state.epoch)
         rate = learning_rate(state.step, num_steps, training.optim)
-        self.table.reduce_gradient()
         values["grad_norm/tower"] = self.tower.step(rate)
         values["grad_norm/table"] = self.table.step(rate)
         values["train/lr"] = rate
@@ -217,10 +217,8 @@ class _Run:
 
     def save(self, state: TrainState) -> None:
         """Commit a checkpoint; every rank takes part."""
-        moments = self.tower.moments()  # a collective
+        save_training(self.checkpoints, state, self.tower, self.table, self.worker)
         if self.worker.leads:
-            weights = self.tower.model.state_dict()
-            save_checkpoint(self.checkpoints, state, tower=weights, moments=moments, table=self.table.state())
             prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch.distributed as dist
+
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows
 from findrec.errors import FindRecError
-from findrec.tables.item_table import ItemTable
+from findrec.tables.base import Table
 from findrec.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from findrec.training.tower import Tower
 from findrec.training.warm_start import apply_warm_start, find_warm_start, mark_catalogue
@@ -34,10 +36,10 @@ def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
 
 
 def restore(
-    config: RunConfig, folder: DataFolder, checkpoints: Path, tower: Tower, table: ItemTable, digest: str
+    config: RunConfig, folder: DataFolder, checkpoints: Path, tower: Tower, table: Table, digest: str
 ) -> TrainState:
     """Where training goes on: at the newest checkpoint, else at the start, warm or cold (collective)."""
-    path = latest_checkpoint(checkpoints)
+    path = _newest(checkpoints)
     if path is None:
         start = find_warm_start(config, folder)
         if start is not None:
@@ -51,7 +53,7 @@ def restore(
             catalogue=mark_catalogue(config, folder),
             started_from="" if start is None else start.title,
         )
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(path, verify=False)
     if saved.state.plan != digest:
         raise FindRecError(
             f"{path} was made with other data or another epoch plan (seed, microbatches, tokens, epochs, "
@@ -61,3 +63,14 @@ def restore(
     tower.load(saved.tower, saved.moments, saved.state.step)
     table.load_state(saved.table, saved.state.step)
     return saved.state
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint that verifies. One of the workers reads it through for all, so that a sharded
+    table is not read once by each of them, and they agree.
+    """
+    if not dist.is_initialized():
+        return latest_checkpoint(checkpoints)
+    chosen = [latest_checkpoint(checkpoints) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
