@@ -7,9 +7,6 @@ import torch
 from safetensors.torch import load_file
 from tables_on_workers import CASES, TABLES, train, work
 
-from findrec.config import LossConfig, OptimConfig
-from findrec.tables.exchange import Shards, row_range
-from findrec.tables.initial import initial_rows
 from findrec.tables.item_table import ItemTable
 
 
@@ -41,7 +38,11 @@ def test_placements_on_workers_equal_one_table_in_one_process(servant, tmp_path,
     for key, expected in want.items():
         number, name = key.split("/", 1)
         for placement in TABLES:
-            held = [part[f"{number}/{placement}/{name}"] for part in parts if f"{number}/{placement}/{name}" in part]
+            held = [
+                part[f"{number}/{placement}/{name}"]
+                for part in parts
+                if f"{number}/{placement}/{name}" in part
+            ]
             if name.startswith("table/"):
                 got = torch.cat(held) if placement == "sharded" else held[0]
                 assert placement == "sharded" or all(torch.equal(held[0], other) for other in held)
@@ -51,8 +52,11 @@ def test_placements_on_workers_equal_one_table_in_one_process(servant, tmp_path,
                 assert len(held) == (world if name.startswith("norm") else 1)
                 got = held[0]
             title = f"{CASES[int(number)]}, {placement}, {name}"
+            # Moments are small numbers, and weights follow them by an optimizer that is blind to their size.
+            atol = 1e-7 if name.startswith("table/exp_avg") else 1e-5
+            rtol = 1e-4 if name.startswith("table/exp_avg") else 1e-5
             torch.testing.assert_close(
-                got, expected, rtol=1e-5, atol=1e-5, msg=lambda m, title=title: f"{title}: {m}"
+                got, expected, rtol=rtol, atol=atol, msg=lambda m, title=title: f"{title}: {m}"
             )
             compared += 1
     assert compared == 2 * len(want)
