@@ -54,6 +54,7 @@ def rank_split_sharded(
     model that scores content, the vectors made of its rows.
     """
     shards, device = table.shards, table.weight.device
+    model.eval()
     vectors_nd = model.item_vectors(table.weight, catalogue, shards.own)
     since_V = Candidates.of(folder, candidates).since_V
     since_V = None if since_V is None else since_V.to(device)

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-<8 digits>` with `tower.safetensors` (weights by parameter name),
 `tower_moments.safetensors` (`<parameter>.<moment>`), `table-<first>-<last>.safetensors` (rows of the item
-table and their moments, a file for each worker that holds some of its own), `state.json` (epoch, step,
+table and their moments, files for each worker that holds some of its own), `state.json` (epoch, step,
 metric, plan, versions) and `manifest.json` (bytes and sha256 of the others). A folder whose manifest is
 missing or does not verify was never committed and is passed over with a warning; a crash while saving
 therefore loses nothing.
@@ -27,6 +27,7 @@ from findrec.progress import say
 from findrec.training.saved_table import SavedTable
 
 FORMAT = 1
+TABLE_FILE_BYTES = 512 << 20  # a file's tensors are copied before they are written
 FileEntries = dict[str, dict[str, Any]]  # bytes and sha256 by file name, as in the manifest
 CatalogueMark = dict[str, Any]  # see `findrec.training.warm_start.mark_catalogue`
 
@@ -97,10 +98,16 @@ def checkpoint_path(root: Path, state: TrainState) -> Path:
 
 def save_rows(path: Path, first: int, table: Mapping[str, Tensor]) -> FileEntries:
     """Write the rows `first`, ... of the item table that this worker holds; its part of the manifest."""
-    last = first + next(iter(table.values())).shape[0] - 1
-    file = path / f"table-{first}-{last}.safetensors"
-    save_file(_cpu(table), file)
-    return _entries([file])
+    num_rows, width = next(iter(table.values())).shape
+    step = max(1, TABLE_FILE_BYTES // (4 * len(table) * width))
+    entries = {}
+    for low in range(0, num_rows, step):
+        part = {name: value[low : low + step] for name, value in table.items()}
+        last = first + min(low + step, num_rows) - 1
+        file = path / f"table-{first + low}-{last}.safetensors"
+        save_file(_cpu(part), file)
+        entries |= _entries([file])
+    return entries
 
 
 def save_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from findrec.config import RunConfig
@@ -15,6 +16,7 @@ from findrec.tables.base import Table
 from findrec.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint
 from findrec.training.tower import Tower
 from findrec.training.warm_start import apply_warm_start, find_warm_start, mark_catalogue
+from findrec.training.worker import share_text
 
 
 def plan_digest(config: RunConfig, folder: DataFolder, windows: Windows) -> str:
@@ -39,7 +41,7 @@ def restore(
     config: RunConfig, folder: DataFolder, checkpoints: Path, tower: Tower, table: Table, digest: str
 ) -> TrainState:
     """Where training goes on: at the newest checkpoint, else at the start, warm or cold (collective)."""
-    path = _newest(checkpoints)
+    path = _newest(checkpoints, table.weight.device)
     if path is None:
         start = find_warm_start(config, folder)
         if start is not None:
@@ -65,12 +67,11 @@ def restore(
     return saved.state
 
 
-def _newest(checkpoints: Path) -> Path | None:
+def _newest(checkpoints: Path, device: torch.device) -> Path | None:
     """The newest checkpoint that verifies. One of the workers reads it through for all, so that a sharded
     table is not read once by each of them, and they agree.
     """
-    if not dist.is_initialized():
-        return latest_checkpoint(checkpoints)
-    chosen = [latest_checkpoint(checkpoints) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(chosen)
-    return chosen[0]
+    leads = not dist.is_initialized() or dist.get_rank() == 0
+    found = latest_checkpoint(checkpoints) if leads else None
+    chosen = share_text(str(found or ""), device)[0]
+    return Path(chosen) if chosen else None

@@ -45,7 +45,7 @@ class SavedTable(Mapping[str, Tensor]):
             if low < high:
                 with safe_open(str(path), framework="pt") as file:
                     parts.append(file.get_slice(name)[low - held.start : high - held.start])
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else torch.zeros(0, self.width)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from findrec.tables.base import Table
 from findrec.training.checkpoint import (
@@ -18,7 +16,7 @@ from findrec.training.checkpoint import (
     save_rows,
 )
 from findrec.training.tower import Tower
-from findrec.training.worker import Worker
+from findrec.training.worker import Worker, share_text
 
 
 def save_training(root: Path, state: TrainState, tower: Tower, table: Table, worker: Worker) -> None:
@@ -37,26 +35,20 @@ def save_training(root: Path, state: TrainState, tower: Tower, table: Table, wor
     if table.sharded:
         path = checkpoint_path(root, state)
         _together(worker, begin)
-        parts = _together(worker, lambda: save_rows(path, table.first_row, table.state()))
-        files = {name: entry for part in parts for name, entry in part.items()}
+        files = _together(worker, lambda: save_rows(path, table.first_row, table.state()))
     if worker.leads:
         whole = None if table.sharded else table.state()
         weights = tower.model.state_dict()
         save_checkpoint(root, state, tower=weights, moments=moments, table=whole, table_files=files)
 
 
-def _together(worker: Worker, act: Callable[[], FileEntries]) -> list[FileEntries]:
-    """What `act` returns on each worker, once all are done."""
-    own: tuple[str, FileEntries]
+def _together(worker: Worker, act: Callable[[], FileEntries]) -> FileEntries:
+    """What `act` returns on all workers, joined, once all are done."""
     try:
-        own = ("", act())
+        own: FileEntries | str = act()
     except Exception as error:  # safetensors has a type of its own for a full disk
-        own = (f"worker {worker.rank}: {type(error).__name__}: {error}", {})
-    found: list[Any] = [own]
-    if worker.world > 1:
-        found = [None] * worker.world
-        dist.all_gather_object(found, own)
-    problems = [problem for problem, _ in found if problem]
-    if problems:
+        own = f"worker {worker.rank}: {type(error).__name__}: {error}"
+    found = [json.loads(text) for text in share_text(json.dumps(own), worker.device)]
+    if problems := [each for each in found if isinstance(each, str)]:
         raise OSError("; ".join(problems))
-    return [entries for _, entries in found]
+    return {name: entry for entries in found for name, entry in entries.items()}
