@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,10 +79,6 @@ def _write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
-def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-
-
 def begin_checkpoint(root: Path, state: TrainState) -> Path:
     """An empty folder for a checkpoint below `root` (one process calls this)."""
     path = checkpoint_path(root, state)
@@ -97,17 +94,18 @@ def checkpoint_path(root: Path, state: TrainState) -> Path:
 
 
 def save_rows(path: Path, first: int, table: Mapping[str, Tensor]) -> FileEntries:
-    """Write the rows `first`, ... of the item table that this worker holds; its part of the manifest."""
+    """Write the rows `first`, ... of the item table that this worker holds; its part of the manifest.
+
+    Raises `OSError` when they cannot be written.
+    """
     num_rows, width = next(iter(table.values())).shape
     step = max(1, TABLE_FILE_BYTES // (4 * len(table) * width))
-    entries = {}
+    files = []
     for low in range(0, num_rows, step):
         part = {name: value[low : low + step] for name, value in table.items()}
-        last = first + min(low + step, num_rows) - 1
-        file = path / f"table-{first + low}-{last}.safetensors"
-        save_file(_cpu(part), file)
-        entries |= _entries([file])
-    return entries
+        files.append(path / f"table-{first + low}-{first + min(low + step, num_rows) - 1}.safetensors")
+        _save(part, files[-1])
+    return _entries(files)
 
 
 def save_checkpoint(
@@ -122,19 +120,31 @@ def save_checkpoint(
     """Write and commit one checkpoint below `root` (one process calls this); returns its folder.
 
     `table` is the whole item table. Where workers hold parts of it, `table_files` are instead what
-    `save_rows` returned to each, for the folder that `begin_checkpoint` made.
+    `save_rows` returned to each, for the folder that `begin_checkpoint` made. Raises `OSError` when it cannot
+    be written; nothing of it is left then.
     """
-    entries = dict(table_files or {})
-    if table is not None:
-        entries = save_rows(begin_checkpoint(root, state), 0, table)
     path = checkpoint_path(root, state)
-    save_file(_cpu(tower), path / "tower.safetensors")
-    save_file(_cpu(moments), path / "tower_moments.safetensors")
-    _write_json(path / "state.json", asdict(state))
-    entries |= _entries(p for p in sorted(path.iterdir()) if p.is_file() and p.name not in entries)
-    _write_json(path / "manifest.json", {"format": FORMAT, "files": entries})
+    try:
+        entries = dict(table_files or {})
+        if table is not None:
+            entries = save_rows(begin_checkpoint(root, state), 0, table)
+        _save(tower, path / "tower.safetensors")
+        _save(moments, path / "tower_moments.safetensors")
+        _write_json(path / "state.json", asdict(state))
+        entries |= _entries(p for p in sorted(path.iterdir()) if p.is_file() and p.name not in entries)
+        _write_json(path / "manifest.json", {"format": FORMAT, "files": entries})
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)  # its room is needed for the next one
+        raise
     _write_json(root / "latest.json", {"step": state.step})  # a hint; the manifests decide
     return path
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from error
 
 
 def _entries(files: Iterable[Path]) -> FileEntries:
