@@ -166,7 +166,7 @@ def _microbatch(table: Table, case: TableCase, key: int) -> None:
     rows = table.lookup(ids)
     h_Td = rows[place_T] + rows[place_T.roll(1)]
     loss = table.catalogue_loss(h_Td, target_T, case.tokens * case.microbatches, generator=generator)
-    h_Td.backward(loss.dh)
+    torch.autograd.backward(h_Td, loss.dh)
     assert rows.grad is not None
     table.push(ids, rows.grad)
 

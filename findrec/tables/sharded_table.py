@@ -67,6 +67,7 @@ class ShardedItemTable:
 
     def lookup(self, ids_U: Tensor) -> Tensor:
         """See `Table`."""
+        assert len(self.weight) == len(self.shards.own), "the table was made before the process group"
         route = Route(self.shards, ids_U)
         return route.to_askers(self.weight[route.place_R]).requires_grad_()
 

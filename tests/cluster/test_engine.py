@@ -31,14 +31,15 @@ from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
 config = parse_config(json.loads(tree))
 folder = DataFolder.open(Path(folder_path))
+if stage != "plain":
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=120))
 torch.manual_seed(0)
 model, table = build_tower_model(config, folder), build_table(config, folder)
 if stage == "plain":
     tower = PlainTower(model, config.training.optim)
 else:
     from findrec.cluster.engine import DeepSpeedTower
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=120))
     tower = DeepSpeedTower(model, config.training.optim, stage=int(stage),
                            accumulation=config.training.microbatches // world, device=torch.device("cpu"))
 losses = []
