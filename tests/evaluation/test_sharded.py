@@ -1,10 +1,9 @@
 """Ranks with the catalogue's rows on several workers: the very counts of one process that holds them all."""
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import torch
+from forked import forked
 from planted import planted_folder
 from ranks_on_workers import HOW, parts, work
 
@@ -50,19 +49,11 @@ def test_counts_over_pieces_add_up_to_those_of_the_whole(piece, offered):
 @pytest.mark.parametrize(("world", "features"), [(2, "none"), (3, "none"), (2, "score")])
 def test_workers_rank_as_one_process_does(tmp_path, world, features):
     folder = planted_folder(tmp_path / "data", num_users=70)  # 5 blocks of 16: the last round is not full
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_on_workers"])
     out = str(tmp_path / "ranks")
-    arguments = (world, str(tmp_path / "meeting"), str(folder.path), features, out)
-    workers = [context.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
-    model, table, catalogue = parts(folder, features, placement="replicated")
-    scorer = ModelScorer(model, table.weight, catalogue, max_length=16, device="cpu")
-    want = rank_split(scorer, folder, "valid", **HOW)
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0] * world
+    with forked(work, world, str(tmp_path / "meeting"), str(folder.path), features, out):
+        model, table, catalogue = parts(folder, features, placement="replicated")
+        scorer = ModelScorer(model, table.weight, catalogue, max_length=16, device="cpu")
+        want = rank_split(scorer, folder, "valid", **HOW)
     got = Ranks.concat([Ranks.from_array(np.load(f"{out}.{rank}.npy")) for rank in range(world)])
     assert len(np.unique(got.user)) == 70
     assert np.array_equal(got.to_array(), want.to_array())

@@ -1,38 +1,23 @@
 """Item tables on real workers against one replicated table in one process: loss, gradients, optimizer."""
 
-import multiprocessing
-
 import pytest
 import torch
+from forked import forked
 from safetensors.torch import load_file
 from tables_on_workers import CASES, TABLES, train, work
 
 from findrec.tables.item_table import ItemTable
 
 
-@pytest.fixture(scope="module")
-def servant():
-    """Forks workers from one process that has the libraries loaded."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tables_on_workers"])
-    return context
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_placements_on_workers_equal_one_table_in_one_process(servant, tmp_path, world):
+def test_placements_on_workers_equal_one_table_in_one_process(tmp_path, world):
     """Every loss with every combination of accumulation and clipping, and own items, transforms, classes."""
-    arguments = (world, str(tmp_path / "meeting"), str(tmp_path / "out"))
-    workers = [servant.Process(target=work, args=(rank, *arguments)) for rank in range(world)]
-    for worker in workers:
-        worker.start()
     want = {}
-    for number, case in enumerate(CASES):
-        total = world * case.accumulation
-        values = train(ItemTable(case.spec()), case, range(total), total)
-        want |= {f"{number}/{name}": value for name, value in values.items()}
-    for worker in workers:
-        worker.join(120)
-    assert [worker.exitcode for worker in workers] == [0] * world
+    with forked(work, world, str(tmp_path / "meeting"), str(tmp_path / "out")):
+        for number, case in enumerate(CASES):
+            total = world * case.accumulation
+            values = train(ItemTable(case.spec()), case, range(total), total)
+            want |= {f"{number}/{name}": value for name, value in values.items()}
     parts = [load_file(tmp_path / f"out.{rank}") for rank in range(world)]
     compared = 0
     for key, expected in want.items():
