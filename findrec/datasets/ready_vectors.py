@@ -126,7 +126,7 @@ def read_ids(path: Path, column: str | None = None) -> list[str]:
             place = header.index(_column(path, header, column, "item", "ids") or header[0])
             return [row[place] for row in rows if row]
     except (OSError, pa.ArrowException, UnicodeDecodeError, IndexError, csv.Error) as error:
-        raise FindRecError(f"the item ids in {path} cannot be read: {error}") from None
+        raise FindRecError(f"item ids cannot be read from {path}: {error}") from None
 
 
 def _chunks(values: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float16]]]:

@@ -187,7 +187,7 @@ def test_times() -> None:
         (["--user", "3", "--at", "-1970"], "user '3' has no event by the time asked for"),
         (["--user", "3", "--only", "category=none"], "no item of .* has that value"),
         (["--user", "3", "--only", "categories=x"], "did you mean 'category'"),
-        (["--user", "3", "--items", "nowhere.txt"], r"nowhere\.txt cannot be read"),
+        (["--user", "3", "--items", "nowhere.txt"], r"cannot be read from .*nowhere\.txt"),
         (["--user", "3", "--out", "lists.csv"], r"lists\.csv: lists are written as \.parquet or \.jsonl"),
         (["--user", "3", "--out", "/proc/nowhere/lists.jsonl"], "cannot write /proc/nowhere"),
     ],
