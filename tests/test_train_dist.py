@@ -18,7 +18,7 @@ import yaml
 from planted import make_config, planted_folder
 
 from findrec.datasets.folder import DataFolder
-from findrec.evaluation.run import load_streaming
+from findrec.evaluation.load import load_streaming
 from findrec.train_dist import main
 
 UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
