@@ -164,6 +164,7 @@ class EvaluationConfig(Part):
     candidates: Literal["all", "available"] = "all"
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
+    pictures: str | None = None  # folder or tar of item pictures for it; default: where the recipe has them
 
 
 class TrackingConfig(Part):

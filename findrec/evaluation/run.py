@@ -19,17 +19,23 @@ from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
+from findrec.evaluation.inspect import inspect_user
 from findrec.evaluation.load import load_scorer, set_up
 from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.plots import PLOTS, save_plot
-from findrec.evaluation.report import draw_users, format_table, sample_recommendations, write_report
+from findrec.evaluation.report import draw_users, format_table, sample_recommendations
+from findrec.evaluation.report_page import write_report
 from findrec.evaluation.scorers import Scorer
 from findrec.evaluation.suites import run_suite, write_suite
 from findrec.evaluation.suites_show import print_suite, suite_figure
+from findrec.evaluation.thumbnails import thumbnails
+from findrec.models.findrec import FindRec
 from findrec.progress import say
 from findrec.training.checkpoint import best_checkpoint
 from findrec.training.runs import TRAINED_BASELINES, checkpoint_folder, read_run_config, training_jobs
 from findrec.training.tracking import Tracker
+
+INSPECTED = 20  # positions of a sample user in the report
 
 
 def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: str) -> Iterator[Scorer]:
@@ -86,13 +92,14 @@ def run_suites(run_folder: Path, kinds: Sequence[str], levels: Sequence[int] = (
 
 
 def rebuild_report(run_folder: Path) -> Path:
-    """Write `report.html` anew from what the run folder holds; returns its path."""
+    """Write `report.html` and `plots/` anew from what the run folder holds; returns the page's path."""
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
     job = training_jobs(config, run_folder)[0]
+    scorer = load_scorer(job, folder)
     users = draw_users(folder, "test", config.evaluation.samples, seed=config.training.seed)
     samples = sample_recommendations(
-        load_scorer(job, folder),
+        scorer,
         folder,
         "test",
         users,
@@ -100,7 +107,17 @@ def rebuild_report(run_folder: Path) -> Path:
         mask_seen=seen_filter(config.evaluation.mask_seen, folder),
         candidates=config.evaluation.candidates,
     )
-    return write_report(run_folder, folder=folder, samples=samples)
+    shown = [named.item for s in samples for named in (*s.history, *s.target, *s.recommended)]
+    inspection = None
+    if len(users) and isinstance(scorer.model, FindRec) and scorer.catalogue.modalities:
+        inspection = inspect_user(scorer, folder, int(users[0]), INSPECTED)
+    return write_report(
+        run_folder,
+        folder=folder,
+        samples=samples,
+        thumbnails=thumbnails(config, folder, shown),
+        inspection=inspection,
+    )
 
 
 def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:

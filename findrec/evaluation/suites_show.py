@@ -20,12 +20,9 @@ TITLES = {"noise": "Wrong features", "missing": "Missing features", "length": "S
 
 def format_suite(suite: Suite) -> Table:
     """A rich table: a line for each model and level, changes from the reference with their intervals."""
-    draws = f"{suite.draws} draws of the items averaged; " if suite.draws > 1 else ""
     caption = (
-        f"{suite.split}: {suite.protocol}\n{_AXIS[suite.kind]}; {draws}{suite.confidence:.0%} intervals over "
-        f"{suite.users:,} users ({suite.resamples:,} paired resamples)\n"
-        "change: from the line marked with *, where inputs are as in the plain evaluation; bold: real after "
-        "Holm's correction"
+        f"{suite_note(suite)}\nchange: from the line marked with *, where inputs are as in the plain "
+        "evaluation; bold: real after Holm's correction"
     )
     table = Table(title=f"{TITLES[suite.kind]}: {suite.run}", caption=caption, caption_justify="left")
     table.add_column("model")
@@ -44,6 +41,15 @@ def format_suite(suite: Suite) -> Table:
             table.add_row(*cells)
         table.add_section()
     return table
+
+
+def suite_note(suite: Suite) -> str:
+    """How it was measured."""
+    draws = f"{suite.draws} draws of the items averaged; " if suite.draws > 1 else ""
+    return (
+        f"{suite.split}: {suite.protocol}. {_AXIS[suite.kind]}; {draws}{suite.confidence:.0%} intervals over "
+        f"{suite.users:,} users ({suite.resamples:,} paired resamples)"
+    )
 
 
 def level_name(suite: Suite, level: int) -> str:
