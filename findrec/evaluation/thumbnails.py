@@ -39,8 +39,10 @@ def thumbnails(config: RunConfig, folder: DataFolder, items: Iterable[int]) -> d
         say(f"report without pictures of items: {error}")
         return {}
     names = folder.item_column(column or "raw")
+    if names is None:
+        return {}
     shown = {}
-    for item in sorted({int(item) for item in items if item > 0}) if names is not None else []:
+    for item in sorted({int(item) for item in items if item > 0}):
         name = names[item - 1].as_py()
         picture = None if name is None else pictures.at(name) if column else pictures.named(str(name))
         if picture is None:

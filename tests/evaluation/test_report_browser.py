@@ -15,12 +15,12 @@ from saved_run import save_run
 
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
-from findrec.evaluation.run import evaluate_run, run_suites
+from findrec.evaluation.run import evaluate_run
+from findrec.evaluation.suites import run_suite, write_suite
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-BROWSER = next(
-    (path for path in (os.environ.get("FINDREC_BROWSER"), *map(shutil.which, NAMES)) if path), None
-)
+PLACES = (os.environ.get("FINDREC_BROWSER"), *map(shutil.which, NAMES))
+BROWSER = next((path for path in PLACES if path), None)
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium here: apt-get install chromium, or set FINDREC_BROWSER to its path"
 )
@@ -53,16 +53,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "pictures").mkdir()
     for item, raw in enumerate(data.items["raw"].to_pylist(), 1):
         if item % 5:
-            Image.new("RGB", (300, 200), (6 * item, 90, 255 - 6 * item)).save(
-                place / "pictures" / f"{raw}.jpg"
-            )
+            drawn = Image.new("RGB", (300, 200), (6 * item, 90, 255 - 6 * item))
+            drawn.save(place / "pictures" / f"{raw}.jpg")
     (place / "pictures" / "notes.jpg").write_bytes(b"no picture")
     (place / "small").mkdir()
     settings = ("evaluation.baselines=[popularity, sasrec]", f"evaluation.pictures={place / 'pictures'}")
     folder = save_run(place / "small", data, *settings)
+    write_suite(folder, run_suite(folder, "noise", levels=[50], draws=1, resamples=200))
+    write_suite(folder, run_suite(folder, "length", levels=[5], resamples=200))
     evaluate_run(folder)
-    run_suites(folder, ["noise"], [50])
-    run_suites(folder, ["length"], [5])
     return folder
 
 
@@ -75,14 +74,8 @@ def test_a_whole_run_is_on_the_page(run: Path) -> None:
     assert 'alt="ksd_text"' in page
     assert "<script" not in page
     names = {path.stem for path in (run / "plots").glob("*.png")}
-    assert {
-        "routing",
-        "alignment-ksd_text",
-        "suite-noise",
-        "suite-length",
-        "strata",
-        "lists-ils_text",
-    } <= names
+    wanted = {"routing", "alignment-ksd_text", "suite-noise", "suite-length", "strata", "lists-ils_text"}
+    assert wanted <= names
     assert names == {path.stem for path in (run / "plots").glob("*.svg")}
 
 
