@@ -162,6 +162,8 @@ class EvaluationConfig(Part):
     mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
     # What competes for a target: all items, or those available at its time (items.parquet, available_from).
     candidates: Literal["all", "available"] = "all"
+    # Beside the full ranking, what N sampled candidates would have shown: not comparable with anything else.
+    sampled: int | None = Field(None, ge=1)
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
     pictures: str | None = None  # folder or tar of item pictures for it; default: where the recipe has them

@@ -66,6 +66,7 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
         max_length=config.data.max_length,
         mask_seen=seen_filter(config.evaluation.mask_seen, folder),
         candidates=config.evaluation.candidates,
+        sampled=config.evaluation.sampled,
     )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.batches import Cases, Part, evaluation_batch
+from findrec.datasets.batches import Cases, Part, evaluation_batch, moments
 from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.models.base import Out, SequenceModel
@@ -30,7 +30,9 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UserBlock:
-    """Some users at the moment their targets are asked for."""
+    """Some users at the moments their targets are asked for: one row each, or several where every target has
+    a history of its own.
+    """
 
     user: IntArray  # [B] rows of the data folder
     batch: Batch  # their last `max_length` events
@@ -42,9 +44,9 @@ class UserBlock:
     def read(folder: DataFolder, split: Part, users: IntArray, max_length: int) -> UserBlock:
         """Everything before the split's targets of `users` (`split` is `valid` or `test`)."""
         batch, cases = evaluation_batch(folder, split, users, max_length)
-        stop = folder.valid_start if split == "valid" else folder.test_start
-        past = folder.histories(users, np.zeros(len(users), dtype=np.int64), stop[users])
-        return UserBlock(users, batch, cases, past.item, past.offset)
+        asked = moments(folder, split, users)
+        past = folder.histories(asked.user, np.zeros(len(asked.user), dtype=np.int64), asked.first)
+        return UserBlock(asked.user, batch, cases, past.item, past.offset)
 
     def row(self) -> IntArray:
         """`[N]` the place in `user` each event of `item` belongs to."""
