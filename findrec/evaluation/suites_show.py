@@ -37,7 +37,8 @@ def format_suite(suite: Suite) -> Table:
             cells = [Text(curve.model), Text(f"{level_name(suite, lead.level)}{mark}")]
             for point in row:
                 cells.append(Text(f"{point.value:.4f}"))
-                cells.append(_change(point, real=point.p < 1 - suite.confidence))
+                real = point.p < 1 - suite.confidence
+                cells.append(Text("") if lead.level == curve.reference else _change(point, real))
             table.add_row(*cells)
         table.add_section()
     return table
@@ -58,8 +59,6 @@ def level_name(suite: Suite, level: int) -> str:
 
 
 def _change(point: Point, real: bool) -> Text:
-    if point.change == point.change_low == point.change_high == 0:
-        return Text("")
     told = f"{point.change:+.4f} [{point.change_low:+.4f}, {point.change_high:+.4f}]"
     return Text(told, style="bold" if real else "")
 
