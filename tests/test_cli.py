@@ -155,7 +155,6 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["prepare", "ml-100"], "did you mean 'ml-100k'"),
     (["train", "dem"], "did you mean 'demo'"),
     (["train", "demo", "training.epoch=3"], "did you mean 'training.epochs'"),
-    (["evaluate", "demo", "--level", "5"], "name one with --suite"),
     (["train", "demo", "epochs"], "write dotted.key=value"),
     (["train", "demo", "training.epochs=none"], "training.epochs"),
     (["evaluate", "nowhere"], "no run called 'nowhere'"),

@@ -195,6 +195,11 @@ def test_mistakes_are_told(run: Path, kind: str, levels: list[int], told: str) -
         run_suite(run, kind, levels=levels)
 
 
+def test_levels_need_a_suite(run: Path) -> None:
+    with pytest.raises(FindRecError, match="name one with --suite"):
+        run_suites(run, [], [5])
+
+
 def test_a_run_without_features_is_told_so(tmp_path: Path) -> None:
     bare = write_data_folder(tmp_path / "data", some_histories(np.random.default_rng(1)), num_items=NUM_ITEMS)
     (tmp_path / "run").mkdir()
