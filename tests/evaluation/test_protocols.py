@@ -14,7 +14,7 @@ from findrec.datasets.splits import Split
 from findrec.evaluation.baselines import Cooccurrence, OwnFrequent, Popularity
 from findrec.evaluation.evaluate import evaluate_scorers, rank_split
 from findrec.evaluation.metrics import describe_protocol, split_title
-from findrec.evaluation.report import draw_users
+from findrec.evaluation.report import draw_users, sample_recommendations
 from findrec.evaluation.scorers import Scorer, UserBlock
 from findrec.paths import PACKAGE
 
@@ -147,3 +147,13 @@ def test_parts_of_a_tail_go_by_each_cases_history(tmp_path: Path) -> None:
     cases = {row["part"]: row["cases"] for row in rows["strata"]}
     assert (cases["history 1 to 20"], cases["history 21 to 50"]) == (2, 2)
     assert cases["target warm"] + cases["target cold"] == 4
+
+
+def test_samples_of_a_tail_show_the_first_moment(tmp_path: Path) -> None:
+    histories = [[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 1]]
+    folder = write_data_folder(tmp_path / "tail", histories, num_items=6, split=TAIL)
+    samples = sample_recommendations(Popularity(folder), folder, "test", [0, 1], k=2)
+    for sample, history in zip(samples, histories, strict=True):
+        assert [one.item for one in sample.history] == history[:-2]
+        assert [one.item for one in sample.target] == [history[-2]]
+        assert len(sample.recommended) == 2
