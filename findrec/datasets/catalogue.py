@@ -19,8 +19,8 @@ class ItemFeatures(Protocol):
     def features(self, ids_n: Tensor) -> Mapping[str, ModalRows]:
         """One `ModalRows` for each modality, row k for item `ids_n[k]`, on the device of `ids_n`."""
 
-    def all_features(self, device: torch.device | str) -> Mapping[str, ModalRows]:
-        """Those of items 0..V (0 is padding)."""
+    def all_features(self, device: torch.device | str, part: range | None = None) -> Mapping[str, ModalRows]:
+        """Those of items 0..V (0 is padding), or of a `part` of them."""
 
 
 class Catalogue:
@@ -37,7 +37,7 @@ class Catalogue:
         self._dropped: dict[str, Tensor] = {}  # [V + 1] by modality: items that are shown without
         self.modalities = list(modalities)
         self._folder = folder
-        self._whole: dict[str, ModalRows] | None = None
+        self._kept: tuple[range, dict[str, ModalRows]] | None = None
 
     def altered(self, *, noise: float = 0.0, missing: float = 0.0, seed: int = 0) -> Catalogue:
         """The same catalogue with wrong or less content, to see what a trained model makes of it.
@@ -49,7 +49,7 @@ class Catalogue:
         other = copy.copy(self)
         other._source = self._source[_swapped(self.num_items, noise, seed)]
         other._dropped = dict(self._dropped)
-        other._whole = None
+        other._kept = None
         for place, name in enumerate(self.modalities if missing else []):
             mask = torch.zeros(self.num_items + 1, dtype=torch.bool)
             mask[_drawn(self.num_items, missing, seed + 7919 * (1 + place))] = True
@@ -68,11 +68,12 @@ class Catalogue:
             found[name] = ModalRows(rows.values.to(device), rows.present.to(device))
         return found
 
-    def all_features(self, device: torch.device | str) -> dict[str, ModalRows]:
-        """See `ItemFeatures`; kept in memory as float32 once asked for."""
-        if self._whole is None:
-            self._whole = self.features(torch.arange(self.num_items + 1, device=device))
-        return self._whole
+    def all_features(self, device: torch.device | str, part: range | None = None) -> dict[str, ModalRows]:
+        """See `ItemFeatures`; the last part asked for is kept in memory, as float32."""
+        part = range(self.num_items + 1) if part is None else part
+        if self._kept is None or self._kept[0] != part:
+            self._kept = part, self.features(torch.arange(part.start, part.stop, device=device))
+        return self._kept[1]
 
 
 def _drawn(num_items: int, share: float, seed: int) -> Tensor:

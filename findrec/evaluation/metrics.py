@@ -198,8 +198,8 @@ def strata(ranks: Ranks, folder: DataFolder, split: Part, *, model: str, k: int 
 
     By target: `warm` items (with a training event), of these `head` (the most popular ones that together hold
     half of the training events) and `tail` (the rest), and `cold` items (without one); for a modality that
-    some item lacks, targets with and without it. By history: events before the target. Empty parts are left
-    out. Raises `ValueError` for ranks that do not hold all cases of their users.
+    some item lacks, targets with and without it. By history: events before the target (the user's
+    first, where the ranks leave some targets out). Empty parts are left out.
     """
     count = folder.train_count
     order = np.argsort(-count, kind="stable")
@@ -221,7 +221,8 @@ def strata(ranks: Ranks, folder: DataFolder, split: Part, *, model: str, k: int 
     asked = moments(folder, split, np.unique(ranks.user))
     past = np.repeat(asked.first, asked.last - asked.first)
     if len(past) != len(ranks.user):
-        raise ValueError(f"the ranks hold {len(ranks.user)} of the {len(past)} cases of their users")
+        users, begin = np.unique(asked.user, return_index=True)
+        past = asked.first[begin][np.searchsorted(users, ranks.user)]
     for low, high in zip((0, *_HISTORIES), (*_HISTORIES, None), strict=True):
         name = f"history over {low:,}" if high is None else f"history {low + 1:,} to {high:,}"
         parts[name] = (past > low) & (past <= (past.max(initial=0) if high is None else high))
