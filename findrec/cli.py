@@ -177,9 +177,25 @@ def train(
 
 
 @app.command()
-def evaluate(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
+def evaluate(
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead, vary the inputs: noise, missing or length; may be repeated."),
+    ] = None,
+    level: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Of the suite: % of the items, or events; may be repeated."),
+    ] = None,
+) -> None:
     """Rank the full catalogue again from the saved checkpoint and print the table."""
     folder = find_run(run)
+    if suite or level:
+        from findrec.evaluation.run import run_suites
+
+        written = run_suites(folder, list(dict.fromkeys(suite or [])), level or [])
+        typer.echo(f"written: {', '.join(map(str, written))}")
+        return
     from findrec.evaluation.run import evaluate_run
 
     evaluate_run(folder)

@@ -175,8 +175,11 @@ class EvaluationConfig(Part):
     # What competes for a target: all items, those available at its time (available_from of items.parquet),
     # those of column=value there or in file:PATH (raw ids); or several. Targets off such a list are left out.
     candidates: str | list[str] = "all"
+    # Beside the full ranking, what N sampled candidates would have shown: not comparable with anything else.
+    sampled: int | None = Field(None, ge=1)
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
+    pictures: str | None = None  # folder or tar of item pictures for it; default: where the recipe has them
 
     @field_validator("candidates")
     @classmethod

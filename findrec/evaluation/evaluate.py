@@ -21,6 +21,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.evaluation.candidates import Candidates, Rule
 from findrec.evaluation.lists import list_metrics
 from findrec.evaluation.metrics import Ranks, describe_protocol, strata, summarise
+from findrec.evaluation.sampled import pool_sizes, sampled_row
 from findrec.evaluation.scorers import BlockScorer, Scorer, UserBlock, VectorScorer
 from findrec.evaluation.topk import TopItems
 from findrec.ops.counting import rank_dense
@@ -132,15 +133,22 @@ def evaluate_scorers(
     max_length: int = 200,
     mask_seen: bool = False,
     candidates: Rule = "all",
+    sampled: int | None = None,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[tuple[str, str], Ranks]]:
     """Evaluate trained models and baselines alike, in the order given (a generator fits one at a time).
 
     Returns the metrics rows by split (a split without targets is left out), the parts of the test split
-    under `strata`, and the ranks by (model, split): what `write_results` takes.
+    under `strata`, and the ranks by (model, split): what `write_results` takes. With `sampled` also
+    rows of the test split under `sampled`, as if targets had been ranked among so many drawn items: an extra.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     ranks: dict[tuple[str, str], Ranks] = {}
     there = [split for split in splits if evaluation_blocks(folder, split, users_per_block)]
+    pool_C = None
+    if sampled is not None and "test" in there:
+        pool_C = pool_sizes(
+            *(folder, "test"), users_per_block=users_per_block, mask_seen=mask_seen, candidates=candidates
+        )
     for scorer in scorers:
         for split in there:
             found = rank_split(
@@ -166,6 +174,15 @@ def evaluate_scorers(
             ranks[scorer.name, split] = found
             if split == "test":
                 rows.setdefault("strata", []).extend(strata(found, folder, split, model=scorer.name))
+                if sampled is not None and pool_C is not None:
+                    extra = sampled_row(
+                        *(found, folder, split, pool_C, sampled),
+                        ks=ks,
+                        model=scorer.name,
+                        mask_seen=mask_seen,
+                        candidates=candidates,
+                    )
+                    rows.setdefault("sampled", []).append(extra)
     return rows, ranks
 
 

@@ -31,8 +31,8 @@ from findrec.evaluation.faiss_library import GPU_MOST, Gpus, choose_gpus, need_f
 from findrec.evaluation.index import ItemIndex, build_index
 from findrec.evaluation.index_queries import Query, drawn_queries, single_queries
 from findrec.evaluation.index_store import index_folder, keep_setting, load_index, read_mark, save_index
+from findrec.evaluation.load import load_scorer
 from findrec.evaluation.metrics import describe_protocol, seen_filter
-from findrec.evaluation.run import load_scorer
 from findrec.evaluation.topk import Top, exact_top
 from findrec.progress import say
 from findrec.training.checkpoint import best_checkpoint_path

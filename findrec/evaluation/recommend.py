@@ -23,9 +23,9 @@ from findrec.evaluation.candidates import Candidates, Rule, conditions_of, goes_
 from findrec.evaluation.faiss_library import choose_gpus
 from findrec.evaluation.index import ItemIndex
 from findrec.evaluation.index_store import load_index
+from findrec.evaluation.load import load_scorer
 from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.report import Titles
-from findrec.evaluation.run import load_scorer
 from findrec.evaluation.scorers import IntArray, ModelScorer, UserBlock
 from findrec.evaluation.topk import Top, TopItems
 from findrec.training.checkpoint import best_checkpoint_path

@@ -32,7 +32,7 @@ from findrec.evaluation.index_curve import (
 )
 from findrec.evaluation.index_show import format_curve, index_curve_figure, read_curve, write_curve
 from findrec.evaluation.index_store import index_folder, load_index, read_mark, save_index, saved_indexes
-from findrec.evaluation.run import load_scorer
+from findrec.evaluation.load import load_scorer
 from findrec.evaluation.scorers import Queries
 from findrec.training.checkpoint import best_checkpoint, best_checkpoint_path, save_checkpoint
 from findrec.training.runs import read_run_config, training_jobs

@@ -19,9 +19,10 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.candidates import Candidates
+from findrec.evaluation.load import load_streaming
 from findrec.evaluation.recommend import Recommended, parse_time, recommend
 from findrec.evaluation.recommend_show import write_lists
-from findrec.evaluation.run import evaluate_run, load_streaming
+from findrec.evaluation.run import evaluate_run
 from findrec.training.runs import read_run_config
 
 USERS = ["3", "0", "59"]
