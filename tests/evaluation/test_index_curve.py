@@ -230,8 +230,9 @@ def test_runs_that_cannot_be_measured_are_told(run: Path, tmp_path: Path) -> Non
     told("no usable checkpoint", other)
     saved = best_checkpoint(run / "checkpoints")
     assert saved is not None
-    saved.table["weight"][3] = np.nan
-    save_checkpoint(other / "checkpoints", saved.state, tower=saved.tower, moments={}, table=saved.table)
+    table = dict(saved.table)
+    table["weight"][3] = np.nan
+    save_checkpoint(other / "checkpoints", saved.state, tower=saved.tower, moments={}, table=table)
     told("1 of 60 item vectors are not finite .* item 3", other)
 
 

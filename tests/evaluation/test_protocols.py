@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from findrec.datasets.batches import Part, evaluated_users, evaluation_blocks, target_times
+from findrec.datasets.batches import Part, evaluated_users, evaluation_blocks, target_events
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.datasets.splits import Split
@@ -113,7 +113,7 @@ def test_a_tail_is_asked_for_one_by_one(tmp_path: Path, unit: str) -> None:
 
 
 def target_times_of(folder: DataFolder) -> list[int]:
-    return target_times(folder, "test", np.arange(folder.num_users)).tolist()
+    return target_events(folder, "test", np.arange(folder.num_users)).timestamp.tolist()
 
 
 def test_a_tail_is_ranked_the_same_in_any_blocks(tmp_path: Path) -> None:
