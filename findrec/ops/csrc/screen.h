@@ -54,11 +54,13 @@ inline double gamma(int64_t width, double unit) { return width * unit / (1 - wid
 // rounding the items left over).
 struct User {
   double unit, norm_part, rest_part, norm;
+  double scale = 1 / unit;
 };
 
 struct Tile {
   double unit, norm, rest;  // the greatest norm of its items and of what rounding left over
   bool screened;
+  double scale = 1 / unit;
 };
 
 // Integers of 16 bits, two of them in a word: a vector is rounded to multiples of its unit.
@@ -251,6 +253,7 @@ void multiply(const uint32_t* group, const uint32_t* panel, int64_t steps, typen
   }
 }
 
+// Which lanes of a row of sums lie above a limit.
 template <class Kind>
 inline uint32_t above(const typename Kind::Sum* sums, typename Kind::Sum limit) {
   return Lanes<Kind>::above(sums, limit) | Lanes<Kind>::above(sums + kLanes, limit) << kLanes;

@@ -84,6 +84,7 @@ class Walk {
     std::vector<int64_t> latest;   // of each panel
     std::vector<float> turned;     // [width, kItems], a panel for `exact_panel`
     std::vector<Sum> low, high;    // of each case of a group
+    Sum lowest[kRows];             // of each row of it
     alignas(64) Sum sums[kRows * kItems];
     int64_t turned_item = -1;
   };
@@ -104,6 +105,7 @@ class Walk {
         const uint32_t valid = held == 32 ? ~0u : (1u << held) - 1;
         for (int64_t r = row; r < stop; ++r) {
           const Sum* sums = s.sums + (r - row) * kItems;
+          if (s.lowest[r - row] != Kind::kAll && !above<Kind>(sums, s.lowest[r - row])) continue;
           for (int64_t c = a.start[first_ + r]; c < a.start[first_ + r + 1]; ++c) {
             const Sum low = s.low[c - first_case], high = s.high[c - first_case];
             uint32_t open = valid, sure = 0;
@@ -165,10 +167,12 @@ class Walk {
       const User& u = of_[r];
       const bool screened = tile.screened && tame(u.norm);
       const double bound = (u.norm_part * tile.norm + u.rest_part * tile.rest) * (1 + 1e-9);
-      const double scale = 1 / (u.unit * tile.unit);
+      const double scale = u.scale * tile.scale;
+      s.lowest[r - row] = Kind::kNone;
       for (int64_t c = a.start[first_ + r]; c < a.start[first_ + r + 1]; ++c) {
         s.low[c - first_case] = screened ? Kind::lower((a.target[c] - bound) * scale) : Kind::kAll;
         s.high[c - first_case] = screened ? Kind::upper((a.target[c] + bound) * scale) : Kind::kNone;
+        s.lowest[r - row] = std::min(s.lowest[r - row], s.low[c - first_case]);
       }
     }
   }
