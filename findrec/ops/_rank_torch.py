@@ -46,7 +46,9 @@ def torch_count(
     safe_T = item_norm_T < SAFE_NORM
     everything = torch.arange(len(items_Td), device=items_Td.device)
     screened, rest = everything[safe_T], everything[~safe_T]
-    tame_Td, norm_T = (items_Td, item_norm_T) if not len(rest) else (items_Td[screened], item_norm_T[screened])
+    tame_Td, norm_T = (
+        (items_Td, item_norm_T) if not len(rest) else (items_Td[screened], item_norm_T[screened])
+    )
     order = CaseOrder.of(row_C, len(users_Bd))
     pairs = max(1, (tile_mib << 20) // 16)  # a score, a comparison and the marks of doubt for each
     step = max(1, min(len(order.rows), 256, pairs))
@@ -134,7 +136,8 @@ class _Screen:
 
 
 def _residual(x_nd: Tensor, rounded_nd: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x_nd - rounded_nd.float(), dim=1, dtype=torch.float64)
+    norm_n: Tensor = torch.linalg.vector_norm(x_nd - rounded_nd.float(), dim=1, dtype=torch.float64)
+    return norm_n
 
 
 def _late(since_T: Tensor | None, time_C: Tensor | None, some: Tensor, case_n: Tensor) -> Tensor | None:
@@ -186,9 +189,10 @@ def _rescore(
     """Count the doubtful pairs by their float64 scores, and forget them."""
     if not doubtful:
         return
-    both = [torch.cat(parts) for parts in zip(*doubtful, strict=True)]
+    all_P, items_P = (torch.cat(parts) for parts in zip(*doubtful, strict=True))
     step = max(1, (1 << 21) // max(1, users_Bd.shape[1]))
-    for case_P, item_P in zip(*(part.split(step) for part in both), strict=True):
+    for lo in range(0, len(all_P), step):
+        case_P, item_P = all_P[lo : lo + step], items_P[lo : lo + step]
         score_P = score_pairs(users_Bd[row_C[case_P]], items_Td[item_P])
         counts.greater.index_add_(0, case_P, (score_P > t_C[case_P]).long())
         counts.equal.index_add_(0, case_P, (score_P == t_C[case_P]).long())
