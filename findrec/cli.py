@@ -178,12 +178,20 @@ def train(
 
 
 @app.command()
-def evaluate(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
+def evaluate(
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Ray workers that share the catalogue's rows; default: evaluation.shards of the run."
+        ),
+    ] = None,
+) -> None:
     """Rank the full catalogue again from the saved checkpoint and print the table."""
     folder = find_run(run)
     from findrec.evaluation.run import evaluate_run
 
-    evaluate_run(folder)
+    evaluate_run(folder, **({} if shards is None else {"shards": shards}))
     typer.echo(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 

@@ -162,6 +162,8 @@ class EvaluationConfig(Part):
     mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
     # What competes for a target: all items, or those available at its time (items.parquet, available_from).
     candidates: Literal["all", "available"] = "all"
+    # Ray workers that the catalogue's rows are spread over while it is ranked; 0: none, all in one process.
+    shards: int = Field(0, ge=0)
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
 

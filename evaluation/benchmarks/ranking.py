@@ -2,8 +2,8 @@
 
 python evaluation/benchmarks/ranking.py [--json FILE] [--items N ...] [--runs N] [--threads N]
 
-Prints a JSON object a line (impl, targets, users, items, dim, dtype, users_per_s, peak_bytes, exact, ...); what
-they mean: findrec/bench/ranking.py.
+Prints a JSON object a line (impl, targets, users, items, dim, dtype, users_per_s, peak_bytes, exact, ...);
+what they mean: findrec/bench/ranking.py.
 """
 
 import argparse

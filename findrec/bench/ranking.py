@@ -1,10 +1,10 @@
-"""How many users a second are ranked against a whole catalogue, beside a matrix product, FAISS, torch, RecBole.
+"""Users a second that are ranked against a whole catalogue, beside a matrix product, FAISS, torch, RecBole.
 
-Vectors are standard normal; every user has one target. Targets are `trained` (planted at log-uniform ranks, as
-the targets of a trained model lie), `uniform` (random items, whose ranks are all over the catalogue) or `half`
-of each; what others do does not depend on them. Runs alternate and medians are shown. `exact`: whether every
-target's rank is the one that float64 scores define, checked on the first users; a list of 100 has no
-rank below it. `peak_bytes` is what one run adds to a fresh process that holds the vectors.
+Vectors are standard normal; every user has one target. Targets are `trained` (planted at log-uniform ranks,
+as the targets of a trained model lie), `uniform` (random items, whose ranks are all over the catalogue) or
+`half` of each; what others do does not depend on them. Runs alternate and medians are shown. `exact`:
+whether every target's rank is the one that float64 scores define, checked on the first users; a list of 100
+has no rank below it. `peak_bytes` is what one run adds to a fresh process that holds the vectors.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def bench_ranking(
     runs: int = 5,
     peers: Path | None = None,
 ) -> list[Figures]:
-    """Rows for each number of items; RecBole's is left out, with a line that says so, without its environment."""
+    """Rows for each number of items; without RecBole's environment a line says that its row is missing."""
     rows = []
     for num_items in sizes:
         problem = Problem.make(num_users, num_items, width)

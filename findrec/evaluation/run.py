@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from findrec.cluster.launch import ray_session
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_data_folder
@@ -83,7 +85,7 @@ def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: st
             yield make_baseline(name, folder)
 
 
-def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
+def evaluate_run(run_folder: Path, shards: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Rank the full catalogue with the run's best checkpoint and its baselines; write all results.
 
     Writes `metrics.json`, `ranks.parquet` and `report.html`, mirrors the test row to MLflow, prints the
@@ -93,15 +95,19 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     folder = open_data_folder(config.data)
     # One thread a worker in training and here: the sums behind every vector are then the same.
     torch.set_num_threads(max(1, config.cluster.threads or torch.get_num_threads()))
-    rows, ranks = evaluate_scorers(
-        _scorers(config, run_folder, folder, _device(config)),
-        folder,
-        ks=config.evaluation.ks,
-        users_per_block=config.evaluation.users_per_block,
-        max_length=config.data.max_length,
-        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
-        candidates=config.evaluation.candidates,
-    )
+    shards = config.evaluation.shards if shards is None else shards
+    with ray_session(config) if shards else nullcontext():
+        rows, ranks = evaluate_scorers(
+            _scorers(config, run_folder, folder, _device(config)),
+            folder,
+            ks=config.evaluation.ks,
+            users_per_block=config.evaluation.users_per_block,
+            max_length=config.data.max_length,
+            mask_seen=seen_filter(config.evaluation.mask_seen, folder),
+            candidates=config.evaluation.candidates,
+            shards=shards,
+            scratch=run_folder,
+        )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)
     _mirror(config, run_folder, rows)

@@ -82,6 +82,13 @@ class Specials:
             start=torch.searchsorted(row, torch.arange(num_users + 1, device=device)),
         )
 
+    def there(self, kept_S: Tensor) -> Specials:
+        """Only some of them."""
+        row = self.row[kept_S]
+        rows = torch.arange(len(self.start), device=row.device)
+        parts = (self.item[kept_S], self.bonus[kept_S], self.counted[kept_S])
+        return Specials(self.key[kept_S], row, *parts, start=torch.searchsorted(row, rows))
+
     def pairs(self, row_C: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """All pairs of a case and a special item of its row, as places `[P]` in `row_C` and in these."""
         first_C, size_C = self.start[row_C], (self.start[1:] - self.start[:-1])[row_C]

@@ -78,7 +78,7 @@ def torch_count(
                 _rescore(users_Bd, items_Td, row_C, t_C, doubtful, counts)
             for a in range(0, len(slow), max(1, tile // 4)):
                 some = slow[a : a + max(1, tile // 4)]
-                scores_bT = _grid64(users_Bd[rows], items_Td[some])
+                scores_bT = grid64(users_Bd[rows], items_Td[some])
                 for case_n in cases:
                     t_n1 = t_C[case_n][:, None]
                     scores_nT = scores_bT[: len(case_n)]
@@ -98,7 +98,7 @@ def score_pairs(x_Pd: Tensor, y_Pd: Tensor) -> Tensor:
     return acc
 
 
-def _grid64(x_bd: Tensor, y_td: Tensor) -> Tensor:
+def grid64(x_bd: Tensor, y_td: Tensor) -> Tensor:
     """All scores of some users and items, in the order of `score_pairs`."""
     x_bd, y_dt = x_bd.double(), y_td.T.double()
     acc = x_bd.new_zeros(len(x_bd), y_dt.shape[1])

@@ -113,10 +113,11 @@ class TensorRows:
 class FileRows:
     """Items lo..hi-1 of a `.npy` file of float32 `[V + 1, d]` vectors; row 0 is padding.
 
-    No more than two tiles are held, however many items there are: the next is read while one is counted.
+    No more than two tiles are in memory, however many items there are: the next is read while one is counted.
+    A part of no more than `held_bytes` is read once and kept.
     """
 
-    def __init__(self, path: Path | str, lo: int = 1, hi: int | None = None) -> None:
+    def __init__(self, path: Path | str, lo: int = 1, hi: int | None = None, *, held_bytes: int = 0) -> None:
         self._path = Path(path)
         with self._path.open("rb") as stream:
             version = npy.read_magic(stream)
@@ -125,12 +126,17 @@ class FileRows:
             self._begin = stream.tell()
         if dtype != np.float32 or len(shape) != 2 or fortran:
             raise ValueError(
-                f"{path} holds {dtype} of shape {shape}: item vectors are float32 [items + 1, width], row by row"
+                f"{path} holds {dtype} of shape {shape}: item vectors are float32 [items + 1, width], rows "
+                "in order (numpy.save of a C-ordered array)"
             )
         self._held, self._width = shape
         self.lo, self.hi = lo, self._held if hi is None else hi
         if not 1 <= self.lo <= self.hi <= self._held:
             raise ValueError(f"items {lo}..{hi} are not in {path}, which holds 1..{self._held - 1}")
+        self._kept: Tensor | None = None
+        if 4 * self._width * (self.hi - self.lo) <= held_bytes:
+            self._kept = torch.empty(self.hi - self.lo, self._width)
+            self._read(self.lo, self._kept)
 
     @property
     def num_items(self) -> int:
@@ -160,7 +166,7 @@ class FileRows:
     ) -> Counts:
         """How the items lo..hi-1 compare with the scores `t_C` of cases."""
         total = Counts(torch.zeros_like(row_C), torch.zeros_like(row_C))
-        for lo, items_Td in self._tiles():
+        for lo, items_Td in self.tiles():
             part = count_part(
                 *(users_Bd, items_Td, row_C, t_C),
                 since_T=None if since_V is None else since_V[lo : lo + len(items_Td)],
@@ -172,7 +178,11 @@ class FileRows:
             total.equal += part.equal
         return total
 
-    def _tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """The part in pieces: the first item's id, and vectors `[T, d]` that the next piece overwrites."""
+        if self._kept is not None:
+            yield self.lo, self._kept
+            return
         step = max(1, _TILE_BYTES // (4 * max(1, self._width)))
         spare = [torch.empty(min(step, self.hi - self.lo), self._width) for _ in range(2)]
         starts = range(self.lo, self.hi, step)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from recbole.evaluator import Collector, Evaluator
 
-float = float  # RecBole 1.2.1 still uses the name that numpy dropped
+vars(np)["float"] = float  # RecBole 1.2.1 still uses the name that numpy dropped
 METRICS = {
     "metrics": ["Recall", "MRR", "NDCG"],
     "topk": [100],
