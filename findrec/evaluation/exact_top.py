@@ -98,7 +98,7 @@ def with_specials(top: Top, users_Bd: Tensor, items: ItemRows, special: Specials
     ids_BN[special.row, place_S], scores_BN[special.row, place_S] = special.item, score_S
     # Rows are short and ids ascend in them (0 where they end): look each listed item up.
     sorted_BN = torch.where(ids_BN == 0, torch.iinfo(torch.int64).max, ids_BN)
-    at_Bm = torch.searchsorted(sorted_BN, ids_Bm).clamp(max=max(0, wide - 1))
+    at_Bm = torch.searchsorted(sorted_BN, ids_Bm.contiguous()).clamp(max=max(0, wide - 1))
     if wide:
         scores_Bm = scores_Bm.masked_fill(sorted_BN.gather(1, at_Bm) == ids_Bm, -torch.inf)
     return best((torch.cat([ids_Bm, ids_BN], 1), torch.cat([scores_Bm, scores_BN], 1)), k)

@@ -202,7 +202,7 @@ class FileRows:
                 yield lo, tile_Td
 
     def _read(self, lo: int, tile_Td: Tensor) -> None:
-        view = tile_Td.numpy().data.cast("B")
+        view = tile_Td.numpy().reshape(-1).view(np.uint8).data
         with self._path.open("rb", buffering=0) as stream:
             stream.seek(self._begin + 4 * lo * self._width)
             done = 0
