@@ -14,6 +14,7 @@ import functools
 import json
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from findrec.bench.memory import peak_bytes
 from findrec.bench.peers import default_peers
 from findrec.bench.timer import time_alternating
 from findrec.errors import FindRecError
+from findrec.ops.item_rows import FileRows
 from findrec.ops.target_rank import target_rank
 from findrec.paths import checkout, home
 from findrec.progress import say
@@ -171,9 +173,7 @@ def bench_ranking(
 def _measure(problem: Problem, folder: Path, runs: int, peers: Path) -> list[Figures]:
     num_users = len(problem.users_Bd)
     few = min(FEW_USERS, num_users)
-    few_problem = Problem(
-        problem.users_Bd[:few], problem.items_Vd, {name: t[:few] for name, t in problem.targets.items()}
-    )
+    few_problem = _first(problem, few)
     timed: dict[tuple[str, str], Callable[[], object]] = {}
     count: dict[str, int] = {}
     for impl in (PRODUCT, *OURS, FAISS, "torch matmul+topk", "torch counting"):
@@ -182,7 +182,7 @@ def _measure(problem: Problem, folder: Path, runs: int, peers: Path) -> list[Fig
             say(f"No row of {impl}: this CPU only imitates such products, a hundred times slower")
             continue
         count[impl] = few if slow else num_users
-        for targets in problem.targets if impl in OURS and not slow else ("half",):
+        for targets in problem.targets if impl == "findrec" else ("half",):
             timed[impl, targets] = make_run(impl, few_problem if slow else problem, targets)
     with _recbole(peers, folder, few) as recbole:
         if recbole is not None:
@@ -190,6 +190,7 @@ def _measure(problem: Problem, folder: Path, runs: int, peers: Path) -> list[Fig
         timings = time_alternating({json.dumps(key): run for key, run in timed.items()}, runs=runs, warmup=1)
         taken = recbole.peak_bytes if recbole is not None else 0
     rows = []
+    truth = _truth(problem)
     base = num_users / timings[json.dumps((PRODUCT, "half"))].median_s
     for impl, targets in timed:
         rate = count[impl] / timings[json.dumps((impl, targets))].median_s
@@ -207,7 +208,7 @@ def _measure(problem: Problem, folder: Path, runs: int, peers: Path) -> list[Fig
                 "users_per_s": rate,
                 "times_product": rate / base,
                 "peak_bytes": peak,
-                "exact": _is_exact(impl, problem, targets),
+                "exact": _is_exact(impl, problem, targets, truth),
             }
         )
     return rows
@@ -222,15 +223,25 @@ def multiplies_bfloat16() -> bool:
     return False
 
 
-def _is_exact(impl: str, problem: Problem, targets: str) -> bool:
+def _first(problem: Problem, num_users: int) -> Problem:
+    targets = {name: target_B[:num_users] for name, target_B in problem.targets.items()}
+    return Problem(problem.users_Bd[:num_users], problem.items_Vd, targets)
+
+
+def _truth(problem: Problem) -> dict[str, Tensor]:
+    """How many items are above the first users' targets, by plain float64 scoring."""
+    users_bd = problem.users_Bd[:_CHECKED]
+    row = torch.arange(len(users_bd)).repeat(len(problem.targets))
+    target = torch.cat([target_B[:_CHECKED] for target_B in problem.targets.values()])
+    greater, _ = target_rank(users_bd, problem.items_Vd, row, target, impl="exact")
+    return dict(zip(problem.targets, greater.split(len(users_bd)), strict=True))
+
+
+def _is_exact(impl: str, problem: Problem, targets: str, truth: dict[str, Tensor]) -> bool:
     if impl not in OURS and impl != "torch counting":
         return False
-    target_b = problem.targets[targets][:_CHECKED]
-    some = Problem(problem.users_Bd[:_CHECKED], problem.items_Vd, {targets: target_b})
-    row_b = torch.arange(len(target_b))
-    true_b, _ = target_rank(some.users_Bd, some.items_Vd, row_b, target_b, impl="exact")
-    found_b = make_run(impl, some, targets)()
-    return found_b is not None and bool(torch.equal(found_b, true_b))
+    found_b = make_run(impl, _first(problem, _CHECKED), targets)()
+    return found_b is not None and bool(torch.equal(found_b, truth[targets]))
 
 
 class _Recbole:
@@ -264,6 +275,54 @@ def _recbole(peers: Path, folder: Path, num_users: int) -> Iterator[_Recbole | N
             yield _Recbole(process)
         finally:
             process.kill()
+
+
+def bench_file(
+    num_items: int, *, num_users: int = 1024, width: int = 128, folder: Path | None = None
+) -> Figures:
+    """A row of a catalogue that lies in a file and is read by tiles; uniform targets, one run.
+
+    The file takes 4 bytes a number below `folder` (the system's temporary one) while this runs.
+    """
+    with tempfile.TemporaryDirectory(prefix="findrec-", dir=folder) as scratch:
+        path = Path(scratch) / "items.npy"
+        stored = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(num_items + 1, width))
+        draw = np.random.default_rng(0)
+        for lo in range(0, num_items + 1, 1 << 18):
+            stored[lo : lo + (1 << 18)] = draw.standard_normal(stored[lo : lo + (1 << 18)].shape, np.float32)
+        del stored
+        threads = torch.get_num_threads()
+        taken = peak_bytes(_file_run, str(path), num_users, threads, str(Path(scratch) / "seconds"))
+        seconds = float((Path(scratch) / "seconds").read_text())
+    return {
+        "impl": "findrec, from a file",
+        "targets": "uniform",
+        "users": num_users,
+        "items": num_items,
+        "dim": width,
+        "dtype": "int16",
+        "users_per_s": num_users / seconds,
+        "pairs_per_s": num_users * num_items / seconds,
+        "peak_bytes": taken,
+        "exact": True,
+    }
+
+
+def _file_run(path: str, num_users: int, threads: int, result: str) -> Callable[[], None]:
+    torch.set_num_threads(threads)
+    items = FileRows(path)
+    draw = torch.Generator().manual_seed(1)
+    users_Bd = torch.randn(num_users, items.width, generator=draw)
+    target_B = torch.randint(1, items.num_items + 1, (num_users,), generator=draw)
+    row_B = torch.arange(num_users)
+    target_rank(users_Bd[:1], users_Bd, row_B[:1], row_B[1:2])  # loads the library
+
+    def run() -> None:
+        start = time.perf_counter()
+        target_rank(users_Bd, items, row_B, target_B)
+        Path(result).write_text(str(time.perf_counter() - start))
+
+    return run
 
 
 def print_figures(rows: Sequence[Figures]) -> None:
