@@ -109,7 +109,10 @@ class LossConfig(Part):
 
 
 class OptimConfig(Part):
-    """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both."""
+    """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both.
+
+    With a loss by sampling, a step updates (and decays) the rows of the table alone that it looked up.
+    """
 
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -132,7 +135,12 @@ class TrainingConfig(Part):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
     seed: int = 0
+    # Rows of the item table on the workers: all on each, or a range on each. auto: sharded where a whole
+    # table with its optimizer takes more than 1 GiB (findrec/tables/placement.py). Results do not depend on
+    # it.
+    table: Literal["auto", "replicated", "sharded"] = "auto"
     # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
     # items are taken over, the optimizer and its schedule start anew.
     warm_start: str | None = None
@@ -146,11 +154,14 @@ class ClusterConfig(Part):
 
     address: str | None = None  # a Ray cluster to join; default: RAY_ADDRESS, else one is started here
     workers: int = Field(2, ge=1)
+    min_workers: int | None = Field(None, ge=1)  # go on with so few when machines are lost; null: all of them
+    wait_s: float = Field(0, ge=0)  # for machines that are still to come, before the first worker is placed
     threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
     zero_stage: Literal[1, 2] = 2
     gpu: bool | Literal["auto"] = "auto"
-    max_failures: int = Field(3, ge=0)  # restarts after lost workers
+    max_failures: int = Field(3, ge=0)  # restarts after lost workers without a new checkpoint in between
+    hang_s: float = Field(60, gt=0)  # a worker that stands still so long inside a step is killed
     timeout_s: float = Field(300, gt=0)  # a collective that takes longer is a hang
 
 
@@ -191,6 +202,10 @@ class RunConfig(Part):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         k, w = self.training.microbatches, self.cluster.workers
+        if (self.cluster.min_workers or 1) > w:
+            raise ValueError(
+                f"cluster.min_workers={self.cluster.min_workers} is more than cluster.workers={w}"
+            )
         if k % w:
             raise ValueError(
                 f"cluster.workers={w} must divide training.microbatches={k}: each worker runs the same "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -13,6 +14,7 @@ from planted import NUM_ITEMS, make_config, planted_folder
 
 from findrec.config import dump_config
 from findrec.datasets.memory import write_data_folder
+from findrec.training.checkpoint import read_state
 
 SCRIPT = """
 import json, os, sys, torch, torch.distributed as dist
@@ -29,14 +31,15 @@ from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
 config = parse_config(json.loads(tree))
 folder = DataFolder.open(Path(folder_path))
+if stage != "plain":
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=120))
 torch.manual_seed(0)
 model, table = build_tower_model(config, folder), build_table(config, folder)
 if stage == "plain":
     tower = PlainTower(model, config.training.optim)
 else:
     from findrec.cluster.engine import DeepSpeedTower
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=120))
     tower = DeepSpeedTower(model, config.training.optim, stage=int(stage),
                            accumulation=config.training.microbatches // world, device=torch.device("cpu"))
 losses = []
@@ -48,7 +51,9 @@ run_training(config, folder, Path(checkpoints), tower, table,
              worker=Worker(rank, world), log=Log())
 if rank == 0:
     from safetensors.torch import save_file
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()} | {"table": table.weight}
+    from findrec.training.checkpoint import latest_checkpoint, load_checkpoint
+    rows = load_checkpoint(latest_checkpoint(Path(checkpoints))).table["weight"]
+    state = {k: v.detach().clone() for k, v in model.state_dict().items()} | {"table": rows}
     save_file(state, out)
     Path(out + ".json").write_text(json.dumps(losses))
 if dist.is_initialized():  # else the first to exit may take the others' gloo threads down
@@ -79,6 +84,17 @@ def run(stage, world, data, checkpoints, out, config):
     return load_file(out), json.loads(Path(str(out) + ".json").read_text())
 
 
+def compare_losses(got, want):
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=1e-5)
+
+
+def compare_weights(got, want):
+    for key in want:
+        torch.testing.assert_close(
+            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+        )
+
+
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine")
@@ -94,18 +110,48 @@ def test_same_training_as_the_plain_reference(planted, stage, world):
     path, folder, config, (want, want_losses) = planted
     name = f"s{stage}w{world}"
     got, losses = run(stage, world, folder.path, path / name, path / f"{name}.out", config)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-4, atol=1e-5)
-    for key in want:
-        torch.testing.assert_close(
-            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
+    compare_losses(losses, want_losses)
+    compare_weights(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "features"), [("exact", "both"), ("sampled", "none")])
+def test_a_sharded_table_trains_validates_and_moves_like_a_replicated_one(planted, kind, features):
+    """Two epochs on one plain process = one on three workers with rows of their own, then one on two; with a
+    checkpoint of three files between, read by a single process too.
+    """
+    path, folder, _, _ = planted
+    config = make_config(
+        epochs=2,
+        microbatches=6,
+        optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.05},
+        loss={"kind": kind, "negatives": 16},
+    )
+    items = config.model.items.model_copy(update={"features": features})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"items": items})})
+    spread = config.model_copy(update={"training": config.training.model_copy(update={"table": "sharded"})})
+    name = f"{kind}-rows"
+    want, want_losses = run("plain", 1, folder.path, path / f"{name}1", path / f"{name}1.out", config)
+    moved = path / f"{name}3"
+    _, losses = run(2, 3, folder.path, moved, path / f"{name}3.out", spread)
+    compare_losses(losses, want_losses)
+    first, last = sorted(moved.glob("step-*"))
+    assert len(list(first.glob("table-*.safetensors"))) == 3
+    states = [read_state(sorted(place.glob("step-*"))[-1]) for place in (moved, path / f"{name}1")]
+    assert states[0].best == pytest.approx(states[1].best, abs=1e-3)
+    shutil.rmtree(last)  # as if the run had been killed in its second epoch
+    alone = shutil.copytree(moved, path / f"{name}4")
+    for world, place, how in ((2, moved, spread), (1, alone, config)):
+        stage = "plain" if world == 1 else 1
+        got, losses = run(stage, world, folder.path, place, path / f"{name}{world}.out", how)
+        compare_losses(losses, want_losses[len(want_losses) - len(losses) :])
+        assert 0 < len(losses) < len(want_losses)
+        compare_weights(got, want)
 
 
 @pytest.mark.slow
 def test_checkpoint_moves_between_worker_counts_and_stages(planted):
     """Two epochs on one plain process = one on two ZeRO-2 workers, then one on a ZeRO-1 worker."""
-    import shutil
-
     path, folder, config, (want, want_losses) = planted
     first = path / "moved"
     run(2, 2, folder.path, first, path / "moved.out", config)
@@ -115,11 +161,8 @@ def test_checkpoint_moves_between_worker_counts_and_stages(planted):
     got, losses = run(1, 1, folder.path, first, path / "moved2.out", config)
     half = len(want_losses) - len(losses)
     assert 0 < half < len(want_losses)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses[half:]), rtol=1e-4, atol=1e-5)
-    for key in want:
-        torch.testing.assert_close(
-            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
+    compare_losses(losses, want_losses[half:])
+    compare_weights(got, want)
 
 
 @pytest.mark.slow
@@ -140,11 +183,8 @@ def test_a_warm_start_on_workers_is_that_of_one_process(planted):
     warm = config.model_copy(update={"training": training, "name": "today"})
     want, want_losses = run("plain", 1, grown.path, path / "one", path / "one.out", warm)
     got, losses = run(2, 2, grown.path, path / "two", path / "two.out", warm)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(want_losses), rtol=1e-4, atol=1e-5)
-    for key in want:
-        torch.testing.assert_close(
-            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
-        )
+    compare_losses(losses, want_losses)
+    compare_weights(got, want)
 
 
 def grow(table, more):
