@@ -234,7 +234,7 @@ def _truth(problem: Problem) -> dict[str, Tensor]:
     row = torch.arange(len(users_bd)).repeat(len(problem.targets))
     target = torch.cat([target_B[:_CHECKED] for target_B in problem.targets.values()])
     greater, _ = target_rank(users_bd, problem.items_Vd, row, target, impl="exact")
-    return dict(zip(problem.targets, greater.split(len(users_bd)), strict=True))
+    return dict(zip(problem.targets, greater.view(-1, len(users_bd)), strict=True))
 
 
 def _is_exact(impl: str, problem: Problem, targets: str, truth: dict[str, Tensor]) -> bool:
