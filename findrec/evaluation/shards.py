@@ -5,7 +5,7 @@ up and lists of ranges merge, both exactly, so their number changes no digit. A 
 range: a lost one is started again and asked again. What a worker holds is its range, where that is no more
 than `HELD_BYTES`, else two tiles of it.
 
-How long it takes: a worker counts some billion pairs a second for vectors of 128 (`users_per_s` x items of
+How long it takes: a core counts some 300 million pairs a second for vectors of 128 (`users_per_s` x items of
 evaluation/benchmarks/ranking.py), so 100 million items need as many times more workers than one million do
 for the same rate; evaluation/README.md works it out.
 """
