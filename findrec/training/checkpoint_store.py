@@ -17,6 +17,7 @@ from pathlib import Path
 
 import fsspec.core
 from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
 
 from findrec.config import RunConfig
 from findrec.errors import FindRecError
@@ -68,6 +69,8 @@ class CheckpointStore:
         target = f"{self._root}/{path.name}"
         self._drop(path.name)
         files = sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST)
+        if isinstance(self._files, LocalFileSystem):  # a mounted disk; an object store has no folders
+            self._files.makedirs(target, exist_ok=True)
         for file in [*files, path / MANIFEST]:
             self._files.put_file(str(file), f"{target}/{file.name}")
 
