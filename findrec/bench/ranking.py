@@ -304,7 +304,7 @@ def bench_file(
         "users_per_s": num_users / seconds,
         "pairs_per_s": num_users * num_items / seconds,
         "peak_bytes": taken,
-        "exact": True,
+        "exact": None,  # not checked here: the reference would take hours
     }
 
 
