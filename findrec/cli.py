@@ -187,6 +187,12 @@ def evaluate(
         list[int] | None,
         typer.Option(min=0, help="Of the suite: % of the items, or events; may be repeated."),
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Ray workers that share the catalogue's rows; default: evaluation.shards of the run."
+        ),
+    ] = None,
 ) -> None:
     """Rank the full catalogue again from the saved checkpoint and print the table."""
     folder = find_run(run)
@@ -198,7 +204,7 @@ def evaluate(
         return
     from findrec.evaluation.run import evaluate_run
 
-    evaluate_run(folder)
+    evaluate_run(folder, **({} if shards is None else {"shards": shards}))
     typer.echo(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 

@@ -177,6 +177,8 @@ class EvaluationConfig(Part):
     candidates: str | list[str] = "all"
     # Beside the full ranking, what N sampled candidates would have shown: not comparable with anything else.
     sampled: int | None = Field(None, ge=1)
+    # Ray workers that the catalogue's rows are spread over while it is ranked; 0: none, all in one process.
+    shards: int = Field(0, ge=0)
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
     pictures: str | None = None  # folder or tar of item pictures for it; default: where the recipe has them

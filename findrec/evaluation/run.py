@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from findrec.cluster.launch import ray_session
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_data_folder
@@ -50,7 +52,7 @@ def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: st
             yield make_baseline(name, folder)
 
 
-def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
+def evaluate_run(run_folder: Path, shards: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Rank the full catalogue with the run's best checkpoint and its baselines; write all results.
 
     Writes `metrics.json`, `ranks.parquet` and `report.html`, mirrors the test row to MLflow, prints the
@@ -59,16 +61,20 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
     device = set_up(config)
-    rows, ranks = evaluate_scorers(
-        _scorers(config, run_folder, folder, device),
-        folder,
-        ks=config.evaluation.ks,
-        users_per_block=config.evaluation.users_per_block,
-        max_length=config.data.max_length,
-        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
-        candidates=config.evaluation.candidates,
-        sampled=config.evaluation.sampled,
-    )
+    shards = config.evaluation.shards if shards is None else shards
+    with ray_session(config) if shards else nullcontext():
+        rows, ranks = evaluate_scorers(
+            _scorers(config, run_folder, folder, device),
+            folder,
+            ks=config.evaluation.ks,
+            users_per_block=config.evaluation.users_per_block,
+            max_length=config.data.max_length,
+            mask_seen=seen_filter(config.evaluation.mask_seen, folder),
+            candidates=config.evaluation.candidates,
+            sampled=config.evaluation.sampled,
+            shards=shards,
+            scratch=run_folder,
+        )
     if "test" not in rows:
         raise FindRecError(
             f"nobody in {folder.path} can be tested: no user has an event in the test split, one before it, "

@@ -79,6 +79,11 @@ class Queries:
     own_ids_BN: Tensor | None = None  # int64, 0-padded
     own_bonus_BN: Tensor | None = None  # float32
 
+    def cpu(self) -> Queries:
+        """The same where workers of other machines can take it from."""
+        own = (None if x is None else x.cpu() for x in (self.own_ids_BN, self.own_bonus_BN))
+        return Queries(self.users_Bd.cpu(), *own)
+
 
 class VectorScorer(ABC):
     """Score = inner product of a user vector and an item vector (+ the bonus of own items)."""
