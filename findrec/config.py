@@ -135,6 +135,7 @@ class TrainingConfig(Part):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
     seed: int = 0
     # Rows of the item table on the workers: all on each, or a range on each. auto: sharded where a whole
     # table with its optimizer takes more than 1 GiB (findrec/tables/placement.py). Results do not depend on

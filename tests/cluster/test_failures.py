@@ -5,6 +5,7 @@ A run that is disturbed must end with the very weights of a calm one, unless its
 
 import json
 import os
+import random
 import signal
 import subprocess
 import time
@@ -24,7 +25,8 @@ from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+more = pytest.mark.cluster  # of the larger tier
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,6 @@ def test_a_killed_worker_is_replaced(cluster, calm):
     assert "of 2 was lost: restart 1 of 3, from the checkpoint step-000000" in said
     assert weights(run) == calm
     assert steps(run) == list(range(1, len(steps(run)) + 1))
-    assert "Traceback" not in said
 
 
 def test_a_hung_worker_is_named_and_replaced(cluster, calm):
@@ -85,6 +86,7 @@ def test_a_hung_worker_is_named_and_replaced(cluster, calm):
     assert weights(run) == calm
 
 
+@more
 def test_terminated_it_saves_the_step_and_continues(cluster, calm):
     run = Run(cluster, "terminated", "training.save_steps=0", "training.save_every=6")
     run.reach(12)
@@ -98,6 +100,7 @@ def test_terminated_it_saves_the_step_and_continues(cluster, calm):
     assert weights(again) == calm
 
 
+@more
 def test_a_machine_is_lost_and_comes_back(cluster, calm):
     """Started on two, it goes on with one worker while there is no more room, and returns to two."""
     with running_cluster(cluster.home, cpus=1) as small:
@@ -114,7 +117,7 @@ def test_a_machine_is_lost_and_comes_back(cluster, calm):
         run.reach(reached + 5)
         run.process.send_signal(signal.SIGTERM)
         said = run.end(code=75)
-    assert "was lost" in said
+    assert "restart 1 of 3" in said
     assert steps(run) == list(range(1, len(steps(run)) + 1))
     want = reference_losses(cluster.home, ["training.epochs=60"], len(steps(run)))
     got = losses(run)
@@ -122,6 +125,7 @@ def test_a_machine_is_lost_and_comes_back(cluster, calm):
     assert got == pytest.approx(want, rel=0.02)  # hundreds of steps let rounding grow
 
 
+@more
 def test_a_full_disk_is_told_and_outlived(cluster, calm):
     run_folder = cluster.home / "runs" / "full"
     with tiny_disk(run_folder / "checkpoints", mib=1):
@@ -137,6 +141,7 @@ def test_a_full_disk_is_told_and_outlived(cluster, calm):
         assert weights(again) == calm
 
 
+@more
 def test_a_shard_that_breaks_under_way_is_named(cluster):
     folder = cluster.home / "data" / "breaking"
     planted_folder(folder, num_users=80)
@@ -145,16 +150,38 @@ def test_a_shard_that_breaks_under_way_is_named(cluster):
     shard = sorted((folder / "shards").glob("*.tar"))[0]
     os.truncate(shard, 1000)
     said = run.end(code=2)
-    assert shard.name in said.splitlines()[-1]
-    assert "Traceback" not in said
+    assert f"{shard.name} was altered" in said.splitlines()[-1]
 
 
+@more
 def test_a_dead_tracking_server_stops_nothing(cluster, calm):
     server = f"http://127.0.0.1:{free_port()}"
     run = Run(cluster, "untold", "tracking.enabled=true", f"tracking.uri={server}")
     said = run.end()
     assert said.count(f"MLflow at {server} cannot be written") >= 1
     assert weights(run) == calm
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3600)
+def test_twenty_random_kills_end_in_the_same_weights(cluster):
+    longer = "training.epochs=40"
+    calm = Run(cluster, "long-calm", longer)
+    calm.end()
+    draw = random.Random(0)
+    run = Run(cluster, "long", longer)
+    for kill in range(20):
+        run.reach(run.step() + draw.randrange(1, 12))
+        if kill % 5 == 4:
+            os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+            run = Run(cluster, "long", longer)
+        else:
+            os.kill(draw.choice(run.workers()), draw.choice([signal.SIGKILL, signal.SIGTERM]))
+            run.wait_for("placing 2 workers", times=2 + kill % 5)
+    run.end()
+    assert weights(run) == weights(calm)
+    assert steps(run) == list(range(1, len(steps(run)) + 1))
 
 
 @contextmanager
