@@ -17,11 +17,13 @@ from pathlib import Path
 
 import fsspec.core
 from filelock import FileLock
+from fsspec.implementations.local import LocalFileSystem
 
 from findrec.config import RunConfig
 from findrec.errors import FindRecError
+from findrec.paths import resolve
 from findrec.progress import say
-from findrec.training.checkpoint import latest_checkpoint, verify_checkpoint
+from findrec.training.checkpoint import latest_checkpoint, read_state, verify_checkpoint
 
 MANIFEST = "manifest.json"
 _COPIES = ".sending"  # links to what is being sent: the disk's own retention may delete it meanwhile
@@ -43,10 +45,14 @@ class CheckpointStore:
             ) from None
 
     @staticmethod
-    def of(config: RunConfig, training: str) -> CheckpointStore | None:
-        """That of a run's training (`training` is its folder, as seen from the folder of runs)."""
+    def of(config: RunConfig, checkpoints: Path) -> CheckpointStore | None:
+        """That of the training whose checkpoints lie below `checkpoints`; None unless one is configured."""
         place = config.training.checkpoint_store
-        return None if place is None else CheckpointStore(f"{place.rstrip('/')}/{training}")
+        if place is None:
+            return None
+        runs, training = resolve(config.runs), checkpoints.parent
+        inside = training.relative_to(runs).as_posix() if training.is_relative_to(runs) else config.name
+        return CheckpointStore(f"{place.rstrip('/')}/{inside}")
 
     def names(self) -> list[str]:
         """Committed checkpoints, oldest first."""
@@ -63,6 +69,8 @@ class CheckpointStore:
         target = f"{self._root}/{path.name}"
         self._drop(path.name)
         files = sorted(p for p in path.iterdir() if p.is_file() and p.name != MANIFEST)
+        if isinstance(self._files, LocalFileSystem):  # a mounted disk; an object store has no folders
+            self._files.makedirs(target, exist_ok=True)
         for file in [*files, path / MANIFEST]:
             self._files.put_file(str(file), f"{target}/{file.name}")
 
@@ -103,6 +111,19 @@ class CheckpointStore:
                 say(f"fetching checkpoint {self.address}/{name}")
                 if self.fetch(name, root) is not None:
                     return
+
+    def fetch_best(self, root: Path) -> None:
+        """Bring the checkpoint of the best validation to disk, and the newest, which names it."""
+        self.fetch_newest(root)
+        newest = latest_checkpoint(root)
+        if newest is not None:
+            self.fetch_missing(f"step-{read_state(newest).best_step:08d}", root)
+
+    def fetch_missing(self, name: str, root: Path) -> None:
+        """Bring a checkpoint to disk that is not there, if it is here."""
+        with FileLock(root / ".fetching.lock"):
+            if not (root / name).is_dir() and name in self.names():
+                self.fetch(name, root)
 
     def prune(self, *, keep: int, best_step: int) -> None:
         """Delete all but the newest `keep` checkpoints and the best one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ from findrec.progress import Bar, progress, say
 from findrec.tables.base import Table
 from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue
-from findrec.training.checkpoint import TrainState, prune_checkpoints
+from findrec.training.checkpoint import TrainState, checkpoint_path, prune_checkpoints
+from findrec.training.checkpoint_store import CheckpointStore, Sender
 from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.saving import save_training
@@ -71,8 +73,12 @@ def run_training(
     if worker.leads and on_start is not None:
         on_start(state)
     left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
-    with progress(config.model.name, left, "targets", show=worker.leads) as bar:
+    with (
+        ExitStack() as stack,
+        progress(config.model.name, left, "targets", show=worker.leads) as bar,
+    ):
         run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar)
+        stack.callback(run.close)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
             ends = state.epoch == training.epochs
@@ -121,6 +127,8 @@ class _Run:
         self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
         self.alarms = Alarms()
+        store = CheckpointStore.of(config, checkpoints) if worker.leads else None
+        self.sender = None if store is None else Sender(store, keep=config.training.keep)
         self.stop = False  # somebody asked for it
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -263,8 +271,16 @@ class _Run:
                     say(f"WARNING: {what}. Training goes on; make room before the next one is due.")
                 return False
             if self.worker.leads:
+                if self.sender is not None:
+                    self.sender.send(checkpoint_path(self.checkpoints, state), state.best_step)
                 prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
             return True
+
+    def close(self) -> None:
+        """Wait for the last checkpoint to be sent."""
+        if self.sender is not None:
+            with self.worker.pulse.busy("sending the last checkpoint"):
+                self.sender.close()
 
 
 def _out_of_patience(config: RunConfig, state: TrainState) -> bool:

@@ -23,8 +23,8 @@ FREE_KEYS = (
     "training.save_every",
     "training.save_steps",
     "training.keep",
-    "training.table",
     "training.checkpoint_store",
+    "training.table",
 )
 
 

@@ -6,11 +6,16 @@ import uuid
 
 import pytest
 import torch
+from planted import make_config, planted_folder
 
 from findrec.config import parse_config
 from findrec.errors import FindRecError
+from findrec.training.build import build_table, build_tower_model
 from findrec.training.checkpoint import TrainState, latest_checkpoint, load_checkpoint, save_checkpoint
 from findrec.training.checkpoint_store import CheckpointStore, Sender
+from findrec.training.loop import run_training
+from findrec.training.tower import PlainTower
+from findrec.training.worker import Worker
 
 moto = pytest.importorskip("moto.server")
 pytest.importorskip("s3fs")
@@ -117,7 +122,36 @@ def test_an_address_of_no_known_kind_is_refused():
         CheckpointStore("what://is/this")
 
 
-def test_each_training_of_a_run_has_its_own_place():
-    config = parse_config({"training": {"checkpoint_store": "memory://all/"}})
-    assert CheckpointStore.of(config, "mine/baselines/sasrec").address == "memory://all/mine/baselines/sasrec"
-    assert CheckpointStore.of(parse_config({}), "mine") is None
+def test_each_training_of_a_run_has_its_own_place(tmp_path):
+    config = parse_config({"runs": str(tmp_path), "training": {"checkpoint_store": "memory://all/"}})
+    checkpoints = tmp_path / "mine" / "baselines" / "sasrec" / "checkpoints"
+    assert CheckpointStore.of(config, checkpoints).address == "memory://all/mine/baselines/sasrec"
+    assert CheckpointStore.of(parse_config({}), checkpoints) is None
+
+
+def test_a_training_goes_on_where_the_store_left_it(bucket, tmp_path):
+    folder = planted_folder(tmp_path / "data", num_users=40)
+    config = make_config(epochs=3, checkpoint_store=bucket)
+
+    def train(checkpoints, stop_after=None):
+        torch.manual_seed(0)
+        tower = PlainTower(build_tower_model(config, folder), config.training.optim)
+        table = build_table(config, folder)
+        seen = []
+
+        def after_epoch(values):
+            seen.append(values)
+            if len(seen) == stop_after:
+                raise KeyboardInterrupt
+
+        run_training(config, folder, checkpoints, tower, table, worker=Worker(), after_epoch=after_epoch)
+        return table.weight, len(seen)
+
+    whole, _ = train(tmp_path / "whole" / "checkpoints")
+    CheckpointStore(f"{bucket}/run").prune(keep=1, best_step=-1)
+    CheckpointStore(f"{bucket}/run")._drop(CheckpointStore(f"{bucket}/run").names()[-1])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "first" / "checkpoints", stop_after=2)
+    again, epochs = train(tmp_path / "elsewhere" / "checkpoints")
+    assert epochs == 1
+    assert torch.equal(again, whole)
