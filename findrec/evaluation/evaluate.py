@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from findrec.datasets.batches import Part, evaluation_blocks
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.candidates import Candidates, Rule
 from findrec.evaluation.lists import list_metrics
 from findrec.evaluation.metrics import Ranks, describe_protocol, strata, summarise
+from findrec.evaluation.sampled import pool_sizes, sampled_row
 from findrec.evaluation.scorers import BlockScorer, Scorer, UserBlock, VectorScorer
 from findrec.evaluation.topk import TopItems
 from findrec.ops.counting import rank_dense
@@ -54,7 +54,8 @@ def rank_split(
     candidates: Rule = "all",
 ) -> Ranks:
     """Rank every target of `split` among the whole catalogue (padding excluded), or with `candidates`
-    "available" among the items that were on offer at the target's time.
+    "available" among the items that were on offer at the target's time. With an allow-list among
+    `candidates` targets that are not on it, and users who have no others, are left out.
 
     `max_length` cuts what a model is shown; plain scorers and the seen filter know whole histories.
     `mask_seen` takes the items of a user's history out of the running (never the target). Worker `rank` of
@@ -68,7 +69,7 @@ def rank_split(
     parts = []
     for users in evaluation_blocks(folder, split, users_per_block)[rank::world]:
         block = UserBlock.read(folder, split, users, max_length)
-        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top, offer.since_V))
+        parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top, offer))
     return Ranks.concat(parts)
 
 
@@ -79,11 +80,14 @@ def _rank_block(
     mask_seen: bool,
     list_k: int,
     top: TopItems,
-    since_V: Tensor | None,
+    offer: Candidates,
 ) -> Ranks:
     seen_BN = block.padded_items() if mask_seen else None
-    row_C, target_C = block.cases.row, block.cases.target
-    time_C = None if since_V is None else block.cases.time
+    cases, since_V = offer.asked(block.cases), offer.since_V
+    if not len(cases.target):
+        return Ranks.from_array(np.zeros((0, 4), dtype=np.int64))
+    row_C, target_C = cases.row, cases.target
+    time_C = None if since_V is None else cases.time
     queries = None
     if isinstance(scorer, VectorScorer):
         device = scorer.items_Vd.device
@@ -114,9 +118,9 @@ def _rank_block(
     lists = np.zeros((0, 0), dtype=np.int64)
     if list_k:
         ids, _ = top.of(block, list_k, mask_seen=mask_seen, queries=queries)
-        lists = np.concatenate([block.user[:, None], ids.numpy()], axis=1)
+        lists = np.concatenate([block.user[:, None], ids.numpy()], axis=1)[np.unique(row_C.numpy())]
     greater, equal = (count.cpu().numpy() for count in counts)
-    return Ranks(block.cases.user.numpy(), target_C.numpy(), greater, equal, lists)
+    return Ranks(cases.user.numpy(), target_C.numpy(), greater, equal, lists)
 
 
 def evaluate_scorers(
@@ -129,15 +133,22 @@ def evaluate_scorers(
     max_length: int = 200,
     mask_seen: bool = False,
     candidates: Rule = "all",
+    sampled: int | None = None,
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[tuple[str, str], Ranks]]:
     """Evaluate trained models and baselines alike, in the order given (a generator fits one at a time).
 
     Returns the metrics rows by split (a split without targets is left out), the parts of the test split
-    under `strata`, and the ranks by (model, split): what `write_results` takes.
+    under `strata`, and the ranks by (model, split): what `write_results` takes. With `sampled` also
+    rows of the test split under `sampled`, as if targets had been ranked among so many drawn items: an extra.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
     ranks: dict[tuple[str, str], Ranks] = {}
     there = [split for split in splits if evaluation_blocks(folder, split, users_per_block)]
+    pool_C = None
+    if sampled is not None and "test" in there:
+        pool_C = pool_sizes(
+            *(folder, "test"), users_per_block=users_per_block, mask_seen=mask_seen, candidates=candidates
+        )
     for scorer in scorers:
         for split in there:
             found = rank_split(
@@ -150,6 +161,8 @@ def evaluate_scorers(
                 list_k=max(ks),
                 candidates=candidates,
             )
+            if not len(found.user):  # no target is on the allow-list
+                continue
             row = summarise(
                 *(found, folder, split),
                 ks=ks,
@@ -161,6 +174,15 @@ def evaluate_scorers(
             ranks[scorer.name, split] = found
             if split == "test":
                 rows.setdefault("strata", []).extend(strata(found, folder, split, model=scorer.name))
+                if sampled is not None and pool_C is not None:
+                    extra = sampled_row(
+                        *(found, folder, split, pool_C, sampled),
+                        ks=ks,
+                        model=scorer.name,
+                        mask_seen=mask_seen,
+                        candidates=candidates,
+                    )
+                    rows.setdefault("sampled", []).append(extra)
     return rows, ranks
 
 
