@@ -132,6 +132,7 @@ class TrainingConfig(Part):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
     seed: int = 0
     # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
     # items are taken over, the optimizer and its schedule start anew.

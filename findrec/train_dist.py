@@ -19,7 +19,8 @@ from findrec.errors import FindRecError
 from findrec.paths import drop_checkout_from_sys_path
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `argv` None: that of this process."""
     parser = argparse.ArgumentParser(
         prog="python -m findrec.train_dist",
         description=(__doc__ or "").split("\n\n")[0],
@@ -62,7 +63,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run and return the exit code: 0 done, 2 a mistake in what was given, 130 interrupted."""
     drop_checkout_from_sys_path()
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     try:
         _run(arguments)
     except FindRecError as error:

@@ -22,6 +22,9 @@ from findrec.datasets.batch import Batch, ModalRows
 from findrec.models.base import Out, SequenceModel
 from findrec.training.tower import MOMENTS, make_optimizer, set_lr
 
+# Gradients that are reduced together. The default reserves 2 GB; a tower has a few million weights at most.
+BUCKET_ELEMENTS = 5_000_000
+
 
 def _import_deepspeed() -> Any:
     """DeepSpeed, told about the accelerator before its import and kept from compiling what is not needed."""
@@ -37,6 +40,27 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
+def deepspeed_config(optim: OptimConfig, *, stage: int, accumulation: int) -> dict[str, Any]:
+    """What DeepSpeed is told; `accumulation` is the number of microbatches a worker runs in a step (K / W).
+
+    `cluster/zero*.json` show it for an operator to read, and are compared with it in a test.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip_tower,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+        },
+        "steps_per_print": 1 << 40,
+    }
+
+
 class DeepSpeedTower:
     """`Tower` under ZeRO stage 1 or 2; needs an initialised process group, of any size."""
 
@@ -47,25 +71,10 @@ class DeepSpeedTower:
         deepspeed = _import_deepspeed()
         self.model = model.to(device)
         self.backward_factor = float(dist.get_world_size())
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": optim.clip_tower,
-            "zero_optimization": {
-                "stage": stage,
-                "overlap_comm": False,
-                "contiguous_gradients": True,
-                "reduce_scatter": True,
-                # The defaults reserve 2 GB; a tower has a few million weights at most.
-                "reduce_bucket_size": 5_000_000,
-                "allgather_bucket_size": 5_000_000,
-            },
-            "steps_per_print": 1 << 40,
-        }
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
             model=self.model,
             optimizer=make_optimizer(self.model, optim),
-            config=config,
+            config=deepspeed_config(optim, stage=stage, accumulation=accumulation),
             dist_init_required=False,
         )
 

@@ -32,6 +32,7 @@ from findrec.training.checkpoint import TrainState, prune_checkpoints, save_chec
 from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
+from findrec.training.step_trace import StepTrace
 from findrec.training.tower import Tower
 from findrec.training.validation import validate
 from findrec.training.worker import Worker
@@ -70,8 +71,12 @@ def run_training(
     if worker.leads and on_start is not None:
         on_start(state)
     left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
-    with progress(config.model.name, left, "targets", show=worker.leads) as bar:
-        run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar)
+    num_traced = training.profile_steps if worker.leads else 0
+    with (
+        progress(config.model.name, left, "targets", show=worker.leads) as bar,
+        StepTrace(checkpoints.parent, num_traced, worker.device) as trace,
+    ):
+        run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar, trace)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
             ends = state.epoch == training.epochs
@@ -111,7 +116,9 @@ class _Run:
         worker: Worker,
         log: StepLog | None,
         bar: Bar,
+        trace: StepTrace,
     ) -> None:
+        self.trace = trace
         self.config, self.folder, self.windows, self.checkpoints = config, folder, windows, checkpoints
         self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
@@ -170,6 +177,7 @@ class _Run:
                 if worker.leads:
                     self.alarms.check(state.step, values)
                 self.write(state.step, state.epoch, values)
+                self.trace.done(state.step)
                 due = training.save_steps > 0 and state.step % training.save_steps == 0
                 if due and index + 1 < len(plan.steps):  # an epoch's end is saved after its validation
                     self.save(state)

@@ -23,6 +23,7 @@ FREE_KEYS = (
     "training.save_every",
     "training.save_steps",
     "training.keep",
+    "training.profile_steps",
 )
 
 
