@@ -114,12 +114,12 @@ def _stream_layer(model: ModelConfig) -> int:
 
 
 def _block(d: int) -> int:
-    """A Transformer block: two inputs, two normalised, q, k, v, read, merged, two masks, the wide layer twice."""
+    """Two inputs, both normalised, q, k, v, what was read (twice), two masks, the wide layer twice."""
     return 2 * d + 2 * d + 3 * d + 2 * d + 2 * d + 8 * d
 
 
 def _encoder(width: int, d: int) -> int:
-    """One item's features, as they are, of those that are there, normalised; hidden (2 d) five times; eight."""
+    """An item's features (all, those there, normalised), five hidden vectors (2 d) and eight latent ones."""
     return 3 * width + 10 * d + 8 * d
 
 

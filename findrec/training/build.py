@@ -7,6 +7,7 @@ import torch
 from findrec.config import RunConfig
 from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.plan import Windows, cut_prefixes, cut_windows
 from findrec.errors import FindRecError, suggest
 from findrec.models.base import SequenceModel
 from findrec.models.registry import build_model
@@ -25,6 +26,13 @@ def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
             hint = suggest(name, folder.modalities)
             raise FindRecError(f"model.modalities names {name!r}, but {folder.path} has {have}{hint}")
     return list(config.model.modalities)
+
+
+def build_windows(config: RunConfig, folder: DataFolder) -> Windows:
+    """The pieces of training histories that `training.objective` asks for."""
+    if config.training.objective == "all":
+        return cut_windows(folder, config.data.max_length, config.data.overlap)
+    return cut_prefixes(folder, config.data.max_length)
 
 
 def build_catalogue(config: RunConfig, folder: DataFolder) -> Catalogue:

@@ -22,12 +22,12 @@ from findrec.config import RunConfig
 from findrec.datasets.batch import Batch
 from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.plan import Windows, cut_prefixes, cut_windows, plan_epoch
+from findrec.datasets.plan import Windows, plan_epoch
 from findrec.errors import DivergedError
 from findrec.progress import Bar, progress
 from findrec.tables.item_table import ItemTable
 from findrec.training.alarms import Alarms
-from findrec.training.build import build_catalogue
+from findrec.training.build import build_catalogue, build_windows
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
 from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
@@ -63,10 +63,7 @@ def run_training(
     `on_start(state)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
     """
     training = config.training
-    if training.objective == "all":
-        windows = cut_windows(folder, config.data.max_length, config.data.overlap)
-    else:
-        windows = cut_prefixes(folder, config.data.max_length)
+    windows = build_windows(config, folder)
     state = restore(config, folder, checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_start is not None:
         on_start(state)

@@ -2,7 +2,6 @@
 
 import gc
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,13 +16,17 @@ from findrec.training.tower import PlainTower
 
 NUM_ITEMS = 3000
 SHAPES = {"short": (64, 50), "long": (3, 1500)}
+SAMPLED = {"loss": {"kind": "sampled"}}
 MODELS = {
     "findrec": ({"model": {"dim": 64}}, {"text": 48, "image": 96}),
     "sasrec": ({"model": {"name": "sasrec", "dim": 64, "layers": 3}}, {}),
     "gru": ({"model": {"dim": 48, "repeat": False, "stream": {"kind": "gru", "layers": 3}}}, {}),
-    "sampled": ({"model": {"dim": 32, "stream": {"kind": "transformer"}}, "training": {"loss": {"kind": "sampled"}}}, {"text": 384}),
+    "sampled": (
+        {"model": {"dim": 32, "stream": {"kind": "transformer"}}, "training": SAMPLED},
+        {"text": 384},
+    ),
     "content": ({"model": {"dim": 32, "items": {"features": "both"}}}, {"text": 384}),
-}  # fmt: skip
+}
 
 
 class Features:
