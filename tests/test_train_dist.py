@@ -34,7 +34,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def train(home: Path, *overrides: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), *overrides]
     done = subprocess.run(
-        command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=400
+        command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=600
     )
     if check:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
@@ -317,7 +317,7 @@ def test_submitted_to_a_running_cluster_as_a_job(home, cluster):
     root = Path(__file__).parent.parent
     for _ in range(20):
         done = subprocess.run(
-            command, cwd=root, env=cluster.environment, capture_output=True, text=True, timeout=400
+            command, cwd=root, env=cluster.environment, capture_output=True, text=True, timeout=600
         )
         if "No available agent" not in done.stderr + done.stdout:
             break

@@ -2,9 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import json, os, sys, torch, torch.distributed as dist
 from datetime import timedelta
 from pathlib import Path
 torch.set_num_threads(1)
-stage, world, rank, folder_path, checkpoints, out, tree = sys.argv[1:]
+stage, world, rank, folder_path, checkpoints, out, tree, meeting = sys.argv[1:]
 world, rank = int(world), int(rank)
 from findrec.config import parse_config
 from findrec.datasets.folder import DataFolder
@@ -35,7 +35,8 @@ if stage == "plain":
     tower = PlainTower(model, config.training.optim)
 else:
     from findrec.cluster.engine import DeepSpeedTower
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
+                            timeout=timedelta(seconds=120))
     tower = DeepSpeedTower(model, config.training.optim, stage=int(stage),
                            accumulation=config.training.microbatches // world, device=torch.device("cpu"))
 losses = []
@@ -56,19 +57,11 @@ if dist.is_initialized():  # else the first to exit may take the others' gloo th
 """
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def run(stage, world, data, checkpoints, out, config):
-    port = str(free_port())
+    meeting = f"{out}.{uuid.uuid4().hex}"  # a file, for a port found free may be taken by the time it is used
     workers = []
     for rank in range(world):
         environment = os.environ | {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
             "LOCAL_RANK": str(rank),
             "OMP_NUM_THREADS": "1",
             "FINDREC_QUIET": "1",
@@ -76,7 +69,9 @@ def run(stage, world, data, checkpoints, out, config):
         arguments = [str(stage), str(world), str(rank), str(data), str(checkpoints), str(out)]
         tree = json.dumps(config.model_dump(mode="json"))
         workers.append(
-            subprocess.Popen([sys.executable, "-c", SCRIPT, *arguments, tree], env=environment, cwd="/")
+            subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, *arguments, tree, meeting], env=environment, cwd="/"
+            )
         )
     assert [w.wait(timeout=300) for w in workers] == [0] * world
     from safetensors.torch import load_file
