@@ -132,6 +132,7 @@ class TrainingConfig(Part):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    checkpoint_activations: bool = False  # layers are run again in the backward pass: slower, less memory
     profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
     seed: int = 0
     # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
@@ -149,7 +150,8 @@ class ClusterConfig(Part):
     workers: int = Field(2, ge=1)
     threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
-    zero_stage: Literal[1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = 2  # what workers share of the tower: nothing, optimizer, gradients, weights
+    offload_optimizer: bool = False  # the tower's optimizer in the machine's memory instead of the GPU's
     gpu: bool | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)  # restarts after lost workers
     timeout_s: float = Field(300, gt=0)  # a collective that takes longer is a hang
@@ -194,6 +196,11 @@ class RunConfig(Part):
             raise ValueError(
                 f"cluster.workers={w} must divide training.microbatches={k}: each worker runs the same "
                 "number of a step's microbatches"
+            )
+        if self.cluster.offload_optimizer and self.cluster.zero_stage == 0:
+            raise ValueError(
+                "cluster.offload_optimizer=true needs cluster.zero_stage=1, 2 or 3: without ZeRO DeepSpeed "
+                "leaves the optimizer where the weights are"
             )
         return self
 

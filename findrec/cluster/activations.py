@@ -22,9 +22,7 @@ from findrec.ops.linear_cross_entropy import CPU_ROWS
 from findrec.ops.own_bonus import NUM_REPEAT_FEATURES
 
 FLOAT = 4
-_INTEGERS = (
-    8 * 6
-)  # bytes a position: item, its place among the distinct ones, time gap, position, target, wait
+_INTEGERS = 6 * 8  # bytes a position: item, its place among the distinct ones, gap, position, target, wait
 # The C++ kernels keep no features of own items; elsewhere (GPUs) they are there twice, with dense counts.
 _BONUS = FLOAT + FLOAT + 1  # bytes a target and own item: the bonus, its gradient, whether it was seen
 

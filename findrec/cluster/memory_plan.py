@@ -1,17 +1,16 @@
 """Memory of one worker by part, from sizes alone: nothing is allocated.
 
 Training is in float32. The tower is sharded by DeepSpeed as ZeRO says (Rajbhandari et al. 2020, arXiv
-1910.02054, section 5): of P weights on W workers, stage 1 shards the optimizer, stage 2 the gradients too.
-DeepSpeed keeps a float32 copy of the shard that it updates beside the weights, which are float32 here
-already, so its optimizer is three numbers a weight of the shard. The table's optimizer is our own.
+1910.02054, section 5): of P weights on W workers stage 1 shards the optimizer, stage 2 the gradients too,
+stage 3 the weights as well, which are then gathered while a layer runs. What DeepSpeed adds to the paper's
+account is counted too: the bucket that gradients are reduced in and, in stages 1 and 2, a float32 copy of the
+shard that it updates, though the weights are float32 already. The table's optimizer is our own.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from findrec.cluster.activations import (
@@ -21,10 +20,11 @@ from findrec.cluster.activations import (
     loss_bytes,
     own_items_bytes,
 )
-from findrec.cluster.engine import BUCKET_ELEMENTS
+from findrec.cluster.deepspeed_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from findrec.config import RunConfig
 
-PROCESS_BYTES = 512 << 20  # of a worker that has loaded torch, DeepSpeed and Ray, 420 MiB, and its first tensors
+# Of a worker that has loaded torch, DeepSpeed and Ray, with its first tensors.
+PROCESS_BYTES = 512 << 20
 CUDA_CONTEXT_BYTES = 512 << 20
 _USER_BYTES = 6 * 8  # where a user's history lies, its length and its cuts
 _WINDOW_BYTES = 4 * 8 + 3 * 8  # a window, and its place in the plan while that is made
@@ -65,65 +65,65 @@ class Need:
         return sum(part.bytes for part in self.parts if part.place in places)
 
 
-def tower_bytes(num_weights: int, stage: int, workers: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer of the tower on one of `workers`, for ZeRO stage 1 or 2.
+def tower_parts(num_weights: int, stage: int, workers: int, *, gpu: bool, offload: bool) -> list[Part]:
+    """Weights, gradients and optimizer of the tower on one of `workers`, for ZeRO stage 0 to 3.
 
-    DeepSpeed pads a shard by a few numbers, which are not counted.
+    DeepSpeed pads a shard by a few numbers, which are not counted. Raises `ValueError` for another stage.
     """
-    if stage not in (1, 2):
-        raise ValueError(f"tower_bytes: ZeRO stage {stage} is not one of 1, 2")
-    shard = -(-num_weights // workers)
-    # Stage 2 gives a gradient up once its bucket is reduced; stage 1 keeps all until the step.
-    unreduced = num_weights if stage == 1 else min(num_weights, BUCKET_ELEMENTS)
-    return {
-        "weights": FLOAT * num_weights,
-        "gradients": FLOAT * (unreduced + shard + BUCKET_ELEMENTS),
-        "optimizer": FLOAT * 3 * shard,
-    }
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"tower_parts: ZeRO stage {stage} is not one of 0, 1, 2, 3")
+    whole, shard = num_weights, -(-num_weights // workers)
+    # A CPU gives memory to a bucket as it is filled, a GPU at once.
+    bucket = BUCKET_ELEMENTS if gpu else min(whole, BUCKET_ELEMENTS)
+    live = min(whole, LIVE_ELEMENTS)
+    weights = shard + live if stage == 3 else whole
+    gradients = {
+        0: 2 * whole,  # they are copied into one piece to be reduced
+        1: whole + shard + bucket,  # all are kept until the step
+        2: min(whole, BUCKET_ELEMENTS) + shard + bucket,  # given up as buckets are reduced
+        3: min(whole, BUCKET_ELEMENTS) + shard + bucket,
+    }[stage]
+    optimizer = {0: 2 * whole, 1: 3 * shard, 2: 3 * shard, 3: 2 * shard}[stage]
+    parts = [Part("tower weights", FLOAT * weights, "device")]
+    if offload:
+        gradients -= shard
+        optimizer = 4 * shard  # with the gradients, and in stage 3 with a copy of the weights
+    parts.append(Part("tower gradients", FLOAT * gradients, "device"))
+    parts.append(Part("tower optimizer", FLOAT * optimizer, "host" if offload else "device"))
+    return parts
 
 
-def table_bytes(config: RunConfig, rows: int) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer of `rows` rows of the item table."""
+def table_parts(config: RunConfig, rows: int) -> list[Part]:
+    """Weights, gradients and optimizer of `rows` rows of the item table."""
     dense = FLOAT * rows * config.model.dim
     proposal = 8 * rows if config.training.loss.kind == "sampled" else 0
-    return {"weights": dense + proposal, "gradients": dense, "optimizer": 2 * dense}
+    return [
+        Part("table weights", dense + proposal, "device"),
+        Part("table gradients", dense, "device"),
+        Part("table optimizer", 2 * dense, "device"),
+    ]
 
 
 def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> Need:
     """What one worker needs at the height of a step, part by part."""
-    parts: list[Part] = []
-
-    def add(name: str, size: int, place: Place = "device") -> None:
-        if size:
-            parts.append(Part(name, size, place))
-
-    stage, workers = config.cluster.zero_stage, config.cluster.workers
-    for name, size in tower_bytes(sizes.num_weights, stage, workers).items():
-        add(f"tower {name}", size)
-    for name, size in table_bytes(config, sizes.table_rows).items():
-        add(f"table {name}", size)
-    dims = sizes.feature_dims
-    add("activations", activation_bytes(config, dims, sizes.shape))
-    add("own items", own_items_bytes(config, sizes.shape, on_gpu=gpu))
-    add("loss chunk", loss_bytes(config, dims, sizes.shape, sizes.num_items, on_gpu=gpu))
+    cluster, dims, shape = config.cluster, sizes.feature_dims, sizes.shape
+    parts = tower_parts(
+        sizes.num_weights, cluster.zero_stage, cluster.workers, gpu=gpu, offload=cluster.offload_optimizer
+    )
+    parts += table_parts(config, sizes.table_rows)
+    parts += [
+        Part("activations", activation_bytes(config, dims, shape), "device"),
+        Part("own items", own_items_bytes(config, shape, on_gpu=gpu), "device"),
+        Part("loss chunk", loss_bytes(config, dims, shape, sizes.num_items, on_gpu=gpu), "device"),
+    ]
     if config.model.items.features in ("score", "both") and config.training.loss.kind == "exact":
-        add("features of all items", FLOAT * (sizes.num_items + 1) * sum(dims.values()))
+        every = FLOAT * (sizes.num_items + 1) * sum(dims.values())
+        parts.append(Part("features of all items", every, "device"))
     index = _USER_BYTES * sizes.num_users + _WINDOW_BYTES * sizes.num_windows + 16 * (sizes.num_items + 1)
-    add("plan and index", index, "host")
+    parts.append(Part("plan and index", index, "host"))
     if gpu:
-        add("CUDA context", CUDA_CONTEXT_BYTES)
-        # Rank 0 copies what a checkpoint holds of the table before it writes it.
-        add("checkpoint", 3 * FLOAT * sizes.table_rows * config.model.dim, "host")
-    add("process", PROCESS_BYTES, "host")
-    return Need(tuple(parts))
-
-
-def machine_memory() -> int:
-    """Bytes this machine has, or this container may use where it is limited."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return min(limits)
+        parts.append(Part("CUDA context", CUDA_CONTEXT_BYTES, "device"))
+        # A worker copies what a checkpoint holds of its table before it writes it.
+        parts.append(Part("checkpoint", 3 * FLOAT * sizes.table_rows * config.model.dim, "host"))
+    parts.append(Part("process", PROCESS_BYTES, "host"))
+    return Need(tuple(part for part in parts if part.bytes))

@@ -5,6 +5,7 @@ All map `[B, L, d]` to `[B, L, d]`, causally. Shape letters: B rows, L steps, d 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from findrec.config import StreamConfig
@@ -67,7 +68,7 @@ class TransformerStream(nn.Module):
                 f"{self.position.num_embeddings} learned positions; cut histories to the last "
                 "data.max_length events, the value it was trained with"
             )
-        x_BLd = x_BLd + self.position.weight[:length]
+        x_BLd = x_BLd + self.position(torch.arange(length, device=x_BLd.device))
         for block in self.blocks:
             x_BLd = block(x_BLd)
         return x_BLd

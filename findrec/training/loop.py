@@ -222,9 +222,8 @@ class _Run:
 
     def save(self, state: TrainState) -> None:
         """Commit a checkpoint; every rank takes part."""
-        moments = self.tower.moments()  # a collective
+        weights, moments = self.tower.weights(), self.tower.moments()  # collectives
         if self.worker.leads:
-            weights = self.tower.model.state_dict()
             save_checkpoint(self.checkpoints, state, tower=weights, moments=moments, table=self.table.state())
             prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
 

@@ -24,6 +24,7 @@ FREE_KEYS = (
     "training.save_steps",
     "training.keep",
     "training.profile_steps",
+    "training.checkpoint_activations",
 )
 
 

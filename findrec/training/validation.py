@@ -27,10 +27,10 @@ def validate(
     worker: Worker,
 ) -> dict[str, float]:
     """Exact full-catalogue metrics on the validation targets; the same on every rank."""
-    tower.model.eval()
+    model = tower.whole_model().eval()
     mask_seen = seen_filter(config.evaluation.mask_seen, folder)
     scorer = ModelScorer(
-        tower.model,
+        model,
         table.weight,
         catalogue,
         max_length=config.data.max_length,
