@@ -1,4 +1,8 @@
-"""Trainings by real worker processes over gloo, without Ray: `run_workers` starts them, each runs `main`."""
+"""Trainings by real worker processes over gloo, without Ray: `Workers` starts them, each runs `main`.
+
+Starting a process and importing DeepSpeed takes longer than the trainings of a test, so that workers stay
+and train one configuration after the other.
+"""
 
 import json
 import os
@@ -13,6 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+PATIENCE_S = 300
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -20,30 +26,87 @@ class Outcome:
 
     weights: dict
     losses: torch.Tensor
-    peak_bytes: list  # of each worker's resident set, Linux
+    peak_bytes: list  # of each worker's resident set since it started, Linux
 
 
-def run_workers(tower, world, data, checkpoints, config):
-    """Train with `tower` (`plain`, or a ZeRO stage) on `world` processes of one thread each."""
-    out = f"{checkpoints}.{uuid.uuid4().hex}"  # the workers meet in a file: a free port may be taken
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FINDREC_QUIET": "1"}
-    tree = json.dumps(config.model_dump(mode="json"))
-    workers = []
-    for rank in range(world):
-        arguments = [str(v) for v in (tower, world, rank, data, checkpoints, out, tree)]
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, __file__, *arguments], env=environment | {"LOCAL_RANK": str(rank)}, cwd="/"
+class Workers:
+    """`world` processes of one thread each; a context manager."""
+
+    def __init__(self, world, folder):
+        self.world, self.folder = world, folder
+        self._processes = []
+
+    def __enter__(self):
+        # They meet in a file: a port found free may be taken by the time it is used.
+        meeting = self.folder / f"{uuid.uuid4().hex}.meeting"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "FINDREC_QUIET": "1"}
+        for rank in range(self.world):
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, __file__, str(rank), str(self.world), str(meeting)],
+                    env=environment | {"LOCAL_RANK": str(rank)},
+                    cwd="/",
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
             )
-        )
-    assert [w.wait(timeout=300) for w in workers] == [0] * world
-    reports = [json.loads(Path(f"{out}.{rank}.json").read_text()) for rank in range(world)]
-    return Outcome(load_file(out), torch.tensor(reports[0]["losses"]), [r["peak_bytes"] for r in reports])
+        return self
+
+    def train(self, tower, data, checkpoints, config):
+        """A training with `tower`: `plain` (of one worker), or a ZeRO stage."""
+        job = {
+            "tower": tower,
+            "data": str(data),
+            "checkpoints": str(checkpoints),
+            "out": str(self.folder / uuid.uuid4().hex),
+            "config": config.model_dump(mode="json"),
+        }
+        for process in self._processes:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        reports = [json.loads(_answer(process)) for process in self._processes]
+        losses = torch.tensor(reports[0]["losses"])
+        return Outcome(load_file(job["out"]), losses, [report["peak_bytes"] for report in reports])
+
+    def __exit__(self, *error):
+        for process in self._processes:
+            process.stdin.close()
+            if error[0] is not None:
+                process.kill()
+            process.stdout.close()
+        ended = [process.wait(timeout=60) for process in self._processes]
+        assert error[0] is not None or ended == [0] * self.world
 
 
-def main(tower_kind, world, rank, folder_path, checkpoints, out, tree):
-    """One worker."""
+def _answer(process):
+    """The line that begins with `{`: libraries print others."""
+    for line in process.stdout:
+        if line.startswith("{"):
+            return line
+    raise AssertionError(f"a worker ended with exit code {process.wait(timeout=PATIENCE_S)}")
+
+
+def main(rank, world, meeting):
+    """One worker: a training for each line that is read."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=PATIENCE_S),
+    )
+    for line in sys.stdin:
+        print(json.dumps(train(rank, world, **json.loads(line))), flush=True)
+    dist.barrier()  # else the first to exit may take the others' gloo threads down
+    dist.destroy_process_group()
+
+
+def train(rank, world, tower, data, checkpoints, out, config):
+    """One training on this worker; what `Workers.train` is told of it."""
     from findrec.bench.memory import peak_rss_bytes
+    from findrec.cluster.engine import DeepSpeedTower
     from findrec.config import parse_config
     from findrec.datasets.folder import DataFolder
     from findrec.training.allocator import keep_freed_memory
@@ -52,29 +115,18 @@ def main(tower_kind, world, rank, folder_path, checkpoints, out, tree):
     from findrec.training.tower import PlainTower
     from findrec.training.worker import Worker
 
-    torch.set_num_threads(1)
     keep_freed_memory()
-    world, rank = int(world), int(rank)
-    config = parse_config(json.loads(tree))
-    folder = DataFolder.open(Path(folder_path))
-    torch.manual_seed(0)
+    config = parse_config(config)
+    folder = DataFolder.open(Path(data))
+    torch.manual_seed(config.training.seed)
     model, table = build_tower_model(config, folder), build_table(config, folder)
-    if tower_kind == "plain":
-        tower = PlainTower(model, config.training.optim)
+    if tower == "plain":
+        engine = PlainTower(model, config.training.optim)
     else:
-        from findrec.cluster.engine import DeepSpeedTower
-
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{out}.meeting",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(seconds=120),
-        )
-        tower = DeepSpeedTower(
+        engine = DeepSpeedTower(
             model,
             config.training.optim,
-            stage=int(tower_kind),
+            stage=tower,
             accumulation=config.training.microbatches // world,
             device=torch.device("cpu"),
             offload_optimizer=config.cluster.offload_optimizer,
@@ -86,15 +138,12 @@ def main(tower_kind, world, rank, folder_path, checkpoints, out, tree):
             if "train/loss" in values:
                 losses.append([values["train/loss"], values["grad_norm/tower"], values["grad_norm/table"]])
 
-    run_training(config, folder, Path(checkpoints), tower, table, worker=Worker(rank, world), log=Log())
-    weights = {k: v.detach().clone() for k, v in tower.weights().items()}
+    run_training(config, folder, Path(checkpoints), engine, table, worker=Worker(rank, world), log=Log())
+    weights = {k: v.detach().clone() for k, v in engine.weights().items()}
     if rank == 0:
         save_file(weights | {"table": table.weight}, out)
-    Path(f"{out}.{rank}.json").write_text(json.dumps({"losses": losses, "peak_bytes": peak_rss_bytes()}))
-    if dist.is_initialized():  # else the first to exit may take the others' gloo threads down
-        dist.barrier()
-        dist.destroy_process_group()
+    return {"losses": losses, "peak_bytes": peak_rss_bytes()}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -62,7 +62,7 @@ class SASRec(SequenceModel):
         place_Ld = self.position(torch.arange(length, device=x_items.device))
         x_BLd = self.inputs.drop(self.inputs(batch, x_items) + place_Ld)
         for block in self.blocks:
-            x_BLd = block(x_BLd)
+            x_BLd = self.run_layer(block, x_BLd)
         h_Td = asked_rows(x_BLd, batch)
         if self.moment is not None:
             h_Td = self.moment(h_Td, batch)

@@ -10,6 +10,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, cut_prefixes, cut_windows
 from findrec.errors import FindRecError, suggest
 from findrec.models.base import SequenceModel
+from findrec.models.recompute import recompute_layers
 from findrec.models.registry import build_model
 from findrec.tables.item_table import ItemTable
 
@@ -50,13 +51,16 @@ def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
             f"model.events is true, but {folder.path} has no types of events; set model.events=false, or "
             "name a column `event` in the recipe"
         )
-    return build_model(
+    model = build_model(
         config.model,
         feature_dims=dims,
         num_event_types=len(types) if config.model.events else 0,
         repeat=config.model.repeat,
         max_length=config.data.max_length,
     )
+    if config.training.checkpoint_activations:
+        recompute_layers(model)
+    return model
 
 
 def build_table(config: RunConfig, folder: DataFolder, device: torch.device | str = "cpu") -> ItemTable:
