@@ -150,7 +150,9 @@ class ClusterConfig(Part):
     workers: int = Field(2, ge=1)
     threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = 2  # what workers share of the tower: nothing, optimizer, gradients, weights
+    zero_stage: Literal[0, 1, 2, 3] = (
+        2  # what workers share of the tower: nothing, optimizer, gradients, weights
+    )
     offload_optimizer: bool = False  # the tower's optimizer in the machine's memory instead of the GPU's
     gpu: bool | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)  # restarts after lost workers

@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import yaml
 
-from findrec.cluster.engine import deepspeed_config
+from findrec.cluster.deepspeed_config import deepspeed_config
 from findrec.config import ClusterConfig, RunConfig, load_config
 from findrec.datasets.recipe import load_recipe
 from findrec.train_dist import parse_arguments
@@ -79,10 +79,14 @@ def test_deepspeed_examples_are_what_the_engine_tells_deepspeed() -> None:
     found = {path.name: json.loads(path.read_text()) for path in (ROOT / "cluster").glob("*.json")}
     config = RunConfig.model_validate({"training": {"microbatches": 12}, "cluster": {"workers": 2}})
     accumulation = config.training.microbatches // config.cluster.workers
+    optim = config.training.optim
     want = {
-        f"zero{stage}.json": deepspeed_config(config.training.optim, stage=stage, accumulation=accumulation)
+        f"zero{stage}.json": deepspeed_config(optim, stage=stage, accumulation=accumulation)
         for stage in stages
     }
+    want["zero2-offload.json"] = deepspeed_config(
+        optim, stage=2, accumulation=accumulation, offload_optimizer=True
+    )
     assert found == want
 
 

@@ -51,13 +51,17 @@ def activation_bytes(config: RunConfig, feature_dims: Mapping[str, int], shape: 
     d, n, targets = model.dim, shape.positions, shape.targets
     floats = 2 * shape.distinct * d  # rows of the table and their gradient
     floats += 3 * n * d  # inputs, their dropout mask, the stream's output
+    again = config.training.checkpoint_activations
     if model.name == "sasrec":
-        floats += n * model.layers * _block(d)
+        floats += _layers(n * _block(d), n * d, model.layers, again=again)
     else:
-        floats += n * model.stream.layers * _stream_layer(model)
+        stream = _layers(n * _stream_layer(model), n * d, model.stream.layers, again=again)
         if feature_dims:
             floats += shape.distinct * sum(_encoder(width, d) for width in feature_dims.values())
-            floats += _control(model, len(feature_dims), shape)
+            control = _control(model, len(feature_dims), shape)
+            # Both are run again one after the other, so that the larger one counts.
+            stream = max(stream, control + model.stream.layers * n * d) if again else stream + control
+        floats += stream
     floats += targets * 8 * d  # asked rows, moment, norm, and the gradients of the user vectors
     return FLOAT * floats + _INTEGERS * n
 
@@ -75,13 +79,15 @@ def loss_bytes(
     config: RunConfig,
     feature_dims: Mapping[str, int],
     shape: MicrobatchShape,
-    num_items: int,
+    rows: int,
     *,
     on_gpu: bool = False,
 ) -> int:
-    """Bytes of the catalogue loss while it runs: a tile of logits, and the gradients of what it scores."""
+    """Bytes of the catalogue loss while it runs: a tile of logits, and the gradients of what it scores.
+
+    `rows` of the table are on this worker.
+    """
     loss, d = config.training.loss, config.model.dim
-    rows = num_items + 1
     if loss.kind == "exact":
         tile_rows = max((loss.tile_mib << 20) // (rows * FLOAT), d // 4, 1)
         tile = min(tile_rows, shape.targets if on_gpu else min(shape.targets, CPU_ROWS)) * rows
@@ -96,6 +102,11 @@ def loss_bytes(
         # Content is added to all that is scored: values, normalised values, vectors.
         floats += scored * (sum(2 * width + 2 * d for width in feature_dims.values()) + 2 * d)
     return FLOAT * floats
+
+
+def _layers(kept: int, inputs: int, layers: int, *, again: bool) -> int:
+    """What `layers` keep; run `again` in the backward pass, their inputs and what one of them keeps."""
+    return layers * inputs + kept if again else layers * kept
 
 
 def _stream_layer(model: ModelConfig) -> int:

@@ -31,8 +31,8 @@ from findrec.datasets.plan import EpochPlan, Windows, plan_epoch, share
 from findrec.datasets.prepare import data_folder_of, open_data_folder
 from findrec.errors import FindRecError
 from findrec.progress import say
-from findrec.tables.placement import Placement, place_table
-from findrec.training.build import build_tower_model, build_windows, used_modalities
+from findrec.tables.placement import place_table
+from findrec.training.build import build_tower_model, build_windows, scores_content, used_modalities
 
 # Of Ray's own processes and the one that was started by hand, on the machine where both are.
 RAY_BYTES = 1536 << 20
@@ -46,7 +46,6 @@ class Plan:
     config: RunConfig
     placed: list[tuple[Machine, int]]  # machines and how many workers they get
     gpu: bool
-    table: Placement
     sizes: Sizes
     num_steps: int  # of the first epoch; others differ by a step at most
     num_targets: int
@@ -61,7 +60,10 @@ class Plan:
 
     def at_stage(self, stage: int) -> Need:
         """The same at another ZeRO stage."""
-        changed = {"zero_stage": stage, "offload_optimizer": self.config.cluster.offload_optimizer and stage > 0}
+        changed = {
+            "zero_stage": stage,
+            "offload_optimizer": self.config.cluster.offload_optimizer and stage > 0,
+        }
         cluster = self.config.cluster.model_copy(update=changed)
         return worker_memory(self.config.model_copy(update={"cluster": cluster}), self.sizes, gpu=self.gpu)
 
@@ -85,11 +87,11 @@ def make_plan(config: RunConfig, folder: DataFolder, machines: Sequence[Machine]
     epoch = plan_epoch(
         windows, seed=training.seed, epoch=0, microbatches=training.microbatches, tokens=training.tokens
     )
-    table = place_table(config, folder.num_items)
+    content = scores_content(config, folder)
     dims = {name: folder.feature(name).dim for name in used_modalities(config, folder)}
     sizes = Sizes(
         num_weights=sum(p.numel() for p in build_tower_model(config, folder).parameters()),
-        table_rows=table.rows,
+        table=place_table(config, folder.num_items, workers, content=content),
         num_items=folder.num_items,
         num_users=folder.num_users,
         num_windows=len(windows),
@@ -100,7 +102,6 @@ def make_plan(config: RunConfig, folder: DataFolder, machines: Sequence[Machine]
         config=config,
         placed=place_workers(config, machines, gpu=gpu),
         gpu=gpu,
-        table=table,
         sizes=sizes,
         num_steps=len(epoch.steps),
         num_targets=int(epoch.targets.sum()),
@@ -152,7 +153,7 @@ def describe(plan: Plan) -> Iterator[str]:
         f"  parameters  {sizes.num_weights:,} in the tower (ZeRO stage {cluster.zero_stage}{offload}), "
         f"{sizes.num_items * config.model.dim:,} in the item table"
     )
-    yield f"  item table  {plan.table.mode}, {sizes.table_rows:,} rows a worker: {plan.table.why}"
+    yield f"  item table  {sizes.table.mode}, {sizes.table.rows:,} rows a worker: {sizes.table.why}"
     yield (
         f"  steps       {plan.num_steps:,} an epoch, {training.epochs * plan.num_steps:,} in all; a step is "
         f"{training.microbatches} microbatches, {training.microbatches // cluster.workers} a worker, of up to "
@@ -207,7 +208,7 @@ def _what_would_fit(plan: Plan, folder: DataFolder, machines: Sequence[Machine])
     tried = [[f"cluster.zero_stage={stage}"] for stage in (2, 3) if stage > cluster.zero_stage]
     if plan.gpu and not cluster.offload_optimizer:
         tried.append([f"cluster.zero_stage={max(1, cluster.zero_stage)}", "cluster.offload_optimizer=true"])
-    if plan.table.mode == "replicated" and cluster.workers > 1:
+    if plan.sizes.table.mode == "replicated" and cluster.workers > 1:
         tried.append(["training.table=sharded"])
     if not training.checkpoint_activations:
         tried.append(["training.checkpoint_activations=true"])

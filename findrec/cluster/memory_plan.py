@@ -22,6 +22,7 @@ from findrec.cluster.activations import (
 )
 from findrec.cluster.deepspeed_config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from findrec.config import RunConfig
+from findrec.tables.placement import Placement
 
 # Of a worker that has loaded torch, DeepSpeed and Ray, with its first tensors.
 PROCESS_BYTES = 512 << 20
@@ -46,7 +47,7 @@ class Sizes:
     """What decides the memory of a worker beside the configuration."""
 
     num_weights: int  # of the tower
-    table_rows: int  # held by one worker, padding included
+    table: Placement
     num_items: int
     num_users: int
     num_windows: int
@@ -93,14 +94,14 @@ def tower_parts(num_weights: int, stage: int, workers: int, *, gpu: bool, offloa
     return parts
 
 
-def table_parts(config: RunConfig, rows: int) -> list[Part]:
-    """Weights, gradients and optimizer of `rows` rows of the item table."""
-    dense = FLOAT * rows * config.model.dim
-    proposal = 8 * rows if config.training.loss.kind == "sampled" else 0
+def table_parts(config: RunConfig, table: Placement, num_items: int) -> list[Part]:
+    """Weights, gradients and optimizer of the rows of the item table that a worker holds."""
+    weights = FLOAT * table.rows * config.model.dim
+    proposal = 8 * (num_items + 1) if config.training.loss.kind == "sampled" else 0
     return [
-        Part("table weights", dense + proposal, "device"),
-        Part("table gradients", dense, "device"),
-        Part("table optimizer", 2 * dense, "device"),
+        Part("table weights", weights + proposal, "device"),
+        Part("table gradients", table.bytes - 3 * weights, "device"),
+        Part("table optimizer", 2 * weights, "device"),
     ]
 
 
@@ -110,11 +111,11 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> Need:
     parts = tower_parts(
         sizes.num_weights, cluster.zero_stage, cluster.workers, gpu=gpu, offload=cluster.offload_optimizer
     )
-    parts += table_parts(config, sizes.table_rows)
+    parts += table_parts(config, sizes.table, sizes.num_items)
     parts += [
         Part("activations", activation_bytes(config, dims, shape), "device"),
         Part("own items", own_items_bytes(config, shape, on_gpu=gpu), "device"),
-        Part("loss chunk", loss_bytes(config, dims, shape, sizes.num_items, on_gpu=gpu), "device"),
+        Part("loss chunk", loss_bytes(config, dims, shape, sizes.table.rows, on_gpu=gpu), "device"),
     ]
     if config.model.items.features in ("score", "both") and config.training.loss.kind == "exact":
         every = FLOAT * (sizes.num_items + 1) * sum(dims.values())
@@ -124,6 +125,6 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> Need:
     if gpu:
         parts.append(Part("CUDA context", CUDA_CONTEXT_BYTES, "device"))
         # A worker copies what a checkpoint holds of its table before it writes it.
-        parts.append(Part("checkpoint", 3 * FLOAT * sizes.table_rows * config.model.dim, "host"))
+        parts.append(Part("checkpoint", 3 * FLOAT * sizes.table.rows * config.model.dim, "host"))
     parts.append(Part("process", PROCESS_BYTES, "host"))
     return Need(tuple(part for part in parts if part.bytes))

@@ -98,9 +98,13 @@ class ZeroState:
             self._zero._lazy_init_hp_params_optimizer_state()
 
     def _set(self, p: Any, value: Tensor, moments: Mapping[str, Tensor]) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         if self._stage == 3:
             with GatheredParameters([p], modifier_rank=0):  # the shards, and what is whole on every worker

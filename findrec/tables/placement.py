@@ -1,4 +1,4 @@
-"""Where the rows of the item table lie: on every worker, or split over them."""
+"""Whether workers hold the whole item table each, or a range of its rows each."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Literal
 
 from findrec.config import RunConfig
 
-Mode = Literal["replicated", "sharded"]
-
 
 @dataclass(frozen=True)
 class Placement:
-    """The mode a run uses, what made it so, and the rows one worker holds."""
+    """Where the rows of a run's item table are, and why."""
 
-    mode: Mode
-    rows: int  # padding included
+    mode: Literal["replicated", "sharded"]
     why: str
+    rows: int  # held by one worker (the one with most of them), padding included
+    bytes: int  # of those: weights, moments and the gradient
 
 
-def place_table(config: RunConfig, num_items: int) -> Placement:
-    """The placement of a table of `num_items` rows and the padding row."""
-    return Placement("replicated", num_items + 1, "the only placement there is")
+def place_table(config: RunConfig, num_items: int, workers: int, *, content: bool) -> Placement:
+    """The placement of a table on so many workers; `content`: whether items are scored by it too."""
+    rows = num_items + 1
+    return Placement("replicated", "the only placement there is", rows, 16 * rows * config.model.dim)

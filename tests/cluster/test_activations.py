@@ -93,7 +93,7 @@ def estimate(model, shape):
     return (
         activation_bytes(config, dims, found)
         + own_items_bytes(config, found)
-        + loss_bytes(config, dims, found, NUM_ITEMS)
+        + loss_bytes(config, dims, found, NUM_ITEMS + 1)
     )
 
 

@@ -54,7 +54,11 @@ def setting(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine")
     folder = planted_folder(path / "data", num_users=60)
     config = make_config(
-        epochs=3, microbatches=12, tokens=64, optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.5}
+        epochs=3,
+        microbatches=12,
+        tokens=64,
+        keep=3,
+        optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.5},
     )
     with ExitStack() as stack:
 
@@ -141,6 +145,7 @@ def test_a_warm_start_on_workers_is_that_of_one_process(setting):
         features={m: grow(folder.feature(m), len(new)) for m in folder.modalities},
     )
     warm = changed(config, training={"warm_start": "yesterday", "epochs": 1})
+    warm = warm.model_copy(update={"name": "today"})
     want = setting.train("plain", 1, "one", warm, grown)
     assert_same(setting.train(2, 2, "two", warm, grown), want)
 
