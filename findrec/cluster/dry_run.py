@@ -165,7 +165,8 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"  shards      {span} of {plan.num_shards} a worker and epoch: users are shuffled over all of them"
     yield "  memory of a worker"
     for part in plan.need.parts:
-        yield f"    {part.name:<22}{_mib(part.bytes):>12}{'  on the GPU' if _on_gpu(plan, part.place) else ''}"
+        where = "  on the GPU" if plan.gpu and part.place == "device" else ""
+        yield f"    {part.name:<22}{_mib(part.bytes):>12}{where}"
     yield f"    {'in all':<22}{_mib(plan.need.total('device', 'host')):>12}"
     stages = ", ".join(f"{s}: {_mib(plan.at_stage(s).total('device', 'host'))}" for s in _STAGES)
     yield f"  by ZeRO stage  {stages}"
@@ -240,16 +241,13 @@ def _demand(plan: Plan, count: int) -> int:
     return count * each + RAY_BYTES
 
 
-def _on_gpu(plan: Plan, place: str) -> bool:
-    return plan.gpu and place == "device"
-
-
 def _open_prepared(config: RunConfig) -> DataFolder:
     """The data set, which must be there: to prepare it would start something."""
     place = data_folder_of(config.data)
     if isinstance(place, Path) and not place.exists():
         raise FindRecError(
-            f"there is no data set in {place} to plan with. Make it first: findrec prepare {config.data.recipe}"
+            f"there is no data set in {place} to plan with. Make it first: "
+            f"findrec prepare {config.data.recipe}"
         )
     return open_data_folder(config.data, verify=False)
 

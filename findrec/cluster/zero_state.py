@@ -12,8 +12,8 @@ constraints.txt). Where a stage keeps them:
 |       | float32 ones being the same     |                                                                  |
 |       | memory unless offloaded         |                                                                  |
 
-DeepSpeed's own setters of a whole value (`safe_set_full_...`) fail in stage 3 where the workers do not divide a
-parameter's size; each worker writes its padded part here.
+DeepSpeed's own setters of a whole value (`safe_set_full_...`) fail in stage 3 where the workers do not divide
+a parameter's size; each worker writes its padded part here.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class ZeroState:
         for name, p in self._model.named_parameters():
             for moment in MOMENTS:
                 if not optimizer.state:
-                    shape = p.ds_shape if self._stage == 3 else p.shape
-                    value = torch.zeros(shape, device=p.device)
+                    value = torch.zeros(getattr(p, "ds_shape", p.shape), device=p.device)
                 elif self._stage == 0:
                     value = optimizer.state[p][moment]
                 else:

@@ -46,7 +46,7 @@ class StepTrace:
                 on_trace_ready=self._write,
                 record_shapes=True,
             )
-            self._profile.__enter__()
+            self._profile.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def done(self, step: int) -> None:
@@ -71,7 +71,7 @@ class StepTrace:
 
     def _end(self) -> None:
         if self._profile is not None:
-            self._profile.__exit__(None, None, None)
+            self._profile.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._profile = None
 
     def __exit__(
