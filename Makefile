@@ -10,11 +10,13 @@ PLACE   = $(if $(FINDREC_HOME),$(FINDREC_HOME),$(CURDIR))
 CODE    = findrec tests evaluation .ci setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types bench clean
+.PHONY: help setup demo test test-cluster torture lint types bench clean
 
 help:
 	@echo "make demo    set up, then train and evaluate on MovieLens-100K (about ten minutes on two cores)"
-	@echo "make test    set up, then run all tests (those for GPUs skip themselves)"
+	@echo "make test    set up, then run the tests (those for GPUs skip themselves)"
+	@echo "make test-cluster  workers, machines and disks that fail under a run, on real Ray clusters"
+	@echo "make torture  twenty random kills; must end in the same weights"
 	@echo "make setup   the virtual environment $(VENV); done once, then instant"
 	@echo "make lint    ruff: rules and format"
 	@echo "make types   mypy, strict"
@@ -40,8 +42,16 @@ demo: setup
 	@echo "MLflow   $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(PLACE)/mlflow.db"
 
 # One file of tests is one process's; each process keeps to one core.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
+
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not cluster and not torture"
+
+test-cluster: setup
+	$(PYTEST) -m cluster
+
+torture: setup
+	$(PYTEST) -m torture
 
 lint: setup
 	$(PY) -m ruff check $(CODE)

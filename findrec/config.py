@@ -148,6 +148,8 @@ class ClusterConfig(Part):
 
     address: str | None = None  # a Ray cluster to join; default: RAY_ADDRESS, else one is started here
     workers: int = Field(2, ge=1)
+    min_workers: int | None = Field(None, ge=1)  # go on with so few when machines are lost; null: all of them
+    wait_s: float = Field(0, ge=0)  # for machines that are still to come, before the first worker is placed
     threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = (
@@ -155,7 +157,8 @@ class ClusterConfig(Part):
     )
     offload_optimizer: bool = False  # the tower's optimizer in the machine's memory instead of the GPU's
     gpu: bool | Literal["auto"] = "auto"
-    max_failures: int = Field(3, ge=0)  # restarts after lost workers
+    max_failures: int = Field(3, ge=0)  # restarts after lost workers without a new checkpoint in between
+    hang_s: float = Field(60, gt=0)  # a worker that stands still so long inside a step is killed
     timeout_s: float = Field(300, gt=0)  # a collective that takes longer is a hang
 
 
@@ -194,6 +197,10 @@ class RunConfig(Part):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         k, w = self.training.microbatches, self.cluster.workers
+        if (self.cluster.min_workers or 1) > w:
+            raise ValueError(
+                f"cluster.min_workers={self.cluster.min_workers} is more than cluster.workers={w}"
+            )
         if k % w:
             raise ValueError(
                 f"cluster.workers={w} must divide training.microbatches={k}: each worker runs the same "

@@ -17,6 +17,10 @@ class DivergedError(FindRecError):
     """Training has run into values that are not finite; every worker notices at the same step."""
 
 
+class Preempted(Exception):  # noqa: N818 - no error: it was asked for
+    """The run was told to end (SIGTERM) and did so in order; the same command continues it."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

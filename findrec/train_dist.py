@@ -5,19 +5,26 @@
 
 Prepares the data set on first use, starts Ray here if no cluster address is given (cluster.address or
 RAY_ADDRESS), trains with DeepSpeed, ranks the full catalogue, writes the run folder. Started again with the
-same name it continues from the newest checkpoint; `--fresh` deletes the run and starts anew. `--dry-run`
-prints what would be placed, read and kept in memory, and starts nothing.
+same name it continues from the newest checkpoint; `--fresh` deletes the run and starts anew. SIGTERM ends it
+after the step under way, saved. `--dry-run` prints what would be placed, read and kept in memory, and starts
+nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from findrec.errors import FindRecError
+from findrec.errors import FindRecError, Preempted
 from findrec.paths import drop_checkout_from_sys_path
+
+EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +54,8 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     say(f"resolved configuration:\n{dump_config(config)}")
 
-    from findrec.cluster.launch import check_resources, ray_session, train_on_ray
+    from findrec.cluster.launch import ray_session
+    from findrec.cluster.supervise import train_on_ray
     from findrec.datasets.prepare import open_or_prepare
     from findrec.evaluation.run import evaluate_run
     from findrec.training.checkpoint import list_checkpoints
@@ -60,19 +68,48 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.fresh:
         shutil.rmtree(run_folder(config), ignore_errors=True)
     folder = open_run_folder(config)
-    with ray_session(config):
-        check_resources(config)
-        train_on_ray(config, data.location, folder)
+    with ray_session(config), _sigterm_sets() as stop:
+        train_on_ray(config, data.location, folder, stop)
     evaluate_run(folder)
     say(f"done: {folder / 'report.html'}")
 
 
+@contextmanager
+def _handles_sigterm(handler: Any) -> Iterator[None]:
+    """Ours in place of what was there (Ray's, which ends the process); only a main thread has handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _sigterm_sets() -> Iterator[threading.Event]:
+    stop = threading.Event()
+    with _handles_sigterm(lambda *_: stop.set()):
+        yield stop
+
+
+def _end_here(*_: object) -> None:
+    raise Preempted("training was not under way, so nothing had to be saved")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and return the exit code: 0 done, 2 a mistake in what was given, 130 interrupted."""
+    """Run and return the exit code: 0 done, 2 a mistake in what was given, 75 ended by SIGTERM in order,
+    130 interrupted.
+    """
     drop_checkout_from_sys_path()
     arguments = parse_arguments(argv)
     try:
-        _run(arguments)
+        with _handles_sigterm(_end_here):
+            _run(arguments)
+    except Preempted as ended:
+        print(f"stopped by SIGTERM: {ended}; the same command continues", file=sys.stderr)
+        return EXIT_AGAIN
     except FindRecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ PERSISTENT_ELEMENTS = 10_000  # smaller tensors stay whole: to gather them costs
 def deepspeed_config(
     optim: OptimConfig, *, stage: int, accumulation: int, offload_optimizer: bool = False
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; `accumulation` is the number of microbatches a worker runs in a step (K / W).
+    """DeepSpeed's configuration; `accumulation` is the number of microbatches a worker runs a step (K / W).
 
     With `offload_optimizer` the optimizer's shard lies, and is updated, in the machine's own memory.
     """

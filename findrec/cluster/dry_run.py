@@ -1,8 +1,8 @@
 """`--dry-run`: what a run would place, read and keep in memory; nothing is started.
 
 The plan is made of the same parts as the training: the epoch's microbatches, the network, the configuration
-DeepSpeed is given. Memory is an estimate (`findrec.cluster.memory_plan`), held against measured peaks in tests
-to within a factor of 1.5 for a worker.
+DeepSpeed is given. Memory is an estimate (`findrec.cluster.memory_plan`), held against measured peaks in a
+test: to within a factor of 1.5 for a worker.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def describe(plan: Plan) -> Iterator[str]:
     where = ", ".join(f"{count} on {machine.name}" for machine, count in plan.placed)
     kind = "a GPU each, nccl" if plan.gpu else "CPU, gloo"
     offload = ", its optimizer in the machine's memory" if cluster.offload_optimizer else ""
-    yield f"  workers     {cluster.workers} ({kind}): {where}"
+    least = f", goes on with {cluster.min_workers} at least" if cluster.min_workers else ""
+    yield f"  workers     {cluster.workers} ({kind}): {where}{least}"
     yield (
         f"  parameters  {sizes.num_weights:,} in the tower (ZeRO stage {cluster.zero_stage}{offload}), "
         f"{sizes.num_items * config.model.dim:,} in the item table"
@@ -156,8 +157,8 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"  item table  {sizes.table.mode}, {sizes.table.rows:,} rows a worker: {sizes.table.why}"
     yield (
         f"  steps       {plan.num_steps:,} an epoch, {training.epochs * plan.num_steps:,} in all; a step is "
-        f"{training.microbatches} microbatches, {training.microbatches // cluster.workers} a worker, of up to "
-        f"{shape.positions:,} positions ({shape.rows} x {shape.length})"
+        f"{training.microbatches} microbatches, {training.microbatches // cluster.workers} a worker, "
+        f"of up to {shape.positions:,} positions ({shape.rows} x {shape.length})"
     )
     yield f"  targets     {plan.num_targets:,} an epoch, {plan.padding:.1%} of positions are padding"
     read = sorted(set(plan.shards))

@@ -10,6 +10,8 @@ import torch
 
 from findrec.cluster.engine import DeepSpeedTower
 from findrec.cluster.launch import worker_threads
+from findrec.cluster.pulse import BeatingPulse
+from findrec.cluster.supervise import RESULT_ERROR, RESULT_STOPPED
 from findrec.config import RunConfig, parse_config
 from findrec.datasets.folder import DataFolder
 from findrec.errors import DivergedError
@@ -21,14 +23,16 @@ from findrec.training.checkpoint import TrainState
 from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, training_jobs
 from findrec.training.tracking import MetricsLog, Tracker
-from findrec.training.worker import Worker
+from findrec.training.worker import StopRequested, Worker
 
 
-def train_worker(payload: dict[str, Any]) -> str | None:
-    """Entry point given to Ray Train; `payload` holds plain values only.
+def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """Entry point given to Ray Train; `payload` holds plain values and the board of the driver.
 
-    Returns the message of an error that a restart would not mend, None when all went well.
+    Returns nothing when all went well, else `RESULT_STOPPED` with where it stopped as it was asked to, or
+    `RESULT_ERROR` with the message of an error that a restart would not mend.
     """
+    import ray
     import ray.train
     import ray.train.torch
     from ray.train.v2._internal.execution import context as reporting
@@ -37,7 +41,9 @@ def train_worker(payload: dict[str, Any]) -> str | None:
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), device)
+    rank = context.get_world_rank()
+    pulse = BeatingPulse(payload["board"], rank, ray.get_runtime_context().get_node_id())
+    worker = Worker(rank, context.get_world_size(), device, pulse)
     config = parse_config(payload["config"])
     keep_freed_memory()
     torch.set_num_threads(worker_threads(config))
@@ -47,9 +53,11 @@ def train_worker(payload: dict[str, Any]) -> str | None:
     try:
         for job in training_jobs(config, Path(payload["run_folder"])):
             _train_one(job.config, job.folder, folder, worker, ray.train.report)
+    except StopRequested as stop:
+        return {RESULT_STOPPED: str(stop)}
     except DivergedError as error:
-        return str(error)  # raised, Ray would start all workers again, to diverge again
-    return None
+        return {RESULT_ERROR: str(error)}  # said once, by all workers together
+    return {}
 
 
 def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: Worker, report: Any) -> None:

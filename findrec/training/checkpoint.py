@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -86,21 +87,42 @@ def save_checkpoint(
     moments: Mapping[str, Tensor],
     table: Mapping[str, Tensor],
 ) -> Path:
-    """Write and commit one checkpoint below `root` (one process calls this); returns its folder."""
+    """Write and commit one checkpoint below `root` (one process calls this); returns its folder.
+
+    Raises `OSError` when it cannot be written; nothing of it is left then.
+    """
     path = root / f"step-{state.step:08d}"
+    try:
+        _write_checkpoint(path, state, tower=tower, moments=moments, table=table)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)  # its room is needed for the next one
+        raise
+    _write_json(root / "latest.json", {"step": state.step})  # a hint; the manifests decide
+    return path
+
+
+def _write_checkpoint(
+    path: Path,
+    state: TrainState,
+    *,
+    tower: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    table: Mapping[str, Tensor],
+) -> None:
     if path.exists():
         shutil.rmtree(path)  # left by a run that died while saving, or the same step saved again
     path.mkdir(parents=True)
     last = next(iter(table.values())).shape[0] - 1
-    save_file(_cpu(tower), path / "tower.safetensors")
-    save_file(_cpu(moments), path / "tower_moments.safetensors")
-    save_file(_cpu(table), path / f"table-0-{last}.safetensors")
+    parts = {"tower": tower, "tower_moments": moments, f"table-0-{last}": table}
+    for name, tensors in parts.items():
+        try:
+            save_file(_cpu(tensors), path / f"{name}.safetensors")
+        except SafetensorError as error:  # a full disk, for one
+            raise OSError(str(error)) from error
     _write_json(path / "state.json", asdict(state))
     files = sorted(p for p in path.iterdir() if p.is_file())
     entries = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
     _write_json(path / "manifest.json", {"format": FORMAT, "files": entries})
-    _write_json(root / "latest.json", {"step": state.step})  # a hint; the manifests decide
-    return path
 
 
 def verify_checkpoint(path: Path) -> str | None:

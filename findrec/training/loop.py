@@ -8,34 +8,33 @@ number of workers, and wherever it was cut short.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
-
-import torch
-import torch.distributed as dist
 
 from findrec.config import RunConfig
 from findrec.datasets.batch import Batch
 from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, plan_epoch
-from findrec.errors import DivergedError
-from findrec.progress import Bar, progress
+from findrec.datasets.splits import Int64Array
+from findrec.errors import FindRecError
+from findrec.progress import Bar, progress, say
 from findrec.tables.item_table import ItemTable
 from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue, build_windows
 from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
-from findrec.training.objectives import MicrobatchLoss, microbatch_loss, microbatch_seed
+from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
 from findrec.training.step_trace import StepTrace
+from findrec.training.step_values import refuse_not_finite, sum_over_workers
 from findrec.training.tower import Tower
 from findrec.training.validation import validate
-from findrec.training.worker import Worker
+from findrec.training.worker import StopRequested, Worker
 
 
 class StepLog(Protocol):
@@ -61,6 +60,7 @@ def run_training(
     `training.warm_start` names, else from the start.
 
     `on_start(state)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
+    Raises `StopRequested` when a worker's `pulse` was asked to stop, `DivergedError` on values not finite.
     """
     training = config.training
     windows = build_windows(config, folder)
@@ -78,17 +78,21 @@ def run_training(
             state, values = run.epoch(state)
             ends = state.epoch == training.epochs
             if state.epoch % training.eval_every == 0 or ends:
-                metrics = validate(config, folder, tower, table, run.catalogue, worker)
+                with worker.pulse.busy("validating"):
+                    metrics = validate(config, folder, tower, table, run.catalogue, worker)
                 state = _judge(state, metrics["ndcg@10"])
                 found = {f"valid/{name}": metrics[name] for name in ("ndcg@10", "recall@10", "mrr")}
                 values |= found
                 bar.note(valid_ndcg=f"{metrics['ndcg@10']:.4f}")
                 run.write(state.step, state.epoch, found)
             ends = ends or _out_of_patience(config, state)
-            if state.epoch % training.save_every == 0 or state.best_step == state.step or ends:
-                run.save(state)
+            saved = False
+            if state.epoch % training.save_every == 0 or state.best_step == state.step or ends or run.stop:
+                saved = run.save(state, must=ends)
             if after_epoch is not None:
                 after_epoch(values)
+            if run.stop and not ends:
+                raise StopRequested(state.step, saved=saved)
     return state
 
 
@@ -120,6 +124,7 @@ class _Run:
         self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
         self.alarms = Alarms()
+        self.stop = False  # somebody asked for it
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """Train what is left of an epoch; the state after it and the epoch's values."""
@@ -149,7 +154,7 @@ class _Run:
             for index, microbatches in loader:
                 waited = time.perf_counter() - mark
                 num_targets = int(plan.targets[index])
-                values = self._step(state, num_steps, num_targets, microbatches)
+                values = self._step(state, num_steps, num_targets, microbatches, plan.steps[index])
                 now = time.perf_counter()
                 seconds, mark = now - mark, now
                 values |= {
@@ -165,6 +170,7 @@ class _Run:
                 )
                 seconds_trained, seconds_waited = seconds_trained + seconds, seconds_waited + waited
                 targets_here += num_targets
+                worker.pulse.tick(state.step)
                 bar.advance(num_targets)
                 bar.note(
                     epoch=f"{state.epoch + 1}/{training.epochs}",
@@ -175,8 +181,11 @@ class _Run:
                     self.alarms.check(state.step, values)
                 self.write(state.step, state.epoch, values)
                 self.trace.done(state.step)
-                due = training.save_steps > 0 and state.step % training.save_steps == 0
-                if due and index + 1 < len(plan.steps):  # an epoch's end is saved after its validation
+                if index + 1 == len(plan.steps):
+                    continue  # an epoch's end is saved after its validation
+                if self.stop:
+                    raise StopRequested(state.step, saved=self.save(state))
+                if training.save_steps > 0 and state.step % training.save_steps == 0:
                     self.save(state)
         epoch_values = {
             "train/epoch_loss": state.epoch_loss / state.epoch_targets,
@@ -188,15 +197,23 @@ class _Run:
         return state, epoch_values
 
     def _step(
-        self, state: TrainState, num_steps: int, num_targets: int, microbatches: list[tuple[int, Batch]]
+        self,
+        state: TrainState,
+        num_steps: int,
+        num_targets: int,
+        microbatches: list[tuple[int, Batch]],
+        chosen: list[Int64Array],
     ) -> dict[str, float]:
-        """This worker's microbatches of a step, then the update; the values of the whole step."""
+        """This worker's microbatches of a step, then the update; the values of the whole step.
+
+        `chosen` are the windows of all microbatches, to name those that go wrong.
+        """
         config, training = self.config, self.config.training
         every = config.model.align.diagnose_every
         self.tower.model.diagnosing = every > 0 and state.step % every == 0
-        shares = []
+        shares = {}
         for microbatch, batch in microbatches:
-            share = microbatch_loss(
+            shares[microbatch] = microbatch_loss(
                 self.tower,
                 self.table,
                 batch.to(self.worker.device),
@@ -205,53 +222,57 @@ class _Run:
                 num_microbatches=training.microbatches,
                 seed=microbatch_seed(training.seed, state.step, microbatch),
             )
-            shares.append(share)
-        values = _sum_over_workers(shares, self.worker)
-        _refuse_nan(values, state.step, state.epoch)
+            self.worker.pulse.tick()
+        found = sum_over_workers(shares, training.microbatches, self.worker)
+        self.stop |= found.stop
+        refuse = partial(
+            refuse_not_finite,
+            found,
+            step=state.step,
+            epoch=state.epoch,
+            chosen=chosen,
+            windows=self.windows,
+            folder=self.folder,
+        )
+        refuse({})
         rate = learning_rate(state.step, num_steps, training.optim)
         self.table.reduce_gradient()
-        values["grad_norm/tower"] = self.tower.step(rate)
-        values["grad_norm/table"] = self.table.step(rate)
-        values["train/lr"] = rate
-        return values
+        norms = {"grad_norm/tower": self.tower.step(rate), "grad_norm/table": self.table.step(rate)}
+        refuse(norms)
+        return found.values | norms | {"train/lr": rate}
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log values (rank 0)."""
         if self.worker.leads and self.log is not None:
             self.log.log(step, epoch, values)
 
-    def save(self, state: TrainState) -> None:
-        """Commit a checkpoint; every rank takes part."""
-        weights, moments = self.tower.weights(), self.tower.moments()  # collectives
-        if self.worker.leads:
-            save_checkpoint(self.checkpoints, state, tower=weights, moments=moments, table=self.table.state())
+    def save(self, state: TrainState, *, must: bool = False) -> bool:
+        """Commit a checkpoint and return whether that went well; every rank takes part.
+
+        A full disk or a lost share does not end a training that may outlive it: the next save tries again.
+        With `must` it is an error.
+        """
+        with self.worker.pulse.busy("saving"):
+            weights, moments = self.tower.weights(), self.tower.moments()  # collectives
+            if not self.worker.leads:
+                return True
+            try:
+                save_checkpoint(
+                    self.checkpoints, state, tower=weights, moments=moments, table=self.table.state()
+                )
+            except OSError as error:
+                what = (
+                    f"the checkpoint of step {state.step} could not be written to {self.checkpoints}: {error}"
+                )
+                if must:
+                    raise FindRecError(
+                        f"{what}. Make room there, then start the same command again: it continues from the "
+                        "checkpoint before."
+                    ) from error
+                say(f"WARNING: {what}. Training goes on; make room before the next one is due.")
+                return False
             prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
-
-
-def _sum_over_workers(shares: list[MicrobatchLoss], worker: Worker) -> dict[str, float]:
-    """Losses of the whole step (float64, one small all-reduce) and this worker's mean diagnostics."""
-    names = ["train/loss", *(f"aux/{name}" for name in shares[0].aux)]
-    totals = torch.zeros(len(names), dtype=torch.float64)
-    for share in shares:
-        parts = [share.cross_entropy, *share.aux.values()]
-        totals += torch.stack([p.to(dtype=torch.float64, device="cpu") for p in parts])
-    if worker.world > 1:
-        totals = totals.to(worker.device)
-        dist.all_reduce(totals)
-    values = dict(zip(names, totals.tolist(), strict=True))
-    for name in shares[0].diagnostics:
-        values[f"diagnostics/{name}"] = sum(s.diagnostics[name] for s in shares) / len(shares)
-    return values
-
-
-def _refuse_nan(values: dict[str, float], step: int, epoch: int) -> None:
-    bad = [name for name, value in values.items() if not math.isfinite(value)]
-    if bad:
-        raise DivergedError(
-            f"{', '.join(bad)} is not finite at step {step} (epoch {epoch + 1}): training has diverged. The "
-            "weights of the last checkpoint are untouched; lower training.optim.lr or set "
-            "training.optim.clip_tower, then start the run again under a new name."
-        )
+            return True
 
 
 def _out_of_patience(config: RunConfig, state: TrainState) -> bool:

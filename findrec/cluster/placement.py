@@ -1,0 +1,100 @@
+"""How many workers there is room for, and how many of them can share a step."""
+
+from __future__ import annotations
+
+import time
+
+from findrec.config import RunConfig
+from findrec.errors import FindRecError
+from findrec.progress import say
+
+_LOOK_S = 1.0
+
+
+def worker_resources(config: RunConfig, *, gpu: bool) -> dict[str, float]:
+    """What one worker takes of a machine."""
+    resources: dict[str, float] = {"CPU": config.cluster.cpus_per_worker}
+    if gpu:
+        resources["GPU"] = 1
+    return resources
+
+
+def room(config: RunConfig, *, gpu: bool, held: int = 0) -> int:
+    """Workers that fit into what the live machines of the cluster have, and nobody else uses.
+
+    `held` workers of our own are running now: their place counts as room.
+    """
+    import ray
+
+    need = worker_resources(config, gpu=gpu)
+    fit = sum(
+        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in need.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    free = ray.available_resources()
+    unused = min(int(free.get(kind, 0) // amount) for kind, amount in need.items())
+    return min(fit, held + unused)
+
+
+def shareable(config: RunConfig, limit: int) -> int:
+    """The most workers, up to `limit` and `cluster.workers`, that divide a step's microbatches."""
+    top = min(limit, config.cluster.workers)
+    return next((n for n in range(top, 0, -1) if config.training.microbatches % n == 0), 0)
+
+
+def least(config: RunConfig) -> int:
+    """`cluster.min_workers`, by default all of them."""
+    return config.cluster.min_workers or config.cluster.workers
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether workers get a GPU each: as configured; `auto` when the cluster has enough of them."""
+    import ray
+
+    if config.cluster.gpu == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) >= least(config))
+    return config.cluster.gpu
+
+
+def wait_for_room(config: RunConfig, *, gpu: bool, wait_s: float) -> int:
+    """The number of workers to start with now, after waiting for the least of them `wait_s` at most.
+
+    All that `cluster.workers` asks for are waited for as well while a machine may still be about to come
+    (`cluster.wait_s`). Raises `FindRecError` when there is no room: Ray itself would wait without end.
+    """
+    deadline = time.monotonic() + wait_s
+    asked = said = False
+    while True:
+        fit = room(config, gpu=gpu)
+        workers = shareable(config, fit)
+        late = time.monotonic() >= deadline
+        if workers == config.cluster.workers or (late and workers >= least(config)):
+            return workers
+        if late:
+            raise FindRecError(_no_room(config, fit, gpu))
+        if config.cluster.wait_s and not asked:
+            from ray.autoscaler.sdk import request_resources
+
+            asked = True
+            request_resources(bundles=[worker_resources(config, gpu=gpu)] * config.cluster.workers)
+        if not said:
+            said = True
+            wanted = config.cluster.workers
+            say(f"waiting up to {wait_s:.0f} s for room for {wanted} workers (there is for {fit})")
+        time.sleep(_LOOK_S)
+
+
+def _no_room(config: RunConfig, fit: int, gpu: bool) -> str:
+    import ray
+
+    have = ray.cluster_resources()
+    one = worker_resources(config, gpu=gpu)
+    need = " and ".join(f"{amount:g} {kind}" for kind, amount in one.items())
+    has = ", ".join(f"{have.get(kind, 0):g} {kind}s" for kind in one)
+    few = least(config)
+    return (
+        f"{few} worker{'s' * (few > 1)} with {need} each cannot be placed: the cluster has {has} in all, and "
+        f"room for {fit} now. Lower cluster.workers, cluster.min_workers or cluster.cpus_per_worker, set "
+        "cluster.gpu=auto, or wait for machines with cluster.wait_s."
+    )

@@ -1,0 +1,188 @@
+"""Real Ray clusters of one machine, and runs on them, for tests that end workers, machines and drivers."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+UNTRACKED = "tracking.enabled=false"
+# A machine that dies is found out in seconds, where Ray by default takes half a minute.
+_QUICK = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "5",
+}
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """That of a user whose FINDREC_HOME is `home`, without what Ray or a test left in ours."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FINDREC_", "MLFLOW_"))}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    return kept | {"FINDREC_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path} | more
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_until(what: Callable[[], object], seconds: float, message: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, f"after {seconds} s: {message}"
+        time.sleep(0.05)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@dataclass
+class Cluster:
+    """A running head node, and the nodes that joined it."""
+
+    home: Path
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+    nodes: list[subprocess.Popen] = field(default_factory=list)
+
+    def add_node(self, cpus: int) -> subprocess.Popen:
+        node = _start(["--address", self.address, f"--num-cpus={cpus}"], self.environment)
+        self.nodes.append(node)
+        return node
+
+
+def _start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
+    command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=env, start_new_session=True, **quiet)
+
+
+def kill_node(node: subprocess.Popen) -> None:
+    """Everything of a node at once, as when the machine goes; asked politely it takes half a minute."""
+    for pid in [*_descendants(node.pid), node.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    node.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    found = []
+    for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True).stdout.split():
+        found += [*_descendants(int(child)), int(child)]
+    return found
+
+
+@contextlib.contextmanager
+def running_cluster(home: Path, cpus: int = 2) -> Iterator[Cluster]:
+    """`ray start --head` from the environment FindRec is installed in, as the README says."""
+    gcs, dashboard = free_port(), free_port()
+    env = environment(home, RAY_AUTH_MODE="disabled", **_QUICK)
+    arguments = ["--head", f"--port={gcs}", f"--num-cpus={cpus}"]
+    head = _start([*arguments, f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"], env)
+    cluster = Cluster(home, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
+    try:
+        for port in (gcs, dashboard):
+            wait_until(lambda port=port: _answers(port), 120, "the head node does not answer")
+        yield cluster
+    finally:
+        for node in [*cluster.nodes, head]:
+            kill_node(node)
+
+
+def command_of(home: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), *overrides]
+
+
+def train(home: Path, *overrides: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
+    """A whole run, waited for."""
+    env = environment(home, **more)
+    done = subprocess.run(
+        command_of(home, *overrides), env=env, cwd=home, capture_output=True, text=True, timeout=600
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+class Run:
+    """A run under way on a cluster; its output goes to a file beside the run folders."""
+
+    def __init__(self, cluster: Cluster, name: str, *overrides: str) -> None:
+        self.home, self.folder = cluster.home, cluster.home / "runs" / name
+        self._log = cluster.home / f"{name}.{time.monotonic_ns()}.log"
+        command = command_of(cluster.home, f"name={name}", *overrides)
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                env=environment(cluster.home, RAY_ADDRESS=cluster.address),
+                cwd=cluster.home,
+                start_new_session=True,
+                # Whatever starts the tests in the background may have switched Ctrl-C off for all below it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def step(self) -> int:
+        """Steps of the run's own model that are logged."""
+        log = self.folder / "metrics.jsonl"
+        return log.read_text().count("train/loss") if log.is_file() else 0
+
+    def reach(self, step: int) -> None:
+        """Wait until so many steps are logged."""
+
+        def there() -> bool:
+            assert self.process.poll() is None, self.output[-6000:]
+            return self.step() >= step
+
+        wait_until(there, 200, f"step {step} is not reached")
+
+    def wait_for(self, text: str, seconds: float = 120, times: int = 1) -> None:
+        """Wait for something to be said, so often."""
+
+        def there() -> bool:
+            said = self.output.count(text) >= times
+            assert said or self.process.poll() is None, self.output[-6000:]
+            return said
+
+        try:
+            wait_until(there, seconds, f"{text!r} is not said")
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.output[-6000:]}") from None
+
+    def end(self, code: int = 0, seconds: float = 300) -> str:
+        """Wait for the end; everything that was said."""
+        try:
+            found = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise AssertionError(f"no end after {seconds} s:\n{self.output[-6000:]}") from None
+        assert found == code, self.output[-6000:]
+        return self.output
+
+    def workers(self) -> list[int]:
+        """Processes of the workers of the home's runs."""
+        found = []
+        for proc in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                title = (proc / "cmdline").read_bytes()
+                mine = f"FINDREC_HOME={self.home}\0".encode() in (proc / "environ").read_bytes()
+                if title.startswith(b"ray::RayTrainWorker") and mine:
+                    found.append(int(proc.name))
+        return sorted(found)
