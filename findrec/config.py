@@ -109,7 +109,10 @@ class LossConfig(Part):
 
 
 class OptimConfig(Part):
-    """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both."""
+    """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both.
+
+    With a loss by sampling, a step updates (and decays) the rows of the table alone that it looked up.
+    """
 
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -132,9 +135,14 @@ class TrainingConfig(Part):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
     checkpoint_activations: bool = False  # layers are run again in the backward pass: slower, less memory
     profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
     seed: int = 0
+    # Rows of the item table on the workers: all on each, or a range on each. auto: sharded where a whole
+    # table with its optimizer takes more than 1 GiB (findrec/tables/placement.py). Results do not depend on
+    # it.
+    table: Literal["auto", "replicated", "sharded"] = "auto"
     # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
     # items are taken over, the optimizer and its schedule start anew.
     warm_start: str | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-UNTRACKED = "tracking.enabled=false"
+UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
 # A machine that dies is found out in seconds, where Ray by default takes half a minute.
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -55,7 +56,13 @@ class Cluster:
     address: str
     dashboard: str
     environment: dict[str, str]
+    access: dict[str, str]
     nodes: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def join(self) -> dict[str, str]:
+        """Variables of a driver that joins it."""
+        return {"RAY_ADDRESS": self.address} | self.access
 
     def add_node(self, cpus: int) -> subprocess.Popen:
         node = _start(["--address", self.address, f"--num-cpus={cpus}"], self.environment)
@@ -85,13 +92,21 @@ def _descendants(pid: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def running_cluster(home: Path, cpus: int = 2) -> Iterator[Cluster]:
-    """`ray start --head` from the environment FindRec is installed in, as the README says."""
+def running_cluster(home: Path, cpus: int = 2, *, token: bool = False) -> Iterator[Cluster]:
+    """`ray start --head` from the environment FindRec is installed in, as the README says.
+
+    With `token`, nobody may join, or submit a job, who does not have the cluster's token.
+    """
     gcs, dashboard = free_port(), free_port()
-    env = environment(home, RAY_AUTH_MODE="disabled", **_QUICK)
+    access = {"RAY_AUTH_MODE": "disabled"}
+    if token:
+        secret = home / "token"
+        secret.write_text(secrets.token_hex(32))
+        access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)}
+    env = environment(home, **access, **_QUICK)
     arguments = ["--head", f"--port={gcs}", f"--num-cpus={cpus}"]
     head = _start([*arguments, f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"], env)
-    cluster = Cluster(home, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
+    cluster = Cluster(home, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env, access)
     try:
         for port in (gcs, dashboard):
             wait_until(lambda port=port: _answers(port), 120, "the head node does not answer")
@@ -126,7 +141,7 @@ class Run:
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
                 command,
-                env=environment(cluster.home, RAY_ADDRESS=cluster.address),
+                env=environment(cluster.home, **cluster.join),
                 cwd=cluster.home,
                 start_new_session=True,
                 # Whatever starts the tests in the background may have switched Ctrl-C off for all below it.

@@ -111,6 +111,7 @@ def train(rank, world, tower, data, checkpoints, out, config):
     from findrec.datasets.folder import DataFolder
     from findrec.training.allocator import keep_freed_memory
     from findrec.training.build import build_table, build_tower_model
+    from findrec.training.checkpoint import latest_checkpoint, load_checkpoint
     from findrec.training.loop import run_training
     from findrec.training.tower import PlainTower
     from findrec.training.worker import Worker
@@ -140,8 +141,9 @@ def train(rank, world, tower, data, checkpoints, out, config):
 
     run_training(config, folder, Path(checkpoints), engine, table, worker=Worker(rank, world), log=Log())
     weights = {k: v.detach().clone() for k, v in engine.weights().items()}
-    if rank == 0:
-        save_file(weights | {"table": table.weight}, out)
+    if rank == 0:  # the table of the last checkpoint: workers may hold a part each
+        rows = load_checkpoint(latest_checkpoint(Path(checkpoints))).table["weight"]
+        save_file(weights | {"table": rows}, out)
     return {"losses": losses, "peak_bytes": peak_rss_bytes()}
 
 

@@ -9,36 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from clusters import UNTRACKED, Cluster, Run, environment, free_port, running_cluster, train, wait_until
 from planted import make_config, planted_folder
 
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.run import load_streaming
 from findrec.train_dist import main
 
-UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
-
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-def environment(home: Path, **more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FINDREC_", "MLFLOW_"))}
-    return kept | {"FINDREC_HOME": str(home), "OMP_NUM_THREADS": "1"} | more
-
-
-def train(home: Path, *overrides: str, check: bool = True, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "findrec.train_dist", "--config", str(home / "run.yaml"), *overrides]
-    done = subprocess.run(
-        command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=600
-    )
-    if check:
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done
 
 
 @pytest.fixture
@@ -79,43 +62,11 @@ def home(tmp_path_factory):
     return home
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A running Ray head node."""
-
-    address: str
-    dashboard: str
-    environment: dict[str, str]
-
-
 @pytest.fixture(scope="module")
 def cluster(home):
-    """`ray start --head` from the environment FindRec is installed in, as the README says."""
-    bin_folder = Path(sys.executable).parent
-    gcs, dashboard = free_port(), free_port()
-    path = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
-    env = environment(home, PATH=path, RAY_AUTH_MODE="disabled")
-    command = [str(bin_folder / "ray"), "start", "--head", "--block", f"--port={gcs}", "--num-cpus=2"]
-    command += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", "--disable-usage-stats"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    head = subprocess.Popen(command, env=env, start_new_session=True, **quiet)
-    try:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            with socket.socket() as s:
-                if s.connect_ex(("127.0.0.1", dashboard)) == 0:
-                    break
-            time.sleep(0.5)
-        yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env)
-    finally:
-        os.killpg(head.pid, signal.SIGKILL)  # asked politely it takes half a minute to drain
-        head.wait()
+    """A head node that only those with its token may use."""
+    with running_cluster(home, token=True) as cluster:
+        yield cluster
 
 
 def test_run_folder_is_complete_and_true(home):
@@ -212,46 +163,28 @@ def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
-def stop_at_checkpoint(home: Path, name: str, cluster: Cluster, how: signal.Signals) -> tuple[int, str]:
-    """Start run `name`, send `how` to its process group at its next checkpoint; exit code and stderr."""
-    manifests = home / "runs" / name / "checkpoints"
-    before = set(manifests.glob("step-*/manifest.json"))
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "findrec.train_dist",
-            "--config",
-            str(home / "run.yaml"),
-            f"name={name}",
-            UNTRACKED,
-        ],
-        env=environment(home, RAY_ADDRESS=cluster.address),
-        cwd=home,
-        start_new_session=True,
-        # Whatever starts the tests in the background may have switched Ctrl-C off for all below it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 200
-    while not set(manifests.glob("step-*/manifest.json")) - before and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.killpg(process.pid, how)
-    _, errors = process.communicate(timeout=100)
-    assert not (home / "runs" / name / "metrics.json").exists()
-    return process.returncode, errors
+def stop_at_checkpoint(cluster: Cluster, name: str, how: signal.Signals, code: int) -> str:
+    """Start run `name`, send `how` to its process group at its next checkpoint; what it said."""
+    run = Run(cluster, name, UNTRACKED)
+    before = set(run.folder.glob("checkpoints/step-*/manifest.json"))
+
+    def saved() -> bool:
+        assert run.process.poll() is None
+        return bool(set(run.folder.glob("checkpoints/step-*/manifest.json")) - before)
+
+    wait_until(saved, 200, "no new checkpoint")
+    os.killpg(run.process.pid, how)
+    said = run.end(code, 100)
+    assert not (run.folder / "metrics.json").exists()
+    return said
 
 
 def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
-    code, errors = stop_at_checkpoint(home, "stopped", cluster, signal.SIGINT)
-    assert code == 130
-    assert "the same command continues from the last checkpoint" in errors
-    assert "Traceback" not in errors
-    stop_at_checkpoint(home, "stopped", cluster, signal.SIGKILL)
-    train(home, "name=stopped", UNTRACKED, RAY_ADDRESS=cluster.address)
+    said = stop_at_checkpoint(cluster, "stopped", signal.SIGINT, 130)
+    assert "the same command continues from the last checkpoint" in said
+    assert "Traceback" not in said
+    stop_at_checkpoint(cluster, "stopped", signal.SIGKILL, -9)
+    train(home, "name=stopped", UNTRACKED, **cluster.join)
     assert numbers(metrics(home, "stopped")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
     lines = (home / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]
@@ -261,6 +194,16 @@ def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
 def test_no_cluster_at_the_address_is_told(refused):
     said = refused("name=nobody", RAY_ADDRESS=f"127.0.0.1:{free_port()}")
     assert "no Ray cluster answers" in said
+
+
+def test_a_cluster_lets_nobody_in_without_its_token(home, cluster):
+    wrong = home / "wrong-token"
+    wrong.write_text("0" * 64)
+    stranger = cluster.join | {"RAY_AUTH_TOKEN_PATH": str(wrong)}
+    done = train(home, "name=stranger", UNTRACKED, check=False, **stranger)
+    assert done.returncode == 2
+    assert "does not accept the token of this shell" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_other_configuration_under_the_same_name_is_refused(refused):
@@ -283,7 +226,7 @@ def test_bad_input_gets_one_clear_message(refused, overrides, message):
 
 def test_a_placement_the_cluster_cannot_fulfil_is_refused(home, cluster):
     overrides = ["cluster.cpus_per_worker=500", "name=wide"]
-    done = train(home, *overrides, check=False, RAY_ADDRESS=cluster.address)
+    done = train(home, *overrides, check=False, **cluster.join)
     assert done.returncode == 2
     assert "the cluster has" in done.stderr
     assert "Traceback" not in done.stderr
@@ -291,7 +234,7 @@ def test_a_placement_the_cluster_cannot_fulfil_is_refused(home, cluster):
 
 def test_divergence_is_told_once_and_not_retried(home, cluster):
     overrides = ["name=diverged", "training.optim.lr=1e30", "training.optim.clip_tower=0", UNTRACKED]
-    done = train(home, *overrides, check=False, RAY_ADDRESS=cluster.address)
+    done = train(home, *overrides, check=False, **cluster.join)
     assert done.returncode == 2
     assert (done.stdout + done.stderr).count("is not finite at step") == 1
     assert [line[:7] for line in done.stderr.splitlines() if "is not finite" in line] == ["error: "]

@@ -30,6 +30,7 @@ from findrec.models.registry import build_model
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import progress
 from findrec.tables.item_table import ItemTable
+from findrec.tables.parts import TableSpec
 from findrec.training.allocator import keep_freed_memory
 from findrec.training.objectives import microbatch_loss
 from findrec.training.tower import PlainTower
@@ -126,12 +127,14 @@ def findrec_step(shape: Shape, overrides: Sequence[str] = ()) -> Callable[[], in
     )
     item_BX = draw_items(shape.rows * (shape.length + 1), shape.items, generator).view(shape.rows, -1)
     table = ItemTable(
-        shape.items,
-        shape.dim,
-        seed=0,
-        loss=config.training.loss,
-        optim=config.training.optim,
-        train_count=torch.bincount(item_BX.flatten(), minlength=shape.items + 1),
+        TableSpec(
+            shape.items,
+            shape.dim,
+            seed=0,
+            loss=config.training.loss,
+            optim=config.training.optim,
+            train_count=torch.bincount(item_BX.flatten(), minlength=shape.items + 1),
+        )
     )
     tower = PlainTower(model.train(), config.training.optim)
     catalogue = TablesInMemory(used)
@@ -176,9 +179,11 @@ class TablesInMemory:
         """Rows of the items `ids_n`."""
         return {name: ModalRows(table[ids_n], ids_n > 0) for name, table in self._tables.items()}
 
-    def all_features(self, device: torch.device | str) -> dict[str, ModalRows]:
-        """Rows of all items."""
-        return {name: ModalRows(table, torch.arange(len(table)) > 0) for name, table in self._tables.items()}
+    def all_features(self, device: torch.device | str, part: range | None = None) -> dict[str, ModalRows]:
+        """Rows of all items, or of a `part` of them."""
+        size = len(next(iter(self._tables.values()), ()))
+        part = range(size) if part is None else part
+        return self.features(torch.arange(part.start, part.stop, device=device))
 
 
 def bench_published(

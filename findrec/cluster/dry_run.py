@@ -31,8 +31,7 @@ from findrec.datasets.plan import EpochPlan, Windows, plan_epoch, share
 from findrec.datasets.prepare import data_folder_of, open_data_folder
 from findrec.errors import FindRecError
 from findrec.progress import say
-from findrec.tables.placement import place_table
-from findrec.training.build import build_tower_model, build_windows, scores_content, used_modalities
+from findrec.training.build import build_tower_model, build_windows, table_placement, used_modalities
 
 # Of Ray's own processes and the one that was started by hand, on the machine where both are.
 RAY_BYTES = 1536 << 20
@@ -87,11 +86,10 @@ def make_plan(config: RunConfig, folder: DataFolder, machines: Sequence[Machine]
     epoch = plan_epoch(
         windows, seed=training.seed, epoch=0, microbatches=training.microbatches, tokens=training.tokens
     )
-    content = scores_content(config, folder)
     dims = {name: folder.feature(name).dim for name in used_modalities(config, folder)}
     sizes = Sizes(
         num_weights=sum(p.numel() for p in build_tower_model(config, folder).parameters()),
-        table=place_table(config, folder.num_items, workers, content=content),
+        table=table_placement(config, folder, workers),
         num_items=folder.num_items,
         num_users=folder.num_users,
         num_windows=len(windows),

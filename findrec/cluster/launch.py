@@ -55,8 +55,16 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     }
     if address:
         say(f"joining the Ray cluster at {address}")
-        _refuse_dead_address(address)
-        ray.init(address=address, **common)
+        if _is_host_and_port(address):
+            _refuse_dead_address(address)
+            environment["RAY_ADDRESS"] = address  # or Ray Train's helpers look for "the" cluster, see below
+        try:
+            ray.init(address=address, **common)
+        except ConnectionError as error:
+            raise FindRecError(
+                f"{str(error).splitlines()[0]}. If it asks for a token, it does not accept the token of this "
+                "shell: give it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE."
+            ) from error
     else:
         cores = usable_cpus()
         say(f"starting Ray on this machine ({cores} CPU cores)")
@@ -84,11 +92,15 @@ def _free_port() -> int:
         return port
 
 
+def _is_host_and_port(address: str) -> bool:
+    """Neither "auto", nor "local", nor ray://..."""
+    host, _, port = address.rpartition(":")
+    return bool(host) and "/" not in host and port.isdigit()
+
+
 def _refuse_dead_address(address: str) -> None:
     """Ray itself would try a dead `host:port` for many minutes before it says so."""
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        return  # "auto", "local", ray://...: Ray's own matter
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:

@@ -117,6 +117,10 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> Need:
         Part("own items", own_items_bytes(config, shape, on_gpu=gpu), "device"),
         Part("loss chunk", loss_bytes(config, dims, shape, sizes.table.rows, on_gpu=gpu), "device"),
     ]
+    if sizes.table.mode == "sharded" and config.training.loss.kind == "exact":
+        # Each worker is shown the vectors that all workers score, and returns their gradients.
+        gathered = 2 * FLOAT * cluster.workers * shape.targets * config.model.dim
+        parts.append(Part("vectors of all workers", gathered, "device"))
     if config.model.items.features in ("score", "both") and config.training.loss.kind == "exact":
         every = FLOAT * (sizes.num_items + 1) * sum(dims.values())
         parts.append(Part("features of all items", every, "device"))

@@ -248,8 +248,10 @@ class _Group:
         for failure in failures.values():
             if not isinstance(failure, RuntimeError | OSError) or "out of memory" in str(failure).lower():
                 raise failure from error
-        first = next(iter(failures.values()))
-        return _Lost(f"workers failed ({str(first).splitlines()[0][:200]})", True, error)
+        first = str(next(iter(failures.values()))).splitlines()[0]
+        if "by peer" in first:  # the one that went is not told of when its whole machine did
+            return _Lost("the connection to a worker was lost", True, error)
+        return _Lost(f"workers failed ({first[:200]})", True, error)
 
 
 def _is_lost(failure: BaseException) -> bool:

@@ -18,7 +18,7 @@ from findrec.errors import DivergedError
 from findrec.ops.selective_scan import scan_backend
 from findrec.progress import say
 from findrec.training.allocator import keep_freed_memory
-from findrec.training.build import build_table, build_tower_model, used_modalities
+from findrec.training.build import build_table, build_tower_model, table_placement, used_modalities
 from findrec.training.checkpoint import TrainState
 from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, training_jobs
@@ -66,9 +66,10 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
     model = build_tower_model(config, folder)
     if worker.leads:
         num_weights = sum(p.numel() for p in model.parameters())
+        place = table_placement(config, folder, worker.world)
         say(
             f"{config.model.name}: {num_weights:,} weights in the tower, item table {folder.num_items:,} x "
-            f"{config.model.dim} (replicated), modalities {', '.join(modalities) or 'none'}, "
+            f"{config.model.dim} {place.mode} ({place.why}), modalities {', '.join(modalities) or 'none'}, "
             f"scan {scan_backend(worker.device, config.model.stream.scan)} on {worker.device}"
         )
     table = build_table(config, folder, worker.device)

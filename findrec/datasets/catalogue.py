@@ -18,8 +18,8 @@ class ItemFeatures(Protocol):
     def features(self, ids_n: Tensor) -> Mapping[str, ModalRows]:
         """One `ModalRows` for each modality, row k for item `ids_n[k]`, on the device of `ids_n`."""
 
-    def all_features(self, device: torch.device | str) -> Mapping[str, ModalRows]:
-        """Those of items 0..V (0 is padding)."""
+    def all_features(self, device: torch.device | str, part: range | None = None) -> Mapping[str, ModalRows]:
+        """Those of items 0..V (0 is padding), or of a `part` of them."""
 
 
 class Catalogue:
@@ -38,7 +38,7 @@ class Catalogue:
         self._source[swapped] = swapped.roll(1)
         self.modalities = list(modalities)
         self._folder = folder
-        self._whole: dict[str, ModalRows] | None = None
+        self._kept: tuple[range, dict[str, ModalRows]] | None = None
 
     def features(self, ids_n: Tensor) -> dict[str, ModalRows]:
         """See `ItemFeatures`."""
@@ -47,8 +47,9 @@ class Catalogue:
         device = ids_n.device
         return {m: ModalRows(r.values.to(device), r.present.to(device)) for m, r in rows.items()}
 
-    def all_features(self, device: torch.device | str) -> dict[str, ModalRows]:
-        """See `ItemFeatures`; kept in memory as float32 once asked for."""
-        if self._whole is None:
-            self._whole = self.features(torch.arange(self.num_items + 1, device=device))
-        return self._whole
+    def all_features(self, device: torch.device | str, part: range | None = None) -> dict[str, ModalRows]:
+        """See `ItemFeatures`; the last part asked for is kept in memory, as float32."""
+        part = range(self.num_items + 1) if part is None else part
+        if self._kept is None or self._kept[0] != part:
+            self._kept = part, self.features(torch.arange(part.start, part.stop, device=device))
+        return self._kept[1]

@@ -28,6 +28,7 @@ from findrec.models.streaming import StreamingFindRec
 from findrec.progress import say
 from findrec.training.build import build_catalogue, build_tower_model
 from findrec.training.checkpoint import best_checkpoint
+from findrec.training.checkpoint_store import CheckpointStore
 from findrec.training.runs import (
     TRAINED_BASELINES,
     TrainingJob,
@@ -40,7 +41,11 @@ from findrec.training.tracking import Tracker
 
 def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str = "cpu") -> ModelScorer:
     """The model of a training at its best checkpoint; raises `FindRecError` when there is none."""
-    saved = best_checkpoint(checkpoint_folder(job.folder))
+    checkpoints = checkpoint_folder(job.folder)
+    store = CheckpointStore.of(job.config, checkpoints)
+    if store is not None:
+        store.fetch_best(checkpoints)
+    saved = best_checkpoint(checkpoints)
     if saved is None:
         raise FindRecError(
             f"{job.folder} has no usable checkpoint: train it first (python -m findrec.train_dist --config "

@@ -59,8 +59,8 @@ class SequenceModel(Recomputing, ABC):
         return rows
 
     @torch.no_grad()
-    def item_vectors(self, rows_Vd: Tensor, catalogue: ItemFeatures) -> Tensor:
-        """What items 0..V are scored by, `[V + 1, d]`; `rows_Vd` are their table rows (float32)."""
+    def item_vectors(self, rows_nd: Tensor, catalogue: ItemFeatures, part: range | None = None) -> Tensor:
+        """What items 0..V (or a `part` of them) are scored by, `[n, d]`, from their table rows (float32)."""
         if not self.content_scores:
-            return rows_Vd
-        return self.item_transform(rows_Vd, catalogue.all_features(rows_Vd.device)).float()
+            return rows_nd
+        return self.item_transform(rows_nd, catalogue.all_features(rows_nd.device, part)).float()

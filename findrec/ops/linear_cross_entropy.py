@@ -130,7 +130,7 @@ def _walk(inputs: _Inputs, tile_bytes: int, wanted: tuple[bool, ...]) -> tuple[T
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     num_tokens, num_rows = h_Td.shape[0], table_Vd.shape[0]
     table = table_Vd.to(dtype)
-    tile = _tile_rows(num_tokens, table, tile_bytes)
+    tile = tile_rows(num_tokens, table, tile_bytes)
     dh_Td = torch.empty_like(h_Td, dtype=dtype) if wanted[0] else None
     dtable_Vd = torch.zeros_like(table) if wanted[1] else None
     dbonus_TN = torch.empty_like(bonus_TN, dtype=dtype) if wanted[2] and bonus_TN is not None else None
@@ -163,7 +163,8 @@ def _walk(inputs: _Inputs, tile_bytes: int, wanted: tuple[bool, ...]) -> tuple[T
     return loss.to(dtype), (dh_Td, dtable_Vd, dbonus_TN)
 
 
-def _tile_rows(num_tokens: int, table_Vd: Tensor, tile_bytes: int) -> int:
+def tile_rows(num_tokens: int, table_Vd: Tensor, tile_bytes: int) -> int:
+    """Tokens of a tile of logits against `table_Vd`."""
     num_rows, width = table_Vd.shape
     # Every tile goes once through the whole gradient of the table: with fewer rows than a part of its
     # width that costs more than the tile itself, and saves memory that the gradient takes anyway.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from findrec.config import RunConfig
 from findrec.datasets.catalogue import Catalogue
@@ -12,7 +13,11 @@ from findrec.errors import FindRecError, suggest
 from findrec.models.base import SequenceModel
 from findrec.models.recompute import recompute_layers
 from findrec.models.registry import build_model
+from findrec.tables.base import Table
 from findrec.tables.item_table import ItemTable
+from findrec.tables.parts import TableSpec
+from findrec.tables.placement import Placement, place_table
+from findrec.tables.sharded_table import ShardedItemTable
 
 
 def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
@@ -63,12 +68,17 @@ def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
     return model
 
 
-def build_table(config: RunConfig, folder: DataFolder, device: torch.device | str = "cpu") -> ItemTable:
-    """The replicated item table, initialised from the run's seed."""
+def table_placement(config: RunConfig, folder: DataFolder, workers: int) -> Placement:
+    """Where the rows of the run's item table are when so many workers train."""
+    return place_table(config, folder.num_items, workers, content=scores_content(config, folder))
+
+
+def build_table(config: RunConfig, folder: DataFolder, device: torch.device | str = "cpu") -> Table:
+    """The item table, initialised from the run's seed; its rows are placed on all workers there are."""
     classes = config.training.loss.classes
     if classes == "auto":
         classes = "trained" if scores_content(config, folder) else "all"
-    return ItemTable(
+    spec = TableSpec(
         folder.num_items,
         config.model.dim,
         seed=config.training.seed,
@@ -78,6 +88,10 @@ def build_table(config: RunConfig, folder: DataFolder, device: torch.device | st
         only_trained=classes == "trained",
         device=device,
     )
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    if table_placement(config, folder, workers).mode == "sharded":
+        return ShardedItemTable(spec)
+    return ItemTable(spec)
 
 
 def scores_content(config: RunConfig, folder: DataFolder) -> bool:

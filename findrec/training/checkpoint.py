@@ -2,9 +2,10 @@
 
 A checkpoint is a folder `step-<8 digits>` with `tower.safetensors` (weights by parameter name),
 `tower_moments.safetensors` (`<parameter>.<moment>`), `table-<first>-<last>.safetensors` (rows of the item
-table and their moments), `state.json` (epoch, step, metric, plan, versions) and `manifest.json` (bytes and
-sha256 of the others). A folder whose manifest is missing or does not verify was never committed and is
-passed over with a warning; a crash while saving therefore loses nothing.
+table and their moments, files for each worker that holds some of its own), `state.json` (epoch, step,
+metric, plan, versions) and `manifest.json` (bytes and sha256 of the others). A folder whose manifest is
+missing or does not verify was never committed and is passed over with a warning; a crash while saving
+therefore loses nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from torch import Tensor
 
 from findrec.errors import FindRecError
 from findrec.progress import say
+from findrec.training.saved_table import SavedTable
 
 FORMAT = 1
+TABLE_FILE_BYTES = 512 << 20  # a file's tensors are copied before they are written
+FileEntries = dict[str, dict[str, Any]]  # bytes and sha256 by file name, as in the manifest
 CatalogueMark = dict[str, Any]  # see `findrec.training.warm_start.mark_catalogue`
 
 
@@ -54,7 +58,7 @@ class Checkpoint:
     state: TrainState
     tower: dict[str, Tensor]
     moments: dict[str, Tensor]
-    table: dict[str, Tensor]
+    table: SavedTable
 
 
 def _sha256(path: Path) -> str:
@@ -75,8 +79,33 @@ def _write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
-def _cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def begin_checkpoint(root: Path, state: TrainState) -> Path:
+    """An empty folder for a checkpoint below `root` (one process calls this)."""
+    path = checkpoint_path(root, state)
+    if path.exists():
+        shutil.rmtree(path)  # left by a run that died while saving, or the same step saved again
+    path.mkdir(parents=True)
+    return path
+
+
+def checkpoint_path(root: Path, state: TrainState) -> Path:
+    """The folder of a checkpoint below `root`."""
+    return root / f"step-{state.step:08d}"
+
+
+def save_rows(path: Path, first: int, table: Mapping[str, Tensor]) -> FileEntries:
+    """Write the rows `first`, ... of the item table that this worker holds; its part of the manifest.
+
+    Raises `OSError` when they cannot be written.
+    """
+    num_rows, width = next(iter(table.values())).shape
+    step = max(1, TABLE_FILE_BYTES // (4 * len(table) * width))
+    files = []
+    for low in range(0, num_rows, step):
+        part = {name: value[low : low + step] for name, value in table.items()}
+        files.append(path / f"table-{first + low}-{first + min(low + step, num_rows) - 1}.safetensors")
+        _save(part, files[-1])
+    return _entries(files)
 
 
 def save_checkpoint(
@@ -85,15 +114,25 @@ def save_checkpoint(
     *,
     tower: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    table: Mapping[str, Tensor],
+    table: Mapping[str, Tensor] | None = None,
+    table_files: FileEntries | None = None,
 ) -> Path:
     """Write and commit one checkpoint below `root` (one process calls this); returns its folder.
 
-    Raises `OSError` when it cannot be written; nothing of it is left then.
+    `table` is the whole item table. Where workers hold parts of it, `table_files` are instead what
+    `save_rows` returned to each, for the folder that `begin_checkpoint` made. Raises `OSError` when it cannot
+    be written; nothing of it is left then.
     """
-    path = root / f"step-{state.step:08d}"
+    path = checkpoint_path(root, state)
     try:
-        _write_checkpoint(path, state, tower=tower, moments=moments, table=table)
+        entries = dict(table_files or {})
+        if table is not None:
+            entries = save_rows(begin_checkpoint(root, state), 0, table)
+        _save(tower, path / "tower.safetensors")
+        _save(moments, path / "tower_moments.safetensors")
+        _write_json(path / "state.json", asdict(state))
+        entries |= _entries(p for p in sorted(path.iterdir()) if p.is_file() and p.name not in entries)
+        _write_json(path / "manifest.json", {"format": FORMAT, "files": entries})
     except OSError:
         shutil.rmtree(path, ignore_errors=True)  # its room is needed for the next one
         raise
@@ -101,28 +140,15 @@ def save_checkpoint(
     return path
 
 
-def _write_checkpoint(
-    path: Path,
-    state: TrainState,
-    *,
-    tower: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    table: Mapping[str, Tensor],
-) -> None:
-    if path.exists():
-        shutil.rmtree(path)  # left by a run that died while saving, or the same step saved again
-    path.mkdir(parents=True)
-    last = next(iter(table.values())).shape[0] - 1
-    parts = {"tower": tower, "tower_moments": moments, f"table-0-{last}": table}
-    for name, tensors in parts.items():
-        try:
-            save_file(_cpu(tensors), path / f"{name}.safetensors")
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(str(error)) from error
-    _write_json(path / "state.json", asdict(state))
-    files = sorted(p for p in path.iterdir() if p.is_file())
-    entries = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-    _write_json(path / "manifest.json", {"format": FORMAT, "files": entries})
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from error
+
+
+def _entries(files: Iterable[Path]) -> FileEntries:
+    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
 
 
 def verify_checkpoint(path: Path) -> str | None:
@@ -185,18 +211,17 @@ def read_state(path: Path) -> TrainState:
     return TrainState(**json.loads((path / "state.json").read_text()))
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; raises `FindRecError` when it does not verify."""
-    problem = verify_checkpoint(path)
+def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
+    """Read a checkpoint; raises `FindRecError` when it does not verify (unless somebody just did that)."""
+    problem = verify_checkpoint(path) if verify else None
     if problem is not None:
         raise FindRecError(f"cannot load checkpoint {path}: {problem}")
-    (table,) = path.glob("table-*.safetensors")
     return Checkpoint(
         path=path,
         state=read_state(path),
         tower=load_file(path / "tower.safetensors"),
         moments=load_file(path / "tower_moments.safetensors"),
-        table=load_file(table),
+        table=SavedTable(path),
     )
 
 

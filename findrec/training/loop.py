@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +24,14 @@ from findrec.datasets.plan import Windows, plan_epoch
 from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError
 from findrec.progress import Bar, progress, say
-from findrec.tables.item_table import ItemTable
+from findrec.tables.base import Table
 from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue, build_windows
-from findrec.training.checkpoint import TrainState, prune_checkpoints, save_checkpoint
+from findrec.training.checkpoint import TrainState, checkpoint_path, prune_checkpoints
+from findrec.training.checkpoint_store import CheckpointStore, Sender
 from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
+from findrec.training.saving import save_training
 from findrec.training.schedule import learning_rate
 from findrec.training.step_trace import StepTrace
 from findrec.training.step_values import refuse_not_finite, sum_over_workers
@@ -49,7 +52,7 @@ def run_training(
     folder: DataFolder,
     checkpoints: Path,
     tower: Tower,
-    table: ItemTable,
+    table: Table,
     *,
     worker: Worker,
     log: StepLog | None = None,
@@ -70,10 +73,12 @@ def run_training(
     left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
     num_traced = training.profile_steps if worker.leads else 0
     with (
+        ExitStack() as stack,
         progress(config.model.name, left, "targets", show=worker.leads) as bar,
         StepTrace(checkpoints.parent, num_traced, worker.device) as trace,
     ):
         run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar, trace)
+        stack.callback(run.close)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
             ends = state.epoch == training.epochs
@@ -113,7 +118,7 @@ class _Run:
         windows: Windows,
         checkpoints: Path,
         tower: Tower,
-        table: ItemTable,
+        table: Table,
         worker: Worker,
         log: StepLog | None,
         bar: Bar,
@@ -124,6 +129,8 @@ class _Run:
         self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
         self.alarms = Alarms()
+        store = CheckpointStore.of(config, checkpoints) if worker.leads else None
+        self.sender = None if store is None else Sender(store, keep=config.training.keep)
         self.stop = False  # somebody asked for it
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -236,7 +243,6 @@ class _Run:
         )
         refuse({})
         rate = learning_rate(state.step, num_steps, training.optim)
-        self.table.reduce_gradient()
         norms = {"grad_norm/tower": self.tower.step(rate), "grad_norm/table": self.table.step(rate)}
         refuse(norms)
         return found.values | norms | {"train/lr": rate}
@@ -253,13 +259,8 @@ class _Run:
         With `must` it is an error.
         """
         with self.worker.pulse.busy("saving"):
-            weights, moments = self.tower.weights(), self.tower.moments()  # collectives
-            if not self.worker.leads:
-                return True
             try:
-                save_checkpoint(
-                    self.checkpoints, state, tower=weights, moments=moments, table=self.table.state()
-                )
+                save_training(self.checkpoints, state, self.tower, self.table, self.worker)
             except OSError as error:
                 what = (
                     f"the checkpoint of step {state.step} could not be written to {self.checkpoints}: {error}"
@@ -269,10 +270,20 @@ class _Run:
                         f"{what}. Make room there, then start the same command again: it continues from the "
                         "checkpoint before."
                     ) from error
-                say(f"WARNING: {what}. Training goes on; make room before the next one is due.")
+                if self.worker.leads:
+                    say(f"WARNING: {what}. Training goes on; make room before the next one is due.")
                 return False
-            prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
+            if self.worker.leads:
+                if self.sender is not None:
+                    self.sender.send(checkpoint_path(self.checkpoints, state), state.best_step)
+                prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
             return True
+
+    def close(self) -> None:
+        """Wait for the last checkpoint to be sent."""
+        if self.sender is not None:
+            with self.worker.pulse.busy("sending the last checkpoint"):
+                self.sender.close()
 
 
 def _out_of_patience(config: RunConfig, state: TrainState) -> bool:

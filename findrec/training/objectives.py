@@ -11,7 +11,7 @@ from torch import Tensor
 from findrec.datasets.batch import Batch
 from findrec.datasets.catalogue import ItemFeatures
 from findrec.models.repeat import own_items
-from findrec.tables.item_table import ItemTable, Transform
+from findrec.tables.base import Table, Transform
 from findrec.training.tower import Tower
 
 
@@ -32,7 +32,7 @@ def microbatch_seed(seed: int, step: int, microbatch: int) -> int:
 
 def microbatch_loss(
     tower: Tower,
-    table: ItemTable,
+    table: Table,
     batch: Batch,
     catalogue: ItemFeatures,
     *,
@@ -86,8 +86,9 @@ def microbatch_loss(
 def _content(tower: Tower, catalogue: ItemFeatures) -> Transform:
     """How the table's rows become the vectors that are scored, for a model that scores content."""
 
-    def transform(ids: Tensor | None, rows: Tensor) -> Tensor:
-        features = catalogue.all_features(rows.device) if ids is None else catalogue.features(ids)
-        return tower.item_transform(rows, features)
+    def transform(ids: Tensor | range, rows: Tensor) -> Tensor:
+        if isinstance(ids, range):
+            return tower.item_transform(rows, catalogue.all_features(rows.device, ids))
+        return tower.item_transform(rows, catalogue.features(ids))
 
     return transform

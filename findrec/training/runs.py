@@ -23,6 +23,8 @@ FREE_KEYS = (
     "training.save_every",
     "training.save_steps",
     "training.keep",
+    "training.checkpoint_store",
+    "training.table",
     "training.profile_steps",
     "training.checkpoint_activations",
 )

@@ -12,8 +12,10 @@ from findrec.datasets.folder import DataFolder
 from findrec.evaluation.evaluate import Ranks, rank_split, summarise
 from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.scorers import ModelScorer
+from findrec.evaluation.sharded import rank_split_sharded
 from findrec.progress import say
-from findrec.tables.item_table import ItemTable
+from findrec.tables.base import Table
+from findrec.tables.sharded_table import ShardedItemTable
 from findrec.training.tower import Tower
 from findrec.training.worker import Worker
 
@@ -22,38 +24,41 @@ def validate(
     config: RunConfig,
     folder: DataFolder,
     tower: Tower,
-    table: ItemTable,
+    table: Table,
     catalogue: Catalogue,
     worker: Worker,
 ) -> dict[str, float]:
     """Exact full-catalogue metrics on the validation targets; the same on every rank."""
     model = tower.whole_model().eval()
     mask_seen = seen_filter(config.evaluation.mask_seen, folder)
-    scorer = ModelScorer(
-        model,
-        table.weight,
-        catalogue,
-        max_length=config.data.max_length,
-        device=worker.device,
-    )
-    ranks = rank_split(
-        scorer,
-        folder,
-        "valid",
-        users_per_block=config.evaluation.users_per_block,
-        max_length=config.data.max_length,
-        mask_seen=mask_seen,
-        candidates=config.evaluation.candidates,
-        rank=worker.rank,
-        world=worker.world,
-    )
+    max_length, candidates = config.data.max_length, config.evaluation.candidates
+    users_per_block = config.evaluation.users_per_block
+    if isinstance(table, ShardedItemTable):
+        ranks = rank_split_sharded(
+            *(model, table, catalogue, folder, "valid"),
+            users_per_block=users_per_block,
+            max_length=max_length,
+            mask_seen=mask_seen,
+            candidates=candidates,
+        )
+    else:
+        ranks = rank_split(
+            ModelScorer(model, table.weight, catalogue, max_length=max_length, device=worker.device),
+            *(folder, "valid"),
+            users_per_block=users_per_block,
+            max_length=max_length,
+            mask_seen=mask_seen,
+            candidates=candidates,
+            rank=worker.rank,
+            world=worker.world,
+        )
     ranks = _gather_ranks(ranks, worker)
     row = summarise(
         *(ranks, folder, "valid"),
         ks=[10],
         model=config.model.name,
         mask_seen=mask_seen,
-        candidates=config.evaluation.candidates,
+        candidates=candidates,
     )
     if worker.leads:
         say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")

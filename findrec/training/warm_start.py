@@ -22,7 +22,7 @@ from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
 from findrec.errors import FindRecError
 from findrec.paths import find_run
-from findrec.tables.item_table import ItemTable
+from findrec.tables.base import Table
 from findrec.training.build import build_tower_model, used_modalities
 from findrec.training.checkpoint import (
     CatalogueMark,
@@ -156,9 +156,9 @@ def _check_shapes(tower: dict[str, Tensor], path: Path, key: str) -> None:
             )
 
 
-def apply_warm_start(start: WarmStart, tower: Tower, table: ItemTable) -> None:
+def apply_warm_start(start: WarmStart, tower: Tower, table: Table) -> None:
     """Put the checkpoint's weights and rows in place, with a fresh optimizer (collective)."""
-    saved = load_checkpoint(start.path)
+    saved = load_checkpoint(start.path, verify=False)  # `find_warm_start` just did
     zeros = {f"{name}.{moment}": torch.zeros_like(w) for name, w in saved.tower.items() for moment in MOMENTS}
     tower.load(saved.tower, zeros, 0)
-    table.start_from(saved.table["weight"])
+    table.start_from(saved.table)

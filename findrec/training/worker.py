@@ -1,4 +1,6 @@
-"""Who a process is among the workers of a training, and how it is watched and asked to stop."""
+"""Who a process is among the workers of a training, what they tell each other, and how one is watched and
+asked to stop.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+
+from findrec.tables.exchange import Shards
 
 STARTING, TRAINING = "starting", "training"  # what a worker does; other words for what takes its own time
 
@@ -57,3 +61,12 @@ class Worker:
     def leads(self) -> bool:
         """Rank 0 prints, logs and saves."""
         return self.rank == 0
+
+
+def share_text(text: str, device: torch.device) -> list[str]:
+    """What each worker says, in rank order (collective, unless there is no process group); unpickled."""
+    shards = Shards(0)
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    (lengths,) = shards.lengths(len(own), device=device)
+    said = torch.split(shards.gather_uneven(own, lengths).cpu(), lengths)
+    return [bytes(part.tolist()).decode() for part in said]

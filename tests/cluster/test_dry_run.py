@@ -120,6 +120,7 @@ def popular(path, num_items, num_users, length):
     [
         (500, 2, ["model.dim=32"]),
         (60_000, 1, ["model.dim=64"]),
+        (60_000, 2, ["model.dim=64", "training.table=sharded"]),
         (60_000, 3, ["model.dim=64", "training.tokens=6000", "training.checkpoint_activations=true"]),
     ],
 )

@@ -16,6 +16,7 @@ from planted import NUM_ITEMS, make_config, planted_folder
 from findrec.config import RunConfig, dump_config, parse_config
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
+from findrec.training.checkpoint import read_state
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +130,31 @@ def test_a_checkpoint_moves_between_stages_and_worker_counts(setting, legs):
         expected = len(setting.want.losses) * (len(legs) - epoch + 1) // len(legs)
         assert len(got.losses) == pytest.approx(expected, abs=1)
         assert_same(got, setting.want, slice(-len(got.losses), None))
+
+
+@pytest.mark.parametrize(("kind", "features", "stage"), [("exact", "both", 2), ("sampled", "none", 3)])
+def test_a_sharded_table_trains_validates_and_moves_like_a_replicated_one(setting, kind, features, stage):
+    """Two epochs on one plain process = one on three workers with rows of their own, then one on two; with a
+    checkpoint of three files between, read by a single process too.
+    """
+    loss, optim = {"kind": kind, "negatives": 16}, {"clip_table": 0.05}
+    training = {"epochs": 2, "loss": loss, "optim": optim}
+    config = changed(setting.config, training=training, model={"items": {"features": features}})
+    spread = changed(config, training={"table": "sharded"})
+    name = f"{kind}-rows"
+    want = setting.train("plain", 1, f"{name}1", config)
+    assert_same(setting.train(stage, 3, f"{name}3", spread), want)
+    moved, alone, reference = (setting.path / f"{name}{n}" / "checkpoints" for n in (3, 4, 1))
+    first, last = sorted(moved.glob("step-*"))
+    assert len(list(first.glob("table-*.safetensors"))) == 3
+    states = [read_state(sorted(place.glob("step-*"))[-1]) for place in (moved, reference)]
+    assert states[0].best == pytest.approx(states[1].best, abs=1e-3)
+    shutil.rmtree(last)  # as if the run had been killed in its second epoch
+    shutil.copytree(moved, alone)
+    for world, place, how in ((2, f"{name}3", spread), (1, f"{name}4", config)):
+        got = setting.train("plain" if world == 1 else stage, world, place, how)
+        assert 0 < len(got.losses) < len(want.losses)
+        assert_same(got, want, slice(-len(got.losses), None))
 
 
 def test_a_warm_start_on_workers_is_that_of_one_process(setting):

@@ -5,15 +5,29 @@ import torch
 import torch.nn.functional as F
 
 from findrec.config import LossConfig, OptimConfig
+from findrec.tables.exchange import row_range
+from findrec.tables.initial import initial_rows
 from findrec.tables.item_table import ItemTable
+from findrec.tables.parts import TableSpec
 
 
 def make(*, only_trained=False, train_count=None, **kwargs):
     optim = OptimConfig(weight_decay=0.1, clip_table=kwargs.pop("clip", 0.0))
     count = torch.arange(21) if train_count is None else train_count
-    return ItemTable(
-        20, 4, seed=3, loss=LossConfig(**kwargs), optim=optim, train_count=count, only_trained=only_trained
+    spec = TableSpec(
+        *(20, 4), seed=3, loss=LossConfig(**kwargs), optim=optim, train_count=count, only_trained=only_trained
     )
+    return ItemTable(spec)
+
+
+class Saved(dict):
+    """State tensors in memory, as `SavedRows`."""
+
+    num_rows = property(lambda self: len(self["weight"]))
+    width = property(lambda self: self["weight"].shape[1])
+
+    def rows(self, name, first, end):
+        return self[name][first:end]
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
@@ -73,20 +87,84 @@ def test_sampled_losses_are_keyed_and_reach_the_targets_rows(kind):
         for t, s in ((first, 5), (again, 5), (other, 6))
     ]
     assert losses[0] == losses[1] != losses[2]
-    assert first._grad[[1, 2, 3]].abs().sum(1).min() > 0
+    first.step(0.1)
+    assert first.state()["exp_avg"][[1, 2, 3]].abs().sum(1).min() > 0
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_a_sampled_loss_steps_the_rows_it_looked_up_and_no_others(clip):
+    """Like a `torch.optim.AdamW` whose parameter, moments and decay are those of the rows a step has met."""
+    table = make(kind="sampled", negatives=2, clip=clip)
+    optim = torch.optim.AdamW(
+        [torch.nn.Parameter(table.weight.clone())], lr=0.05, betas=(0.9, 0.98), weight_decay=0.1
+    )
+    (weight,) = optim.param_groups[0]["params"]
+    moments = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+    for step in range(4):
+        ids = torch.tensor([0, step + 1, step + 7])  # with the padding, which has no gradient
+        grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
+        table.push(ids, torch.ones(3, 4))
+        table.push(ids[1:], grad[1:] - 1)  # pushes of a step add up
+        norm = table.step(0.05)
+        assert norm == pytest.approx(float(grad[1:].norm()))
+        weight.grad = torch.zeros_like(weight).index_add(0, ids[1:], grad[1:])
+        if clip:
+            torch.nn.utils.clip_grad_norm_([weight], clip)
+        before = weight.detach().clone()
+        optim.state[weight] = {
+            "step": torch.tensor(float(step)),
+            **{k: v.clone() for k, v in moments.items()},
+        }
+        optim.step()
+        for values, stepped in ((before, weight), *((moments[k], optim.state[weight][k]) for k in moments)):
+            values[ids[1:]] = stepped.detach()[ids[1:]]
+        with torch.no_grad():
+            weight.copy_(before)
+        torch.testing.assert_close(table.weight, before)
+        met = step + 8  # the first row that no step has looked up yet, but for the lower ones
+        assert torch.equal(table.weight[met:], make().weight[met:])
+    assert torch.count_nonzero(table.weight[0]) == 0
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1, 4), (3, 4), (4097, 5), (9000, 3)])
+def test_rows_start_as_one_draw_of_all_whoever_holds_them(rows, dim):
+    whole = torch.randn(rows, dim, generator=torch.Generator().manual_seed(9)) * dim**-0.5 * 0.2
+    whole[0] = 0
+    assert torch.equal(initial_rows(rows, dim, seed=9), whole)
+    for rank in range(3):
+        part = row_range(rows, rank, 3)
+        assert torch.equal(initial_rows(rows, dim, seed=9, part=part), whole[part.start : part.stop])
+
+
+def test_ranges_cover_all_rows_evenly():
+    for rows in (1, 2, 5, 31, 100):
+        for world in (1, 2, 3, 7):
+            parts = [row_range(rows, rank, world) for rank in range(world)]
+            assert [i for part in parts for i in part] == list(range(rows))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_negatives_are_what_torch_draws_and_expected_as_often():
+    table = make(kind="sampled", negatives=5000)
+    draw, expected = table._negatives.draw(torch.Generator().manual_seed(4))
+    chance = (torch.arange(21, dtype=torch.float64) + 1) ** 0.75
+    chance[0] = 0
+    want = torch.multinomial(chance, 5000, replacement=True, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(draw, want)
+    torch.testing.assert_close(expected, (chance / chance.sum())[draw] * 5000)
 
 
 def test_state_round_trip_and_shape_check():
     table, other = make(), make()
     table.catalogue_loss(torch.randn(3, 4), torch.tensor([1, 2, 3]), 3)
     table.step(0.1)
-    other.load_state({k: v.clone() for k, v in table.state().items()}, table.steps)
+    other.load_state(Saved({k: v.clone() for k, v in table.state().items()}), 1)
     for t in (table, other):
         t.catalogue_loss(torch.ones(3, 4), torch.tensor([4, 5, 6]), 3)
         t.step(0.1)
     assert torch.equal(table.weight, other.weight)
     with pytest.raises(ValueError, match="the checkpoint holds"):
-        other.load_state({k: v[:-1] for k, v in table.state().items()}, 1)
+        other.load_state(Saved({k: v[:-1] for k, v in table.state().items()}), 1)
 
 
 @pytest.mark.parametrize("kind", ["exact", "sampled"])
@@ -98,18 +176,23 @@ def test_transformed_rows_get_the_gradient_of_the_composed_loss(kind):
     h, target = torch.randn(6, 4), torch.tensor([1, 2, 3, 3, 2, 1])
 
     def transform(ids, rows):
-        return rows * gain + (content if ids is None else content[ids])
+        return rows * gain + content[torch.arange(ids.start, ids.stop) if isinstance(ids, range) else ids]
 
     draw = [torch.Generator().manual_seed(1) for _ in range(2)]
     loss = table.catalogue_loss(h, target, 6, generator=draw[0], transform=transform)
     (loss.scored.vectors * loss.scored.gradient).sum().backward()
     table.push(loss.scored.ids, loss.scored.rows.grad)
-    plain.weight = (plain.weight * gain + content).detach()
+    rows = table.weight.clone()
+    with torch.no_grad():
+        plain.weight.copy_(rows * gain + content)
     want = plain.catalogue_loss(h, target, 6, generator=draw[1])
     torch.testing.assert_close(loss.loss, want.loss)
     torch.testing.assert_close(loss.dh, want.dh)
-    torch.testing.assert_close(table._grad, plain._grad * gain.detach())
-    torch.testing.assert_close(gain.grad, (plain._grad * table.weight).sum(0))
+    plain.step(0.1)
+    table.step(0.1)
+    dvectors = plain.state()["exp_avg"] / 0.1
+    torch.testing.assert_close(table.state()["exp_avg"] / 0.1, dvectors * gain.detach())
+    torch.testing.assert_close(gain.grad, (dvectors * rows).sum(0))
     assert want.scored is None
 
 

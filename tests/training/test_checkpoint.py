@@ -89,3 +89,24 @@ def test_unknown_format_is_refused(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     assert "format is 99" in cp.verify_checkpoint(path)
+
+
+def test_a_table_saved_in_parts_is_read_by_rows(tmp_path, monkeypatch):
+    """Parts of two holders, the second in files of two rows each."""
+    state = cp.TrainState(epoch=1, step=1, plan="p", best=0.5, best_step=1, stale=0)
+    table = {k: torch.rand(9, 4) for k in ("weight", "exp_avg", "exp_avg_sq")}
+    path = cp.begin_checkpoint(tmp_path, state)
+    files = cp.save_rows(path, 0, {k: v[:4] for k, v in table.items()})
+    monkeypatch.setattr(cp, "TABLE_FILE_BYTES", 2 * 3 * 16)
+    files |= cp.save_rows(path, 4, {k: v[4:] for k, v in table.items()})
+    cp.save_checkpoint(tmp_path, state, tower={}, moments={}, table_files=files)
+    assert len(list(path.glob("table-*"))) == 4
+    assert cp.latest_checkpoint(tmp_path) == path
+    saved = cp.load_checkpoint(path).table
+    assert (saved.num_rows, saved.width) == (9, 4)
+    assert all(torch.equal(saved[k], table[k]) for k in table)
+    for first, end in ((0, 9), (3, 5), (4, 4), (8, 9)):
+        assert torch.equal(saved.rows("weight", first, end), table["weight"][first:end])
+    (path / "table-4-5.safetensors").unlink()
+    with pytest.raises(FindRecError, match="not all rows"):
+        cp.load_checkpoint(path, verify=False)
