@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Not run here: an example to start from. One Ray process on each node, then the job on the first one.
-#   sbatch cluster/slurm.sh configs/complete-journey.yaml cluster.workers=4
+#   sbatch cluster/slurm.sh configs/complete-journey.yaml cluster.workers=2
 #SBATCH --job-name=findrec
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,7 +8,8 @@
 #SBATCH --mem=64G
 #SBATCH --time=08:00:00
 #SBATCH --signal=B:INT@120
-# With GPUs add:  #SBATCH --gpus-per-node=4   and cluster.workers=8
+# With GPUs add:  #SBATCH --gpus-per-node=4   and cluster.workers=8 training.microbatches=8
+# (the number of workers divides that of microbatches)
 set -euo pipefail
 
 config=${1:?usage: sbatch cluster/slurm.sh CONFIG [dotted.key=value ...]}

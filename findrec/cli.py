@@ -168,11 +168,12 @@ def train(
         list[str] | None, typer.Argument(metavar="[dotted.key=value]...", help="e.g. training.epochs=3")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete a run of the same name first.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, start nothing.")] = False,
 ) -> None:
     """Train and evaluate a run; the same as python -m findrec.train_dist --config CONFIG."""
     from findrec import train_dist
 
-    flags = ["--fresh"] if fresh else []
+    flags = [flag for flag, given in {"--fresh": fresh, "--dry-run": dry_run}.items() if given]
     raise typer.Exit(train_dist.main(["--config", config, *flags, *(overrides or [])]))
 
 

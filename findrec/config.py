@@ -137,6 +137,8 @@ class TrainingConfig(Part):
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
     checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
+    checkpoint_activations: bool = False  # layers are run again in the backward pass: slower, less memory
+    profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
     seed: int = 0
     # Rows of the item table on the workers: all on each, or a range on each. auto: sharded where a whole
     # table with its optimizer takes more than 1 GiB (findrec/tables/placement.py). Results do not depend on
@@ -159,7 +161,10 @@ class ClusterConfig(Part):
     wait_s: float = Field(0, ge=0)  # for machines that are still to come, before the first worker is placed
     threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
-    zero_stage: Literal[1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = (
+        2  # what workers share of the tower: nothing, optimizer, gradients, weights
+    )
+    offload_optimizer: bool = False  # the tower's optimizer in the machine's memory instead of the GPU's
     gpu: bool | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)  # restarts after lost workers without a new checkpoint in between
     hang_s: float = Field(60, gt=0)  # a worker that stands still so long inside a step is killed
@@ -226,6 +231,11 @@ class RunConfig(Part):
             raise ValueError(
                 f"cluster.workers={w} must divide training.microbatches={k}: each worker runs the same "
                 "number of a step's microbatches"
+            )
+        if self.cluster.offload_optimizer and self.cluster.zero_stage == 0:
+            raise ValueError(
+                "cluster.offload_optimizer=true needs cluster.zero_stage=1, 2 or 3: without ZeRO DeepSpeed "
+                "leaves the optimizer where the weights are"
             )
         return self
 

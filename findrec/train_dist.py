@@ -6,7 +6,8 @@
 Prepares the data set on first use, starts Ray here if no cluster address is given (cluster.address or
 RAY_ADDRESS), trains with DeepSpeed, ranks the full catalogue, writes the run folder. Started again with the
 same name it continues from the newest checkpoint; `--fresh` deletes the run and starts anew. SIGTERM ends it
-after the step under way, saved.
+after the step under way, saved. `--dry-run` prints what would be placed, read and kept in memory, and starts
+nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from findrec.paths import drop_checkout_from_sys_path
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `argv` None: that of this process."""
     parser = argparse.ArgumentParser(
         prog="python -m findrec.train_dist",
         description=(__doc__ or "").split("\n\n")[0],
@@ -34,6 +36,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", required=True, help="path or name of a run configuration (YAML)")
     parser.add_argument("--fresh", action="store_true", help="delete a run of the same name first")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, start nothing")
     parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="e.g. training.epochs=3")
     return parser.parse_intermixed_args(argv)
 
@@ -44,6 +47,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from findrec.training.runs import checkpoint_folder, open_run_folder, run_folder, training_jobs
 
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from findrec.cluster.dry_run import dry_run
+
+        dry_run(config)
+        return
     say(f"resolved configuration:\n{dump_config(config)}")
 
     from findrec.cluster.launch import ray_session
@@ -95,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 interrupted.
     """
     drop_checkout_from_sys_path()
-    arguments = _parse(argv)
+    arguments = parse_arguments(argv)
     try:
         with _handles_sigterm(_end_here):
             _run(arguments)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from findrec.config import load_config
+from findrec.cluster.deepspeed_config import deepspeed_config
+from findrec.config import ClusterConfig, RunConfig, load_config
 from findrec.datasets.recipe import load_recipe
-from findrec.training.tracking import flatten
+from findrec.train_dist import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_FILE = 400
@@ -70,16 +73,51 @@ def test_ray_cluster_file_is_valid_for_ray() -> None:
     jsonschema.validate(yaml.safe_load((ROOT / "ray_cluster.yaml").read_text()), schema)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.json")), ids=lambda p: p.stem)
-def test_deepspeed_examples_are_json_with_a_zero_stage(path: Path) -> None:
-    assert json.loads(path.read_text())["zero_optimization"]["stage"] in (1, 2)
+def test_deepspeed_examples_are_what_the_engine_tells_deepspeed() -> None:
+    """The settings of cluster/README.md: 12 microbatches a step on two workers, all else by default."""
+    stages = get_args(ClusterConfig.model_fields["zero_stage"].annotation)
+    found = {path.name: json.loads(path.read_text()) for path in (ROOT / "cluster").glob("*.json")}
+    config = RunConfig.model_validate({"training": {"microbatches": 12}, "cluster": {"workers": 2}})
+    accumulation = config.training.microbatches // config.cluster.workers
+    optim = config.training.optim
+    want = {
+        f"zero{stage}.json": deepspeed_config(optim, stage=stage, accumulation=accumulation)
+        for stage in stages
+    }
+    want["zero2-offload.json"] = deepspeed_config(
+        optim, stage=2, accumulation=accumulation, offload_optimizer=True
+    )
+    assert found == want
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.yaml")), ids=lambda p: p.stem)
 def test_cluster_examples_parse_and_run_the_job(path: Path) -> None:
     documents = list(yaml.safe_load_all(path.read_text()))
     assert all("kind" in document for document in documents)
-    assert "findrec.train_dist" in " ".join(flatten(documents[-1]).values())
+    entrypoint = documents[-1]["spec"]["entrypoint"].split()
+    arguments = train_dist_arguments(entrypoint)
+    name = Path(arguments.config)
+    load_config(ROOT / name.relative_to("/findrec"), arguments.overrides)
+
+
+def train_dist_arguments(command: list[str]) -> argparse.Namespace:
+    """What the job is given in a command line `... -m findrec.train_dist ARGUMENTS`."""
+    return parse_arguments(command[command.index("findrec.train_dist") + 1 :])
+
+
+def test_the_slurm_example_is_bash_and_runs_the_job() -> None:
+    script = ROOT / "cluster" / "slurm.sh"
+    done = subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = script.read_text()
+    (usage,) = [line for line in text.splitlines() if line.startswith("#   sbatch ")]
+    given = usage.split()[3:]  # after `# sbatch cluster/slurm.sh`
+    (line,) = [line for line in text.splitlines() if "-m findrec.train_dist" in line]
+    shown = [word.strip('"') for word in line.removesuffix("&").split()]
+    filled = {"$config": given[:1], "$tracking": ["tracking.enabled=false"], "$@": given[1:]}
+    words = [part for word in shown for part in filled.get(word, [word])]
+    arguments = train_dist_arguments(words)
+    load_config(ROOT / arguments.config, arguments.overrides)
 
 
 def test_constraints_pin_each_dependency_once() -> None:

@@ -1,26 +1,37 @@
-"""The tower under DeepSpeed ZeRO, and the one place that touches DeepSpeed's optimizer state.
+"""The tower under DeepSpeed, ZeRO stages 0 to 3.
 
 DeepSpeed averages gradients over workers; the loop's losses are already shares of the whole step, so each
 microbatch is multiplied by the number of workers before the backward pass (a power of two or not, the
 division that follows undoes it; for 1, 2, 4 workers exactly). Weights go into the module before
-`deepspeed.initialize`; moments are filled in by parameter name, for stages 1 and 2. Tested with
-DeepSpeed 0.19.8 (pinned in constraints.txt).
+`deepspeed.initialize`; those of a checkpoint, and the moments, by `findrec.cluster.zero_state`.
+
+Stage 3 gathers a module's weights when that module is called and gives them up after it. So every verb of the
+model goes through the engine, and where a module uses the weights of modules inside it without calling them
+DeepSpeed is told (`_BORROWERS`). Results of modules are tensors or tuples of them, as nothing else is looked
+through for where the backward pass will begin.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from findrec.cluster.deepspeed_config import deepspeed_config
+from findrec.cluster.zero_state import ZeroState
 from findrec.config import OptimConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.models.base import Out, SequenceModel
-from findrec.training.tower import MOMENTS, make_optimizer, set_lr
+from findrec.models.item_side import ItemSide
+from findrec.models.latents import ModalEncoder
+from findrec.training.tower import make_optimizer, set_lr
+
+_BORROWERS = (ModalEncoder, ItemSide)  # both take norm and projection as one (`project_normed`)
 
 
 def _import_deepspeed() -> Any:
@@ -29,54 +40,74 @@ def _import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     import deepspeed
+    from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # Stage 3 warns of batches and of `Out`, which it does not look through: none of them needs it.
+    zero_utils.warned = True
     # Without this, DeepSpeed compiles a shared-memory collective (a minute, once) that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
+class _Verbs(nn.Module):
+    """What a model is asked for, as calls of one module: DeepSpeed gathers weights for nothing else."""
+
+    def __init__(self, model: SequenceModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, verb: str, *arguments: object) -> object:
+        """`forward` or `item_transform` of the model."""
+        return self.model(*arguments) if verb == "forward" else getattr(self.model, verb)(*arguments)
+
+
 class DeepSpeedTower:
-    """`Tower` under ZeRO stage 1 or 2; needs an initialised process group, of any size."""
+    """`Tower` under ZeRO; needs an initialised process group, of any size."""
 
     def __init__(
-        self, model: SequenceModel, optim: OptimConfig, *, stage: int, accumulation: int, device: torch.device
+        self,
+        model: SequenceModel,
+        optim: OptimConfig,
+        *,
+        stage: int,
+        accumulation: int,
+        device: torch.device,
+        offload_optimizer: bool = False,
     ) -> None:
         """`accumulation` is the number of microbatches this worker runs in a step (K / W)."""
         deepspeed = _import_deepspeed()
+        self._stage = stage
+        # Of weights that are split, a whole copy is made to evaluate with.
+        self._empty = copy.deepcopy(model).to("meta") if stage == 3 else None
         self.model = model.to(device)
+        self._device = device
         self.backward_factor = float(dist.get_world_size())
-        config = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": optim.clip_tower,
-            "zero_optimization": {
-                "stage": stage,
-                "overlap_comm": False,
-                "contiguous_gradients": True,
-                "reduce_scatter": True,
-                # The defaults reserve 2 GB; a tower has a few million weights at most.
-                "reduce_bucket_size": 5_000_000,
-                "allgather_bucket_size": 5_000_000,
-            },
-            "steps_per_print": 1 << 40,
-        }
         self.engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=self.model,
+            model=_Verbs(self.model),
             optimizer=make_optimizer(self.model, optim),
-            config=config,
+            config=deepspeed_config(
+                optim, stage=stage, accumulation=accumulation, offload_optimizer=offload_optimizer
+            ),
             dist_init_required=False,
         )
+        if stage == 3:
+            for module in self.model.modules():
+                if isinstance(module, _BORROWERS):
+                    for parameter in module.parameters():
+                        deepspeed.zero.register_external_parameter(module, parameter)
+        self._state = ZeroState(self.model, self._optimizer, stage)
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `Tower`."""
-        out: Out = self.engine(batch, x_items, features)
+        out: Out = self.engine("forward", batch, x_items, features)
         return out
 
     def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
-        """See `Tower`. Weights are whole on every worker in stages 1 and 2, so the engine need not know."""
-        return self.model.item_transform(rows, features)
+        """See `Tower`."""
+        vectors: Tensor = self.engine("item_transform", rows, features)
+        return vectors
 
     def backward(self, loss: Tensor) -> None:
         """See `Tower`. The engine reduces gradients itself at each accumulation boundary."""
@@ -87,45 +118,28 @@ class DeepSpeedTower:
     def step(self, lr: float) -> float:
         """See `Tower`."""
         set_lr(self._optimizer.param_groups, lr)
+        norm = None
+        if self._stage == 0:  # DeepSpeed clips by it, but does not tell
+            norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return float(self.engine.get_global_grad_norm() or 0.0 if norm is None else norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Tower`."""
+        return self._state.weights()
+
+    def whole_model(self) -> SequenceModel:
+        """See `Tower`."""
+        if self._empty is None:
+            return self.model
+        whole = copy.deepcopy(self._empty).to_empty(device=self._device)
+        whole.load_state_dict(self.weights())
+        return whole
 
     def moments(self) -> dict[str, Tensor]:
         """See `Tower`."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        # DeepSpeed links parameters to their moments after its first step, but while only the first
-        # parameter group has any; link anew so that every group is reachable.
-        self._link()
-        found = {}
-        for name, p in self.model.named_parameters():
-            for moment in MOMENTS:
-                found[f"{name}.{moment}"] = safe_get_full_optimizer_state(p, moment)
-        return found
-
-    def _link(self) -> None:
-        if self._optimizer.optimizer.state:
-            self._optimizer._hp_optimizer_states_linked = False
-            self._optimizer._lazy_init_hp_params_optimizer_state()
+        return self._state.moments()
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
         """See `Tower`."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        zero = self._optimizer
-        for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(steps)),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-            }
-        self._link()
-        with torch.no_grad():
-            for name, p in self.model.named_parameters():
-                value = weights[name].to(p.device)
-                p.copy_(value)
-                safe_set_full_fp32_param(p, value)
-                for moment in MOMENTS:
-                    safe_set_full_optimizer_state(p, moments[f"{name}.{moment}"].to(p.device), moment)
-            for name, buffer in self.model.named_buffers():
-                if name in weights:
-                    buffer.copy_(weights[name])
+        self._state.load(weights, moments, steps)

@@ -79,6 +79,7 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         stage=config.cluster.zero_stage,
         accumulation=config.training.microbatches // worker.world,
         device=worker.device,
+        offload_optimizer=config.cluster.offload_optimizer,
     )
     log: MetricsLog | None = None
     tracker: Tracker | None = None

@@ -113,6 +113,10 @@ class DataFolder:
             shards, first = np.unique(self._packed.shards_of(users), return_index=True)
             self._remote.ahead(shards[np.argsort(first)].tolist())
 
+    def num_shards_of(self, users: Int64Array) -> int:
+        """How many shards hold the histories of these users."""
+        return len(np.unique(self._packed.shards_of(users)))
+
     @cached_property
     def items(self) -> pa.Table:
         """V rows in id order: item, raw, title, text, category, available_from, train_count; image and gone

@@ -8,7 +8,6 @@ microbatch, each once. Shape letters: U distinct items of a batch, n items that 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +96,7 @@ def diagnose_alignment(latents: Mapping[str, Latents], x_items_Ud: Tensor, rows:
     """
     found: dict[str, Tensor] = {}
     for name, latent in latents.items():
-        quiet = replace(latent, z_Ud=latent.z_Ud.index_copy(0, latent.there_n, latent.mean_nd))
+        quiet = latent._replace(z_Ud=latent.z_Ud.index_copy(0, latent.there_n, latent.mean_nd))
         z_nd, reference_nd = sample_pairs(quiet, x_items_Ud, rows)
         if len(z_nd) < 2:
             values = dict.fromkeys(DIAGNOSTICS, z_nd.new_zeros(()))

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.datasets.catalogue import ItemFeatures
+from findrec.models.recompute import Recomputing
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Out:
     diagnostics: dict[str, float] = field(default_factory=dict)  # only in training mode, cheap
 
 
-class SequenceModel(nn.Module, ABC):
+class SequenceModel(Recomputing, ABC):
     """Base of all sequence models ("towers"). The item table lives outside: a tower is given rows of it.
 
     Contract, tested for every registered model: causal; right padding and the other users of a batch

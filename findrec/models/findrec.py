@@ -73,7 +73,7 @@ class FindRec(SequenceModel):
         diagnostics: dict[str, float] = {}
         if self.control is not None:
             latents = {name: encoder(features[name]) for name, encoder in self.encoders.items()}
-            correction_Td, routed = self.control(batch, id_BLd, h_Td, list(latents.values()))
+            correction_Td, routed = self.run_layer(self.control, batch, id_BLd, h_Td, list(latents.values()))
             h_Td = h_Td + correction_Td
             if self.training:
                 aux = self.alignment(latents, x_items) | _routing_terms(routed, self.config.routing)

@@ -6,7 +6,7 @@ M width of the features, d width of the latents (that of the item table), n item
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ LOGVAR_RANGE = (-8.0, 4.0)
 FIRST_LOGVAR = -2.0  # noise starts well below the spread of the means, so content gets through
 
 
-@dataclass(frozen=True)
-class Latents:
+class Latents(NamedTuple):
     """One modality's latents for the distinct items of a batch."""
 
     z_Ud: Tensor  # sampled in training, the mean otherwise; the learned "missing" vector where absent

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from findrec.config import StreamConfig
 from findrec.models.layers import Dropout, LayerScale
+from findrec.models.recompute import Recomputing
 from findrec.ops.selective_scan import selective_scan, selective_scan_step
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # the time steps channels start with, log-uniform (section 3.6)
@@ -167,7 +168,7 @@ class Mamba(nn.Module):
         return self.out_proj(y_BE), MambaState(window_BKE[:, 1:], scan_BEN)
 
 
-class MambaStream(nn.Module):
+class MambaStream(Recomputing):
     """Layers of [LayerNorm, Mamba, dropout, LayerScale], each added to its input."""
 
     def __init__(self, dim: int, dropout: float, config: StreamConfig) -> None:
@@ -179,9 +180,13 @@ class MambaStream(nn.Module):
 
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`, causal."""
-        for norm, block, scale in zip(self.norms, self.blocks, self.scales, strict=True):
-            x_BLd = x_BLd + scale(self.dropout(block(norm(x_BLd))))
+        for parts in zip(self.norms, self.blocks, self.scales, strict=True):
+            x_BLd = self.run_layer(self._layer, x_BLd, *parts)
         return x_BLd
+
+    def _layer(self, x_BLd: Tensor, norm: nn.Module, block: nn.Module, scale: nn.Module) -> Tensor:
+        added_BLd: Tensor = x_BLd + scale(self.dropout(block(norm(x_BLd))))
+        return added_BLd
 
     def initial_state(self, batch_size: int) -> list[MambaState]:
         """The states of all layers for rows without events."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from findrec.config import ModelConfig
@@ -58,10 +59,10 @@ class SASRec(SequenceModel):
                 f"a history of {length} events was given to a SASRec with {self.max_length} learned "
                 "positions; cut histories to the last data.max_length events, the value it was trained with"
             )
-        place_Ld = self.position.weight[:length]
+        place_Ld = self.position(torch.arange(length, device=x_items.device))
         x_BLd = self.inputs.drop(self.inputs(batch, x_items) + place_Ld)
         for block in self.blocks:
-            x_BLd = block(x_BLd)
+            x_BLd = self.run_layer(block, x_BLd)
         h_Td = asked_rows(x_BLd, batch)
         if self.moment is not None:
             h_Td = self.moment(h_Td, batch)

@@ -5,12 +5,14 @@ All map `[B, L, d]` to `[B, L, d]`, causally. Shape letters: B rows, L steps, d 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from findrec.config import StreamConfig
 from findrec.errors import FindRecError
 from findrec.models.layers import Dropout, LayerScale
 from findrec.models.mamba import MambaStream
+from findrec.models.recompute import Recomputing
 from findrec.models.transformer import Block, initialise
 
 
@@ -26,7 +28,7 @@ def build_stream(dim: int, dropout: float, config: StreamConfig, max_length: int
     return TransformerStream(dim, dropout, config, max_length)
 
 
-class GRUStream(nn.Module):
+class GRUStream(Recomputing):
     """Layers of [LayerNorm, GRU, dropout, LayerScale], each added to its input, as the Mamba stream's are."""
 
     def __init__(self, dim: int, dropout: float, layers: int) -> None:
@@ -38,13 +40,17 @@ class GRUStream(nn.Module):
 
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`, causal."""
-        for norm, block, scale in zip(self.norms, self.blocks, self.scales, strict=True):
-            mixed_BLd, _ = block(norm(x_BLd))
-            x_BLd = x_BLd + scale(self.dropout(mixed_BLd))
+        for parts in zip(self.norms, self.blocks, self.scales, strict=True):
+            x_BLd = self.run_layer(self._layer, x_BLd, *parts)
         return x_BLd
 
+    def _layer(self, x_BLd: Tensor, norm: nn.Module, block: nn.Module, scale: nn.Module) -> Tensor:
+        mixed_BLd, _ = block(norm(x_BLd))
+        added_BLd: Tensor = x_BLd + scale(self.dropout(mixed_BLd))
+        return added_BLd
 
-class TransformerStream(nn.Module):
+
+class TransformerStream(Recomputing):
     """Learned positions, then causal Transformer blocks."""
 
     def __init__(self, dim: int, dropout: float, config: StreamConfig, max_length: int) -> None:
@@ -67,7 +73,7 @@ class TransformerStream(nn.Module):
                 f"{self.position.num_embeddings} learned positions; cut histories to the last "
                 "data.max_length events, the value it was trained with"
             )
-        x_BLd = x_BLd + self.position.weight[:length]
+        x_BLd = x_BLd + self.position(torch.arange(length, device=x_BLd.device))
         for block in self.blocks:
-            x_BLd = block(x_BLd)
+            x_BLd = self.run_layer(block, x_BLd)
         return x_BLd

@@ -18,8 +18,7 @@ k chosen experts, G = H E groups, c rows of the fullest group, R = T H k rows of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +28,7 @@ Impl = Literal["auto", "reference", "dense", "sparse"]
 _CHUNK_ELEMENTS = 2**18  # of the hidden activations at once: they stay in the processor's cache
 
 
-@dataclass(frozen=True)
-class Routed:
+class Routed(NamedTuple):
     """What came out of the experts, and how evenly they were used."""
 
     out_THo: Tensor

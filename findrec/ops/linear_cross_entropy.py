@@ -26,7 +26,7 @@ from torch import Tensor
 from findrec.ops._eager import Gradients, eager_loss
 
 DEFAULT_TILE_BYTES = 32 << 20
-_CPU_ROWS = 512  # of a tile at most: more do not speed the products up and push the tile out of the cache
+CPU_ROWS = 512  # of a tile at most: more do not speed the products up and push the tile out of the cache
 
 
 @dataclass(frozen=True)
@@ -170,5 +170,5 @@ def tile_rows(num_tokens: int, table_Vd: Tensor, tile_bytes: int) -> int:
     # width that costs more than the tile itself, and saves memory that the gradient takes anyway.
     rows = max(tile_bytes // (num_rows * table_Vd.element_size()), width // 4, 1)
     if table_Vd.device.type == "cpu":
-        rows = min(rows, _CPU_ROWS)
+        rows = min(rows, CPU_ROWS)
     return max(1, min(num_tokens, rows))

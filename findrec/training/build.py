@@ -8,8 +8,10 @@ import torch.distributed as dist
 from findrec.config import RunConfig
 from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.plan import Windows, cut_prefixes, cut_windows
 from findrec.errors import FindRecError, suggest
 from findrec.models.base import SequenceModel
+from findrec.models.recompute import recompute_layers
 from findrec.models.registry import build_model
 from findrec.tables.base import Table
 from findrec.tables.item_table import ItemTable
@@ -32,6 +34,13 @@ def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
     return list(config.model.modalities)
 
 
+def build_windows(config: RunConfig, folder: DataFolder) -> Windows:
+    """The pieces of training histories that `training.objective` asks for."""
+    if config.training.objective == "all":
+        return cut_windows(folder, config.data.max_length, config.data.overlap)
+    return cut_prefixes(folder, config.data.max_length)
+
+
 def build_catalogue(config: RunConfig, folder: DataFolder) -> Catalogue:
     """Features of the modalities the model is given."""
     names = used_modalities(config, folder)
@@ -47,13 +56,16 @@ def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
             f"model.events is true, but {folder.path} has no types of events; set model.events=false, or "
             "name a column `event` in the recipe"
         )
-    return build_model(
+    model = build_model(
         config.model,
         feature_dims=dims,
         num_event_types=len(types) if config.model.events else 0,
         repeat=config.model.repeat,
         max_length=config.data.max_length,
     )
+    if config.training.checkpoint_activations:
+        recompute_layers(model)
+    return model
 
 
 def table_placement(config: RunConfig, folder: DataFolder, workers: int) -> Placement:

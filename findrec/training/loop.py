@@ -20,19 +20,20 @@ from findrec.config import RunConfig
 from findrec.datasets.batch import Batch
 from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
-from findrec.datasets.plan import Windows, cut_prefixes, cut_windows, plan_epoch
+from findrec.datasets.plan import Windows, plan_epoch
 from findrec.datasets.splits import Int64Array
 from findrec.errors import FindRecError
 from findrec.progress import Bar, progress, say
 from findrec.tables.base import Table
 from findrec.training.alarms import Alarms
-from findrec.training.build import build_catalogue
+from findrec.training.build import build_catalogue, build_windows
 from findrec.training.checkpoint import TrainState, checkpoint_path, prune_checkpoints
 from findrec.training.checkpoint_store import CheckpointStore, Sender
 from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.saving import save_training
 from findrec.training.schedule import learning_rate
+from findrec.training.step_trace import StepTrace
 from findrec.training.step_values import refuse_not_finite, sum_over_workers
 from findrec.training.tower import Tower
 from findrec.training.validation import validate
@@ -65,19 +66,18 @@ def run_training(
     Raises `StopRequested` when a worker's `pulse` was asked to stop, `DivergedError` on values not finite.
     """
     training = config.training
-    if training.objective == "all":
-        windows = cut_windows(folder, config.data.max_length, config.data.overlap)
-    else:
-        windows = cut_prefixes(folder, config.data.max_length)
+    windows = build_windows(config, folder)
     state = restore(config, folder, checkpoints, tower, table, plan_digest(config, folder, windows))
     if worker.leads and on_start is not None:
         on_start(state)
     left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
+    num_traced = training.profile_steps if worker.leads else 0
     with (
         ExitStack() as stack,
         progress(config.model.name, left, "targets", show=worker.leads) as bar,
+        StepTrace(checkpoints.parent, num_traced, worker.device) as trace,
     ):
-        run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar)
+        run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar, trace)
         stack.callback(run.close)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
@@ -122,7 +122,9 @@ class _Run:
         worker: Worker,
         log: StepLog | None,
         bar: Bar,
+        trace: StepTrace,
     ) -> None:
+        self.trace = trace
         self.config, self.folder, self.windows, self.checkpoints = config, folder, windows, checkpoints
         self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
@@ -185,6 +187,7 @@ class _Run:
                 if worker.leads:
                     self.alarms.check(state.step, values)
                 self.write(state.step, state.epoch, values)
+                self.trace.done(state.step)
                 if index + 1 == len(plan.steps):
                     continue  # an epoch's end is saved after its validation
                 if self.stop:

@@ -25,6 +25,8 @@ FREE_KEYS = (
     "training.keep",
     "training.checkpoint_store",
     "training.table",
+    "training.profile_steps",
+    "training.checkpoint_activations",
 )
 
 

@@ -33,11 +33,10 @@ def save_training(root: Path, state: TrainState, tower: Tower, table: Table, wor
     `OSError` where it cannot be written: on all workers when rows are what cannot, else on rank 0. Nothing of
     it is left then.
     """
-    moments = tower.moments()  # a collective
+    weights, moments = tower.weights(), tower.moments()  # collectives
     files = _save_parts(root, state, table, worker) if table.sharded else None
     if worker.leads:
         whole = None if table.sharded else table.state()
-        weights = tower.model.state_dict()
         save_checkpoint(root, state, tower=weights, moments=moments, table=whole, table_files=files)
 
 

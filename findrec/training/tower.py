@@ -37,6 +37,12 @@ class Tower(Protocol):
     def step(self, lr: float) -> float:
         """Clip, update all weights, clear gradients; returns the gradient norm before clipping."""
 
+    def weights(self) -> dict[str, Tensor]:
+        """All weights and buffers by name on every rank (a collective call)."""
+
+    def whole_model(self) -> SequenceModel:
+        """The model to evaluate with: `model`, or a copy where weights are split (a collective call)."""
+
     def moments(self) -> dict[str, Tensor]:
         """Optimizer moments `<parameter>.<moment>` on every rank (a collective call)."""
 
@@ -98,6 +104,14 @@ class PlainTower:
         self._optimizer.step()
         self._optimizer.zero_grad()
         return float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        """See `Tower`."""
+        return dict(self.model.state_dict())
+
+    def whole_model(self) -> SequenceModel:
+        """See `Tower`."""
+        return self.model
 
     def moments(self) -> dict[str, Tensor]:
         """See `Tower`."""

@@ -29,13 +29,13 @@ def validate(
     worker: Worker,
 ) -> dict[str, float]:
     """Exact full-catalogue metrics on the validation targets; the same on every rank."""
-    tower.model.eval()
+    model = tower.whole_model().eval()
     mask_seen = seen_filter(config.evaluation.mask_seen, folder)
     max_length, candidates = config.data.max_length, config.evaluation.candidates
     users_per_block = config.evaluation.users_per_block
     if isinstance(table, ShardedItemTable):
         ranks = rank_split_sharded(
-            *(tower.model, table, catalogue, folder, "valid"),
+            *(model, table, catalogue, folder, "valid"),
             users_per_block=users_per_block,
             max_length=max_length,
             mask_seen=mask_seen,
@@ -43,7 +43,7 @@ def validate(
         )
     else:
         ranks = rank_split(
-            ModelScorer(tower.model, table.weight, catalogue, max_length=max_length, device=worker.device),
+            ModelScorer(model, table.weight, catalogue, max_length=max_length, device=worker.device),
             *(folder, "valid"),
             users_per_block=users_per_block,
             max_length=max_length,

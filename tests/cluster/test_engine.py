@@ -1,190 +1,179 @@
 """DeepSpeed ZeRO workers against the plain single-process reference: every factor, on real workers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from engine_workers import Outcome, Workers
 from planted import NUM_ITEMS, make_config, planted_folder
 
-from findrec.config import dump_config
+from findrec.config import RunConfig, dump_config, parse_config
+from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.training.checkpoint import read_state
 
-SCRIPT = """
-import json, os, sys, torch, torch.distributed as dist
-from datetime import timedelta
-from pathlib import Path
-torch.set_num_threads(1)
-stage, world, rank, folder_path, checkpoints, out, tree, meeting = sys.argv[1:]
-world, rank = int(world), int(rank)
-from findrec.config import parse_config
-from findrec.datasets.folder import DataFolder
-from findrec.training.build import build_table, build_tower_model
-from findrec.training.loop import run_training
-from findrec.training.tower import PlainTower
-from findrec.training.worker import Worker
-config = parse_config(json.loads(tree))
-folder = DataFolder.open(Path(folder_path))
-if stage != "plain":
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
-                            timeout=timedelta(seconds=120))
-torch.manual_seed(0)
-model, table = build_tower_model(config, folder), build_table(config, folder)
-if stage == "plain":
-    tower = PlainTower(model, config.training.optim)
-else:
-    from findrec.cluster.engine import DeepSpeedTower
-    tower = DeepSpeedTower(model, config.training.optim, stage=int(stage),
-                           accumulation=config.training.microbatches // world, device=torch.device("cpu"))
-losses = []
-class Log:
-    def log(self, step, epoch, values):
-        if "train/loss" in values:
-            losses.append([values["train/loss"], values["grad_norm/tower"], values["grad_norm/table"]])
-run_training(config, folder, Path(checkpoints), tower, table,
-             worker=Worker(rank, world), log=Log())
-if rank == 0:
-    from safetensors.torch import save_file
-    from findrec.training.checkpoint import latest_checkpoint, load_checkpoint
-    rows = load_checkpoint(latest_checkpoint(Path(checkpoints))).table["weight"]
-    state = {k: v.detach().clone() for k, v in model.state_dict().items()} | {"table": rows}
-    save_file(state, out)
-    Path(out + ".json").write_text(json.dumps(losses))
-if dist.is_initialized():  # else the first to exit may take the others' gloo threads down
-    dist.barrier()
-    dist.destroy_process_group()
-"""
+pytestmark = pytest.mark.slow
 
 
-def run(stage, world, data, checkpoints, out, config):
-    meeting = f"{out}.{uuid.uuid4().hex}"  # a file, for a port found free may be taken by the time it is used
-    workers = []
-    for rank in range(world):
-        environment = os.environ | {
-            "LOCAL_RANK": str(rank),
-            "OMP_NUM_THREADS": "1",
-            "FINDREC_QUIET": "1",
-        }
-        arguments = [str(stage), str(world), str(rank), str(data), str(checkpoints), str(out)]
-        tree = json.dumps(config.model_dump(mode="json"))
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, "-c", SCRIPT, *arguments, tree, meeting], env=environment, cwd="/"
-            )
-        )
-    assert [w.wait(timeout=300) for w in workers] == [0] * world
-    from safetensors.torch import load_file
-
-    return load_file(out), json.loads(Path(str(out) + ".json").read_text())
-
-
-def compare_losses(got, want):
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-4, atol=1e-5)
-
-
-def compare_weights(got, want):
-    for key in want:
+def assert_same(got, want, steps=slice(None)):
+    """Losses to 1e-5, gradient norms and weights to what float32 sums in another order leave."""
+    losses = want.losses[steps]
+    assert got.losses.shape == losses.shape
+    torch.testing.assert_close(got.losses[:, 0], losses[:, 0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.losses, losses, rtol=1e-4, atol=1e-5)
+    assert got.weights.keys() == want.weights.keys()
+    for key in want.weights:
         torch.testing.assert_close(
-            got[key], want[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
+            got.weights[key], want.weights[key], rtol=1e-3, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@dataclass
+class Setting:
+    """Made-up data, a configuration, and what the plain reference makes of them."""
+
+    path: Path
+    folder: DataFolder
+    config: RunConfig
+    workers: Callable[[int], Workers]
+    want: Outcome
+
+    def train(self, stage, world, name=None, config=None, folder=None):
+        place = self.path / (name or f"stage{stage}world{world}")
+        data = (folder or self.folder).path
+        return self.workers(world).train(stage, data, place / "checkpoints", config or self.config)
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def setting(tmp_path_factory):
     path = tmp_path_factory.mktemp("engine")
     folder = planted_folder(path / "data", num_users=60)
-    config = make_config(epochs=2, microbatches=6, optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.5})
-    reference = run("plain", 1, folder.path, path / "plain", path / "plain.out", config)
-    return path, folder, config, reference
+    config = make_config(
+        epochs=3,
+        microbatches=12,
+        tokens=64,
+        keep=3,
+        optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.5},
+    )
+    with ExitStack() as stack:
+
+        @cache
+        def workers(world):
+            return stack.enter_context(Workers(world, path))
+
+        want = workers(1).train("plain", folder.path, path / "plain", config)
+        yield Setting(path, folder, config, workers, want)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "world"), [(1, 1), (1, 2), (2, 2), (2, 3)])
-def test_same_training_as_the_plain_reference(planted, stage, world):
-    path, folder, config, (want, want_losses) = planted
-    name = f"s{stage}w{world}"
-    got, losses = run(stage, world, folder.path, path / name, path / f"{name}.out", config)
-    compare_losses(losses, want_losses)
-    compare_weights(got, want)
+def changed(config, **sections):
+    """A configuration with some keys of some sections set anew."""
+    tree = config.model_dump(mode="json")
+    for section, values in sections.items():
+        for key, value in values.items():
+            old = tree[section][key]
+            tree[section][key] = old | value if isinstance(value, dict) else value
+    return parse_config(tree)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "features"), [("exact", "both"), ("sampled", "none")])
-def test_a_sharded_table_trains_validates_and_moves_like_a_replicated_one(planted, kind, features):
+@pytest.mark.parametrize(("stage", "world"), [(0, 1), (0, 3), (1, 2), (2, 2), (2, 3), (3, 1), (3, 2), (3, 3)])
+def test_same_training_as_the_plain_reference(setting, stage, world):
+    assert_same(setting.train(stage, world), setting.want)
+
+
+@pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 1), (3, 2)])
+def test_an_offloaded_optimizer_is_the_same_training(setting, stage, world):
+    config = changed(setting.config, cluster={"offload_optimizer": True})
+    assert_same(setting.train(stage, world, f"offload{stage}{world}", config), setting.want)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_same_number_of_workers_gives_the_same_bits(setting, stage):
+    first, second = (setting.train(stage, 2, f"bits{stage}{turn}") for turn in (1, 2))
+    assert torch.equal(first.losses, second.losses)
+    assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+OTHER_MODELS = {
+    "sasrec": {"name": "sasrec"},
+    "gru": {"stream": {"kind": "gru"}},
+    "transformer": {"stream": {"kind": "transformer"}, "routing": {"heads": 2, "kind": "mean"}},
+    "content": {"items": {"features": "both", "id_dropout": 0.2}, "align": {"kind": "legacy"}},
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_stage_3_reaches_every_weight_of_every_model(setting, name, checkpointed):
+    """A module that uses another's weights without calling it would meet empty ones."""
+    training = {"epochs": 1}
+    config = changed(setting.config, model=OTHER_MODELS[name], training=training)
+    want = setting.train("plain", 1, f"{name}{checkpointed}plain", config)
+    config = changed(config, training={"checkpoint_activations": checkpointed})
+    assert_same(setting.train(3, 2, f"{name}{checkpointed}", config), want)
+
+
+@pytest.mark.parametrize("legs", [[(1, 2), (3, 2), (0, 1)], [(2, 4), (3, 2), (1, 3)]], ids=str)
+def test_a_checkpoint_moves_between_stages_and_worker_counts(setting, legs):
+    """Three epochs on one plain process = one each at another ZeRO stage, on other workers."""
+    for epoch, (stage, world) in enumerate(legs, start=1):
+        got = setting.train(stage, world, f"moved{legs}")
+        checkpoints = setting.path / f"moved{legs}" / "checkpoints"
+        for step in checkpoints.glob("step-*"):  # as if the run had been killed in its next epoch
+            if epoch < len(legs) and json.loads((step / "state.json").read_text())["epoch"] > epoch:
+                shutil.rmtree(step)
+        expected = len(setting.want.losses) * (len(legs) - epoch + 1) // len(legs)
+        assert len(got.losses) == pytest.approx(expected, abs=1)
+        assert_same(got, setting.want, slice(-len(got.losses), None))
+
+
+@pytest.mark.parametrize(("kind", "features", "stage"), [("exact", "both", 2), ("sampled", "none", 3)])
+def test_a_sharded_table_trains_validates_and_moves_like_a_replicated_one(setting, kind, features, stage):
     """Two epochs on one plain process = one on three workers with rows of their own, then one on two; with a
     checkpoint of three files between, read by a single process too.
     """
-    path, folder, _, _ = planted
-    config = make_config(
-        epochs=2,
-        microbatches=6,
-        optim={"lr": 0.005, "clip_tower": 0.05, "clip_table": 0.05},
-        loss={"kind": kind, "negatives": 16},
-    )
-    items = config.model.items.model_copy(update={"features": features})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"items": items})})
-    spread = config.model_copy(update={"training": config.training.model_copy(update={"table": "sharded"})})
+    loss, optim = {"kind": kind, "negatives": 16}, {"clip_table": 0.05}
+    training = {"epochs": 2, "loss": loss, "optim": optim}
+    config = changed(setting.config, training=training, model={"items": {"features": features}})
+    spread = changed(config, training={"table": "sharded"})
     name = f"{kind}-rows"
-    want, want_losses = run("plain", 1, folder.path, path / f"{name}1", path / f"{name}1.out", config)
-    moved = path / f"{name}3"
-    _, losses = run(2, 3, folder.path, moved, path / f"{name}3.out", spread)
-    compare_losses(losses, want_losses)
+    want = setting.train("plain", 1, f"{name}1", config)
+    assert_same(setting.train(stage, 3, f"{name}3", spread), want)
+    moved, alone, reference = (setting.path / f"{name}{n}" / "checkpoints" for n in (3, 4, 1))
     first, last = sorted(moved.glob("step-*"))
     assert len(list(first.glob("table-*.safetensors"))) == 3
-    states = [read_state(sorted(place.glob("step-*"))[-1]) for place in (moved, path / f"{name}1")]
+    states = [read_state(sorted(place.glob("step-*"))[-1]) for place in (moved, reference)]
     assert states[0].best == pytest.approx(states[1].best, abs=1e-3)
     shutil.rmtree(last)  # as if the run had been killed in its second epoch
-    alone = shutil.copytree(moved, path / f"{name}4")
-    for world, place, how in ((2, moved, spread), (1, alone, config)):
-        stage = "plain" if world == 1 else 1
-        got, losses = run(stage, world, folder.path, place, path / f"{name}{world}.out", how)
-        compare_losses(losses, want_losses[len(want_losses) - len(losses) :])
-        assert 0 < len(losses) < len(want_losses)
-        compare_weights(got, want)
+    shutil.copytree(moved, alone)
+    for world, place, how in ((2, f"{name}3", spread), (1, f"{name}4", config)):
+        got = setting.train("plain" if world == 1 else stage, world, place, how)
+        assert 0 < len(got.losses) < len(want.losses)
+        assert_same(got, want, slice(-len(got.losses), None))
 
 
-@pytest.mark.slow
-def test_checkpoint_moves_between_worker_counts_and_stages(planted):
-    """Two epochs on one plain process = one on two ZeRO-2 workers, then one on a ZeRO-1 worker."""
-    path, folder, config, (want, want_losses) = planted
-    first = path / "moved"
-    run(2, 2, folder.path, first, path / "moved.out", config)
-    steps = sorted(p.name for p in first.glob("step-*"))
-    assert len(steps) == 2
-    shutil.rmtree(first / steps[-1])  # as if the run had been killed in its second epoch
-    got, losses = run(1, 1, folder.path, first, path / "moved2.out", config)
-    half = len(want_losses) - len(losses)
-    assert 0 < half < len(want_losses)
-    compare_losses(losses, want_losses[half:])
-    compare_weights(got, want)
-
-
-@pytest.mark.slow
-def test_a_warm_start_on_workers_is_that_of_one_process(planted):
+def test_a_warm_start_on_workers_is_that_of_one_process(setting):
     """A finished run continued on a catalogue with two more items: ZeRO-2 on two workers, plain on one."""
-    path, folder, config, _ = planted
-    runs = path / "runs"
-    config = config.model_copy(update={"runs": str(runs), "name": "yesterday"})
-    run("plain", 1, folder.path, runs / "yesterday/checkpoints", path / "yesterday.out", config)
+    runs = setting.path / "runs"
+    config = setting.config.model_copy(update={"runs": str(runs), "name": "yesterday"})
+    setting.train("plain", 1, "runs/yesterday", config)
     (runs / "yesterday/config.yaml").write_text(dump_config(config))
     new = [NUM_ITEMS + 1, NUM_ITEMS + 2]
+    folder = setting.folder
     grown = write_data_folder(
-        path / "grown",
+        setting.path / "grown",
         [[*folder.histories([u]).item.tolist(), *new] for u in range(folder.num_users)],
         features={m: grow(folder.feature(m), len(new)) for m in folder.modalities},
     )
-    training = config.training.model_copy(update={"warm_start": "yesterday", "epochs": 1})
-    warm = config.model_copy(update={"training": training, "name": "today"})
-    want, want_losses = run("plain", 1, grown.path, path / "one", path / "one.out", warm)
-    got, losses = run(2, 2, grown.path, path / "two", path / "two.out", warm)
-    compare_losses(losses, want_losses)
-    compare_weights(got, want)
+    warm = changed(config, training={"warm_start": "yesterday", "epochs": 1})
+    warm = warm.model_copy(update={"name": "today"})
+    want = setting.train("plain", 1, "one", warm, grown)
+    assert_same(setting.train(2, 2, "two", warm, grown), want)
 
 
 def grow(table, more):

@@ -1,0 +1,273 @@
+"""Two workers on two cores against two runs of one core each at the same time; memory of a worker; saving.
+
+Workers are real processes over gloo with one thread each, as a run's are, but started without Ray. Throughput
+is that of whole steps of the training loop, data and logging with it, after a first step that does not count;
+the two ways take turns. Memory is the peak resident set of a worker that has trained, validated and saved.
+Traffic is what the loopback device carried: nothing else may use it meanwhile.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from findrec.bench.memory import peak_rss_bytes
+from findrec.bench.scaling_model import Step, sent_bytes
+from findrec.config import RunConfig, parse_config
+from findrec.datasets.folder import DataFolder
+from findrec.datasets.memory import write_data_folder
+from findrec.datasets.plan import plan_epoch
+
+Figures = dict[str, Any]
+_LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
+
+
+def scaling_config(**training: object) -> RunConfig:
+    """The run that is timed: the default model and step on made-up users, all at their longest."""
+    return parse_config(
+        {
+            "training": {"epochs": 1, "tokens": 1600, "eval_every": 1000} | training,
+            "cluster": {"workers": 2},
+            "model": {"align": {"diagnose_every": 0}},
+        }
+    )
+
+
+def scaling_data(path: Path, *, items: int, users: int, events: int = 203) -> DataFolder:
+    """Users of `events` events over a catalogue that all of is met, popular items by Zipf's law."""
+    rng = np.random.default_rng(0)
+    drawn = (items ** rng.random((users, events))).astype(np.int64).clip(1)
+    drawn[0, 0] = items
+    text = rng.normal(size=(items, 32)).astype(np.float32)
+    return write_data_folder(path, list(drawn), features={"text": text})
+
+
+class _Marks:
+    """A step log that remembers when steps ended, and what the loopback had carried by then."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, int]] = []
+
+    def log(self, step: int, epoch: int, values: Any) -> None:
+        if "train/loss" in values:
+            self.marks.append((time.perf_counter(), _loopback_bytes()))
+
+
+def _loopback_bytes() -> int:
+    return int(_LOOPBACK.read_text()) if _LOOPBACK.is_file() else 0
+
+
+def _member(pipe: Connection, rank: int, world: int, meeting: str, data: str) -> None:
+    """One worker: trains whatever configuration comes through the pipe, until None comes."""
+    from findrec.cluster.engine import DeepSpeedTower
+    from findrec.training.allocator import keep_freed_memory
+    from findrec.training.build import build_table, build_tower_model
+    from findrec.training.loop import run_training
+    from findrec.training.worker import Worker
+
+    os.environ["LOCAL_RANK"] = str(rank)
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=300),
+    )
+    folder = DataFolder.open(data, verify=False)
+    while (job := pipe.recv()) is not None:
+        config = parse_config(job["config"])
+        torch.manual_seed(0)
+        model = build_tower_model(config, folder)
+        tower = DeepSpeedTower(
+            model,
+            config.training.optim,
+            stage=config.cluster.zero_stage,
+            accumulation=config.training.microbatches // world,
+            device=torch.device("cpu"),
+            offload_optimizer=config.cluster.offload_optimizer,
+        )
+        marks, begin = _Marks(), time.perf_counter()
+        run_training(
+            *(config, folder, Path(job["checkpoints"]), tower, build_table(config, folder)),
+            worker=Worker(rank, world),
+            log=marks,
+        )
+        last = marks.marks[-1][0] if marks.marks else begin
+        pipe.send(
+            {
+                "marks": marks.marks,
+                "seconds_after": time.perf_counter() - last,
+                "peak_bytes": peak_rss_bytes(),
+                "weights": sum(p.numel() for p in model.parameters()),
+            }
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _members(world: int, folder: DataFolder, place: Path) -> Iterator[Callable[[RunConfig], list[Figures]]]:
+    """`world` processes that train together; yields what has them train a configuration."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "FINDREC_QUIET": "1"}
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    meeting = place / f"{uuid.uuid4().hex}.meeting"
+    place.mkdir(exist_ok=True)
+    for rank in range(world):
+        ours, theirs = context.Pipe()
+        arguments = (theirs, rank, world, str(meeting), str(folder.path))
+        process = context.Process(target=_member, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+
+    def train(config: RunConfig) -> list[Figures]:
+        job = {"config": config.model_dump(mode="json"), "checkpoints": str(place / uuid.uuid4().hex)}
+        for pipe in pipes:
+            pipe.send(job)
+        return [pipe.recv() for pipe in pipes]
+
+    try:
+        yield train
+        for pipe in pipes:
+            pipe.send(None)
+    finally:
+        for process in processes:
+            process.join(timeout=60)
+
+
+def bench_throughput(*, items: int = 10_000, steps: int = 4, rounds: int = 3) -> list[Figures]:
+    """Targets a second of two workers of one run, and of two runs of one worker each at the same time."""
+    config = scaling_config()
+    alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 1})})
+    training = config.training
+    rows = training.tokens // config.data.max_length
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        users = steps * training.microbatches * rows
+        folder = scaling_data(place / "data", items=items, users=users)
+        targets = float(_planned_targets(config, folder)[1:].sum())
+        joint: list[float] = []
+        apart: list[float] = []
+        with (
+            _members(2, folder, place / "a") as both,
+            _members(1, folder, place / "b") as first,
+            _members(1, folder, place / "c") as second,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            for turn in range(rounds + 1):
+                found = both(config)[0]
+                pair = pool.map(lambda train: train(alone)[0], (first, second))
+                rates = [targets / _seconds(one) for one in pair]
+                if turn:  # the first round warms up
+                    joint.append(targets / _seconds(found))
+                    apart.append(sum(rates))
+        ratios = [a / b for a, b in zip(joint, apart, strict=True)]
+        step = _step_of(config, folder, found["weights"])
+        moved = (found["marks"][-1][1] - found["marks"][0][1]) / (len(found["marks"]) - 1)
+    return [
+        {
+            "bench": "throughput",
+            "items": items,
+            "microbatches": training.microbatches,
+            "tokens": training.tokens,
+            "zero_stage": config.cluster.zero_stage,
+            "joint_targets_per_s": round(statistics.median(joint), 1),
+            "apart_targets_per_s": round(statistics.median(apart), 1),
+            "ratio": round(statistics.median(ratios), 3),
+            "ratios": [round(r, 3) for r in ratios],
+            "loopback_mb_per_step": round(moved / 1e6, 2),
+            "model_mb_per_step": round(2 * sum(sent_bytes(step).values()) / 1e6, 2),
+        }
+    ]
+
+
+def bench_memory(
+    *, items: int = 50_000, dim: int = 128, stages: Sequence[int] = (0, 1, 2, 3)
+) -> list[Figures]:
+    """Peak memory of two workers, traffic of a step and seconds to save, by ZeRO stage and placement."""
+    from findrec.cluster.dry_run import make_plan
+    from findrec.cluster.machines import this_machine
+
+    rows = []
+    for table in ("replicated", "sharded"):
+        for stage in stages:
+            tree = scaling_config(microbatches=4).model_dump(mode="json")
+            tree["model"] |= {"dim": dim}
+            tree["model"]["stream"] |= {"layers": 8}
+            tree["cluster"] |= {"zero_stage": stage}
+            if "table" in tree["training"]:
+                tree["training"] |= {"table": table}
+            elif table == "sharded":
+                continue  # this version has no other placement
+            config = parse_config(tree)
+            with tempfile.TemporaryDirectory() as name:
+                place = Path(name)
+                folder = scaling_data(place / "data", items=items, users=3 * 4 * 8)
+                with _members(2, folder, place) as train:
+                    found = train(config)
+                need = make_plan(config, folder, [this_machine()]).need.total("device", "host")
+                step = _step_of(config, folder, found[0]["weights"])
+            marks = found[0]["marks"]
+            moved = (marks[-1][1] - marks[0][1]) / (len(marks) - 1)
+            rows.append(
+                {
+                    "bench": "memory",
+                    "table": table,
+                    "zero_stage": stage,
+                    "weights": found[0]["weights"],
+                    "items": items,
+                    "dim": dim,
+                    "peak_mib": [round(f["peak_bytes"] / 2**20) for f in found],
+                    "planned_mib": round(need / 2**20),
+                    "loopback_mb_per_step": round(moved / 1e6, 1),
+                    "model_mb_per_step": round(2 * sum(sent_bytes(step).values()) / 1e6, 1),
+                    "validate_and_save_s": round(found[0]["seconds_after"], 2),
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _planned_targets(config: RunConfig, folder: DataFolder) -> Any:
+    from findrec.training.build import build_windows
+
+    training, windows = config.training, build_windows(config, folder)
+    plan = plan_epoch(windows, seed=0, epoch=0, microbatches=training.microbatches, tokens=training.tokens)
+    return plan.targets
+
+
+def _seconds(found: Figures) -> float:
+    return float(found["marks"][-1][0] - found["marks"][0][0])
+
+
+def _step_of(config: RunConfig, folder: DataFolder, weights: int) -> Step:
+    return Step(
+        workers=config.cluster.workers,
+        accumulation=config.training.microbatches // config.cluster.workers,
+        weights=weights,
+        items=folder.num_items,
+        dim=config.model.dim,
+        targets=config.training.tokens,
+        distinct=min(config.training.tokens, folder.num_items),
+        stage=config.cluster.zero_stage,
+        table=getattr(config.training, "table", "replicated"),
+    )
