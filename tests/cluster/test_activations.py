@@ -11,6 +11,7 @@ from findrec.config import parse_config
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.models.registry import build_model
 from findrec.tables.item_table import ItemTable
+from findrec.tables.parts import TableSpec
 from findrec.training.objectives import microbatch_loss
 from findrec.training.tower import PlainTower
 
@@ -65,12 +66,14 @@ def one_microbatch(model, shape):
     )
     tower = PlainTower(network, config.training.optim)
     table = ItemTable(
-        NUM_ITEMS,
-        config.model.dim,
-        seed=0,
-        loss=config.training.loss,
-        optim=config.training.optim,
-        train_count=torch.ones(NUM_ITEMS + 1),
+        TableSpec(
+            NUM_ITEMS,
+            config.model.dim,
+            seed=0,
+            loss=config.training.loss,
+            optim=config.training.optim,
+            train_count=torch.ones(NUM_ITEMS + 1),
+        )
     )
     catalogue = Features(dims)
 
