@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from findrec import __version__
+from findrec.cli_lists import RUN_HELP, index_run, recommend
 from findrec.errors import FindRecError
 from findrec.paths import drop_checkout_from_sys_path, find_run, resolve
 
@@ -22,8 +23,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-RUN_HELP = "A run folder, or the name of one below runs/."
 
 
 @app.command()
@@ -179,12 +178,34 @@ def train(
 
 
 @app.command()
-def evaluate(run: Annotated[str, typer.Argument(help=RUN_HELP)]) -> None:
+def evaluate(
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="Instead, vary the inputs: noise, missing or length; may be repeated."),
+    ] = None,
+    level: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Of the suite: % of the items, or events; may be repeated."),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Ray workers that share the catalogue's rows; default: evaluation.shards of the run."
+        ),
+    ] = None,
+) -> None:
     """Rank the full catalogue again from the saved checkpoint and print the table."""
     folder = find_run(run)
+    if suite or level:
+        from findrec.evaluation.run import run_suites
+
+        written = run_suites(folder, list(dict.fromkeys(suite or [])), level or [])
+        typer.echo(f"written: {', '.join(map(str, written))}")
+        return
     from findrec.evaluation.run import evaluate_run
 
-    evaluate_run(folder)
+    evaluate_run(folder, **({} if shards is None else {"shards": shards}))
     typer.echo(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 
@@ -247,6 +268,10 @@ def inspect_user(
     print_inspection(found)
     page, picture = write_inspection(folder, found)
     typer.echo(f"written: {page}, {picture}")
+
+
+app.command("index")(index_run)
+app.command()(recommend)
 
 
 @app.command()

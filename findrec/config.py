@@ -5,12 +5,13 @@ Unknown keys are refused with the nearest known one. The resolved tree is printe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from findrec.errors import FindRecError, suggest
 from findrec.paths import find_asset
@@ -176,10 +177,27 @@ class EvaluationConfig(Part):
     ks: list[int] = Field([5, 10, 20, 50])
     users_per_block: int = Field(256, ge=1)
     mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
-    # What competes for a target: all items, or those available at its time (items.parquet, available_from).
-    candidates: Literal["all", "available"] = "all"
+    # What competes for a target: all items, those available at its time (available_from of items.parquet),
+    # those of column=value there or in file:PATH (raw ids); or several. Targets off such a list are left out.
+    candidates: str | list[str] = "all"
+    # Beside the full ranking, what N sampled candidates would have shown: not comparable with anything else.
+    sampled: int | None = Field(None, ge=1)
+    # Ray workers that the catalogue's rows are spread over while it is ranked; 0: none, all in one process.
+    shards: int = Field(0, ge=0)
     baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
     samples: int = Field(6, ge=0)  # users whose recommendations the report shows
+    pictures: str | None = None  # folder or tar of item pictures for it; default: where the recipe has them
+
+    @field_validator("candidates")
+    @classmethod
+    def _check_candidates(cls, given: str | list[str]) -> str | list[str]:
+        for one in [given] if isinstance(given, str) else given:
+            if not re.fullmatch(r"all|available|file:.+|[^=]+=.+", one):
+                raise ValueError(
+                    f"{one!r} is neither all, available, column=value (of items.parquet) nor file:PATH (raw "
+                    "item ids)"
+                )
+        return given
 
 
 class TrackingConfig(Part):

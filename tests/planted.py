@@ -1,9 +1,14 @@
 """Small data with a known answer, and a configuration that learns it in seconds."""
 
 import numpy as np
+import torch
 
-from findrec.config import parse_config
+from findrec.config import dump_config, parse_config
 from findrec.datasets.memory import write_data_folder
+from findrec.training.build import build_table, build_tower_model
+from findrec.training.loop import run_training
+from findrec.training.tower import PlainTower
+from findrec.training.worker import Worker
 
 NUM_ITEMS = 60
 
@@ -32,3 +37,34 @@ def make_config(**training):
         "evaluation": {"users_per_block": 64},
     }
     return parse_config(tree)
+
+
+def planted_run(path, folder, model=None, **evaluation):
+    """A run folder with checkpoints of a short training on a data folder, as a job leaves it."""
+    tree = make_config(epochs=3).model_dump(mode="json")
+    tree["name"], tree["data"]["folder"] = path.name, str(folder.path)
+    tree["model"] |= model or {}
+    tree["evaluation"] |= {"baselines": [], "samples": 2} | evaluation
+    tree["tracking"]["enabled"] = False
+    config = parse_config(tree)
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(dump_config(config))
+    torch.manual_seed(0)
+    tower = PlainTower(build_tower_model(config, folder), config.training.optim)
+    run_training(
+        config,
+        folder,
+        path / "checkpoints",
+        tower,
+        build_table(config, folder),
+        worker=Worker(),
+        log=Silent(),
+    )
+    return path
+
+
+class Silent:
+    """A log that keeps nothing."""
+
+    def log(self, step, epoch, values):
+        pass

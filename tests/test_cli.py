@@ -55,6 +55,8 @@ def test_help_names_every_command_quickly() -> None:
         "report",
         "compare",
         "inspect",
+        "index",
+        "recommend",
         "doctor",
     ):
         assert command in done.stdout
@@ -123,6 +125,25 @@ def test_runs_are_found_by_name_and_path(
         assert main([command, name]) == 0
     assert calls == [folder] * 3
     assert str(folder / "report.html") in capsys.readouterr().out
+
+
+def test_suites_are_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, calls = make_run(tmp_path), []
+
+    def run_suites(*given: Any) -> list[Path]:
+        calls.append(given)
+        return [folder / "suites" / "noise.json"]
+
+    fake = SimpleNamespace(run_suites=run_suites)
+    monkeypatch.setitem(sys.modules, "findrec.evaluation.run", fake)  # type: ignore[arg-type]
+    assert (
+        main(["evaluate", "demo", "--suite", "noise", "--suite", "length", "--level", "5", "--level", "9"])
+        == 0
+    )
+    assert calls == [(folder, ["noise", "length"], [5, 9])]
+    assert "noise.json" in capsys.readouterr().out
 
 
 def test_unknown_run_names_the_nearest(tmp_path: Path) -> None:

@@ -82,3 +82,16 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, says: str) -
     path.write_text(text)
     with pytest.raises(FindRecError, match=says):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["all", "available", "category=Comedy", "file:stock.txt", "[available, category=A, 'category=B, C']"],
+)
+def test_candidates_are_a_rule_or_an_allow_list(given: str) -> None:
+    config = parse_config({}, [f"evaluation.candidates={given}"])
+    assert config.evaluation.candidates == yaml.safe_load(given)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+    for wrong in ("avialable", "[all, comedy]", "=x", "stock.txt"):
+        with pytest.raises(FindRecError, match=r"evaluation\.candidates: .*is neither all, available"):
+            parse_config({}, [f"evaluation.candidates={wrong}"])

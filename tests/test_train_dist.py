@@ -18,7 +18,7 @@ from clusters import UNTRACKED, Cluster, Run, environment, free_port, running_cl
 from planted import make_config, planted_folder
 
 from findrec.datasets.folder import DataFolder
-from findrec.evaluation.run import load_streaming
+from findrec.evaluation.load import load_streaming
 from findrec.train_dist import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

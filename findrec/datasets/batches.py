@@ -15,9 +15,10 @@ from torch import Tensor
 
 from findrec.datasets.batch import Batch
 from findrec.datasets.folder import DataFolder
+from findrec.datasets.histories import Histories
 from findrec.datasets.padding import gap_buckets, padded_batch
 from findrec.datasets.plan import EpochPlan, Windows, share
-from findrec.datasets.splits import Int64Array
+from findrec.datasets.splits import Int64Array, unit_starts
 
 PREFETCHED_STEPS = 2
 
@@ -70,6 +71,38 @@ def _cuts(folder: DataFolder, split: Part) -> tuple[Int64Array, Int64Array]:
     raise ValueError(f"split must be 'valid' or 'test', not {split!r}")
 
 
+@dataclass(frozen=True)
+class Moments:
+    """When targets are asked for: row b asks its user for the events `[first, last)` after those before
+    `first`. All `[B]` int64, the rows of a user one after the other, in time.
+    """
+
+    user: Int64Array  # rows of the data folder
+    first: Int64Array
+    last: Int64Array
+
+
+def asks_one_by_one(folder: DataFolder) -> bool:
+    """Whether every unit of a part has a history of its own (a `tail` split)."""
+    return folder.manifest.split.get("kind") == "tail"
+
+
+def moments(folder: DataFolder, split: Part, users: Int64Array) -> Moments:
+    """One row for each of `users`, which asks for all of its targets; in a `tail` split one for each event,
+    or for each basket where baskets are the unit.
+    """
+    first, last = (cut[users] for cut in _cuts(folder, split))
+    if not asks_one_by_one(folder):
+        return Moments(users, first, last)
+    targets = folder.histories(users, first, last)
+    begins = unit_starts(targets.timestamp, targets.offset, str(folder.manifest.split.get("unit", "event")))
+    at = np.flatnonzero(begins)
+    row = np.searchsorted(targets.offset, at, side="right") - 1
+    begin = first[row] + at - targets.offset[row]
+    end = begin + np.diff(np.append(at, len(begins)))
+    return Moments(users[row], begin, end)
+
+
 def evaluated_users(folder: DataFolder, split: Part) -> Int64Array:
     """User rows with a target in the split and at least one event before it, ascending.
 
@@ -83,9 +116,13 @@ def evaluated_users(folder: DataFolder, split: Part) -> Int64Array:
 def evaluation_blocks(folder: DataFolder, split: Part, users_per_block: int) -> list[Int64Array]:
     """The `evaluated_users`, by length of history, in blocks.
 
-    The blocks are the same for any number of workers; rank r of W takes blocks r, r + W, ...
+    The blocks are the same for any number of workers; rank r of W takes blocks r, r + W, ... Where users are
+    asked several times (`moments`) a block holds fewer of them, so that it has no more rows.
     """
-    first, _ = _cuts(folder, split)
+    first, last = _cuts(folder, split)
+    if asks_one_by_one(folder):
+        most = int((last - first).max(initial=1))
+        users_per_block = max(1, users_per_block // max(1, most))
     users = evaluated_users(folder, split)
     users = users[np.argsort(first[users], kind="stable")]
     return [users[begin : begin + users_per_block] for begin in range(0, len(users), users_per_block)]
@@ -94,21 +131,15 @@ def evaluation_blocks(folder: DataFolder, split: Part, users_per_block: int) -> 
 def evaluation_batch(
     folder: DataFolder, split: Part, users: Int64Array, max_length: int
 ) -> tuple[Batch, Cases]:
-    """The last `max_length` events of each user before the split's targets, and those targets.
+    """The last `max_length` events before each of the users' `moments`, and the targets asked for there.
 
     `position` is the last valid place of each row and `target` is empty: a row's one vector ranks all of its
     targets, which are several where a basket, a share or a period of time is asked for.
     """
-    first, last = _cuts(folder, split)
-    start = np.maximum(first[users] - max_length, 0)
-    shown = padded_batch(folder.histories(users, start, first[users]), users, folder.num_items)
-    turn = folder.histories(users, first[users] - 1, first[users] + 1)  # last event shown, first asked for
-    batch = replace(
-        shown,
-        position=torch.arange(len(users)) * shown.item.shape[1] + shown.length - 1,
-        wait=torch.from_numpy(gap_buckets(turn.timestamp, turn.offset)[1::2]),
-    )
-    targets = folder.histories(users, first[users], last[users])
+    asked = moments(folder, split, users)
+    users = asked.user
+    targets = folder.histories(users, asked.first, asked.last)
+    batch = asking_batch(folder, users, asked.first, targets.timestamp[targets.offset[:-1]], max_length)
     row = np.repeat(np.arange(len(users)), np.diff(targets.offset))
     return batch, Cases(
         row=torch.from_numpy(row),
@@ -118,10 +149,27 @@ def evaluation_batch(
     )
 
 
-def target_times(folder: DataFolder, split: Part, users: Int64Array) -> Int64Array:
-    """`[C]` times (s) of the split's targets of `users`, user by user."""
+def asking_batch(
+    folder: DataFolder, users: Int64Array, stop: Int64Array, time: Int64Array, max_length: int
+) -> Batch:
+    """The last `max_length` of the first `stop` `[B]` (at least 1) events of `users` `[B]`, who are asked at
+    `time` `[B]` (s) what comes next: `position` is the last valid place of each row, `target` is empty.
+    """
+    start = np.maximum(stop - max_length, 0)
+    shown = padded_batch(folder.histories(users, start, stop), users, folder.num_items)
+    last = folder.histories(users, stop - 1, stop).timestamp
+    turn = np.stack([last, time], axis=1)  # the last event shown and the moment of asking
+    return replace(
+        shown,
+        position=torch.arange(len(users)) * shown.item.shape[1] + shown.length - 1,
+        wait=torch.from_numpy(gap_buckets(turn.reshape(-1), 2 * np.arange(len(users) + 1))[1::2]),
+    )
+
+
+def target_events(folder: DataFolder, split: Part, users: Int64Array) -> Histories:
+    """The events of `users` that are the split's targets."""
     first, last = _cuts(folder, split)
-    return folder.histories(users, first[users], last[users]).timestamp
+    return folder.histories(users, first[users], last[users])
 
 
 class TrainLoader:

@@ -108,8 +108,8 @@ def _parquet(
 
 
 def read_ids(path: Path, column: str | None = None) -> list[str]:
-    """Raw item ids, one for each row of a vector file: a CSV or TSV with a header, a Parquet file, or a text
-    file with an id a line.
+    """Raw item ids, e.g. one for each row of a vector file: a CSV or TSV with a header, a Parquet file, or a
+    text file with an id a line.
     """
     try:
         if path.suffix == ".parquet":
@@ -126,7 +126,7 @@ def read_ids(path: Path, column: str | None = None) -> list[str]:
             place = header.index(_column(path, header, column, "item", "ids") or header[0])
             return [row[place] for row in rows if row]
     except (OSError, pa.ArrowException, UnicodeDecodeError, IndexError, csv.Error) as error:
-        raise FindRecError(f"the ids of the vectors cannot be read from {path}: {error}") from None
+        raise FindRecError(f"item ids cannot be read from {path}: {error}") from None
 
 
 def _chunks(values: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float16]]]:

@@ -183,6 +183,8 @@ class Recipe(Part):
     def sha256(self, limit_users: int | None = None) -> str:
         """Hash of everything that decides what `prepare` writes."""
         recipe = self.model_dump(mode="json", exclude={"title", "licence", "source", "features"})
+        if recipe["split"]["last"] is None:  # folders made before there was such a split stay what they are
+            del recipe["split"]["last"]
         recipe["features"] = {
             name: spec.model_dump(mode="json")
             for name, spec in self.features.wanted().items()

@@ -39,6 +39,8 @@ class Split(BaseModel):
       what is asked for; a user may have no event in a part.
     * `per_user_ratio`: the first of each user's units are training, then validation, then test, as `ratio`
       says (rounded down, at least one training unit; the rest is the test's).
+    * `tail`: a user's `last` units are validation and, after them, test, each of them asked for with all that
+      came before it as history; one unit at least is training, and the test takes its share first.
 
     A unit is one event, or all events of one timestamp (a basket): inside a basket the order says nothing,
     and a basket cut in two would show half of the answer. A time never cuts a basket.
@@ -46,12 +48,13 @@ class Split(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["leave_one_out", "global_temporal", "per_user_ratio"] = "leave_one_out"
+    kind: Literal["leave_one_out", "global_temporal", "per_user_ratio", "tail"] = "leave_one_out"
     unit: Literal["event", "timestamp"] = "event"
     valid_from: Seconds | None = None
     test_from: Seconds | None = None
     quantiles: tuple[float, float] | None = None  # default: 0.8 and 0.9
     ratio: tuple[int, int, int] | None = None  # training, validation, test; default: 7, 2, 1
+    last: tuple[int, int] | None = None  # units of validation and of test; default: 5, 10
 
     @model_validator(mode="before")
     @classmethod
@@ -61,6 +64,8 @@ class Split(BaseModel):
                 return {"quantiles": (0.8, 0.9), **tree}
             if tree.get("kind") == "per_user_ratio":
                 return {"ratio": (7, 2, 1), **tree}
+            if tree.get("kind") == "tail":
+                return {"last": (5, 10), **tree}
         return tree
 
     @model_validator(mode="after")
@@ -70,6 +75,10 @@ class Split(BaseModel):
             raise ValueError("valid_from, test_from and quantiles belong to kind global_temporal")
         if self.kind != "per_user_ratio" and self.ratio is not None:
             raise ValueError("ratio belongs to kind per_user_ratio")
+        if self.kind != "tail" and self.last is not None:
+            raise ValueError("last belongs to kind tail")
+        if self.kind == "tail" and (self.last is None or self.last[0] < 0 or self.last[1] < 1):
+            raise ValueError("last needs two whole numbers, validation 0 or more and test above 0")
         given = sum(time is not None for time in times)
         if self.kind == "global_temporal" and (given, self.quantiles is None) not in ((2, True), (0, False)):
             raise ValueError("global_temporal needs both valid_from and test_from, or quantiles")
@@ -106,7 +115,11 @@ def cut(split: Split, timestamp: Int64Array, offset: Int64Array) -> tuple[Int64A
     starts = np.flatnonzero(unit_starts(timestamp, offset, split.unit))
     first_unit = np.searchsorted(starts, offset[:-1])
     units = np.diff(np.append(first_unit, len(starts)))
-    if split.ratio is None:
+    if split.last is not None:
+        valid, test = split.last
+        test_unit = np.maximum(units - test, 1)
+        valid_unit = np.maximum(test_unit - valid, 1)
+    elif split.ratio is None:
         test_unit, valid_unit = np.maximum(units - 1, 1), np.maximum(units - 2, 1)
     else:
         train, valid, test = split.ratio

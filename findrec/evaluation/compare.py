@@ -105,7 +105,7 @@ def _labels(found: Sequence[Evaluated]) -> list[str]:
 
 def _read_models(run: Path, split: str, wanted: Sequence[str], *, whole: bool) -> list[Evaluated]:
     rows = _read_rows(run)
-    splits = [name for name in rows if name != "strata"]
+    splits = [name for name in rows if name not in ("strata", "sampled")]
     if split not in splits:
         raise FindRecError(
             f"{run} was not evaluated on a split {split!r}{suggest(split, splits)} "

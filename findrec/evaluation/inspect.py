@@ -29,8 +29,8 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows
 from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError, suggest
+from findrec.evaluation.load import load_scorer
 from findrec.evaluation.report import Titles, read_lines
-from findrec.evaluation.run import load_scorer
 from findrec.evaluation.scorers import ModelScorer, make_queries
 from findrec.models.alignment import DIAGNOSTICS
 from findrec.models.base import Out

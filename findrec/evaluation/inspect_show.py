@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 from rich import box
@@ -24,7 +23,9 @@ from rich.text import Text
 
 from findrec.evaluation.inspect import Floats, Inspection
 from findrec.evaluation.inspect_template import TEMPLATE
-from findrec.evaluation.report import draw_curve, format_number
+from findrec.evaluation.page import write_page
+from findrec.evaluation.plots import curve_figure, data_uri, svg_of
+from findrec.evaluation.report import format_number
 
 _TITLE = 34  # characters of a title in the terminal and the picture
 _LABELLED = 60  # rows a picture has room to name
@@ -78,13 +79,11 @@ def write_inspection(run_folder: Path, found: Inspection) -> tuple[Path, Path]:
     folder = run_folder / "inspect"
     folder.mkdir(exist_ok=True)
     page, picture = (folder / f"{file_name(found.user)}{end}" for end in (".html", ".png"))
-    temporary = folder / f".{os.getpid()}.html"
-    temporary.write_text(_page(run_folder.name, found), encoding="utf-8")
-    temporary.replace(page)
+    _write_page(page, run_folder.name, found)
     temporary = folder / f".{os.getpid()}.png"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # titles in letters the font lacks show as boxes
-        _picture(found).savefig(temporary, dpi=110)
+        draw_inspection(found).savefig(temporary, dpi=110)
     temporary.replace(picture)
     return page, picture
 
@@ -167,8 +166,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= _TITLE else text[: _TITLE - 1] + "…"
 
 
-def _page(run: str, found: Inspection) -> str:
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+def _write_page(path: Path, run: str, found: Inspection) -> None:
     largest_change, largest_gain = found.change_TC.max(), np.abs(found.gain_TC).max()
     rows = []
     for t, step in enumerate(found.steps):
@@ -192,11 +190,13 @@ def _page(run: str, found: Inspection) -> str:
             "name": curve.name,
             "first": format_number(curve.values[0]),
             "last": format_number(curve.values[-1]),
-            "svg": draw_curve(curve.steps, curve.values),
+            "svg": data_uri(svg_of(curve_figure(curve.steps, curve.values)), "image/svg+xml"),
         }
         for curve in found.alignment
     ]
-    return environment.from_string(TEMPLATE).render(
+    write_page(
+        path,
+        TEMPLATE,
         run=run,
         user=found.user,
         heads=found.gates_THE.shape[1],
@@ -214,7 +214,7 @@ def _cell(text: str, value: float, full: float) -> dict[str, str]:
     return {"text": text, "colour": f"rgba({red}, {green}, {blue}, {0.75 * strength:.3f})"}
 
 
-def _picture(found: Inspection) -> Figure:
+def draw_inspection(found: Inspection) -> Figure:
     """Three heat maps side by side, one line for each position: gates, changes, gains."""
     num_steps, heads, experts = found.gates_THE.shape
     widths = [heads * experts, max(3, 2 * len(found.columns)), max(3, 2 * len(found.columns))]

@@ -5,7 +5,7 @@ A case (a user and one target) has the expected rank r = 1 + greater + equal / 2
     auc = 1 - (r - 1) / (V - 1),
 where V counts the case's candidates (seen items too).
 With one target recall is the hit rate, and mrr@k <= ndcg@k <= recall@k. A user with several targets (a
-basket, or all events of a period) counts once, with the mean over the cases; every average is over users.
+basket, all events of a period, a tail) counts once, with the mean over the cases: averages are over users.
 `<metric>_se` is the standard error over users. coverage@k is the share of the catalogue in at least one
 user's first k.
 """
@@ -20,12 +20,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from findrec.datasets.batches import Part
-from findrec.datasets.folder import DataFolder
-from findrec.evaluation.candidates import Rule, candidate_counts
+from findrec.datasets.batches import Part, moments
+from findrec.datasets.folder import NEVER, DataFolder
+from findrec.errors import FindRecError
+from findrec.evaluation.candidates import (
+    Candidates,
+    Rule,
+    candidate_counts,
+    conditions_of,
+    describe_rule,
+    goes_by_time,
+)
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+_HISTORIES = (20, 50, 200, 1000)  # events: where one part of the histories ends and the next begins
 TIE_RULE = "expected rank"
 REPEATS_NOTHING = 0.01  # a repeat rate below it: nobody comes back to an item
 
@@ -42,7 +51,7 @@ class Ranks:
     target: IntArray  # [C] item ids
     greater: IntArray  # [C] items that score above the target
     equal: IntArray  # [C] other items that score the same
-    lists: IntArray = field(default_factory=_no_lists)  # [U, 1 + k] user, its first k items (0: no more)
+    lists: IntArray = field(default_factory=_no_lists)  # [B, 1 + k] user, its first k items (0: no more)
 
     @property
     def rank(self) -> FloatArray:
@@ -85,6 +94,13 @@ def _split_details(folder: DataFolder) -> str:
     split = folder.manifest.split
     if "valid_from" in split:
         cuts = f"validation from {_moment(split['valid_from'])}, test from {_moment(split['test_from'])}"
+    elif "last" in split:
+        units = "baskets" if split.get("unit") == "timestamp" else "events"
+        one = units.removesuffix("s")
+        return (
+            f" (the last {split['last'][1]} {units} of each user, the {split['last'][0]} before them for "
+            f"validation; each {one} ranked from all events before it)"
+        )
     elif "ratio" in split:
         units = "baskets" if split.get("unit") == "timestamp" else "events"
         cuts = f"{':'.join(str(part) for part in split['ratio'])} of each user's {units}"
@@ -117,7 +133,12 @@ def describe_protocol(folder: DataFolder, mask_seen: bool, candidates: Rule = "a
     if gone:
         size += f"; {gone:,} gone ones left out"
     among = f"full catalogue ({size})"
-    if candidates == "available":
+    if conditions := conditions_of(candidates):
+        listed = int(Candidates.of(folder, conditions).at(NEVER, folder.num_items).sum())
+        among = (
+            f"the {listed:,} items of {' and '.join(conditions)} (other targets left out), out of the {among}"
+        )
+    if goes_by_time(candidates):
         among = f"the items available at the target's time, out of the {among}"
     return f"{split_title(folder)}{_split_details(folder)}, {among}, seen items {seen}, ties at {TIE_RULE}"
 
@@ -156,17 +177,22 @@ def summarise(
     """The metrics row of a model: its protocol, then every metric with the standard error over users.
 
     A standard error needs two users (else None). Coverage is there for each k the ranks hold lists for.
-    Raises `ValueError` without cases.
+    Raises `FindRecError` without cases.
     """
+    offer = Candidates.of(folder, candidates)
     if not len(ranks.user):
-        raise ValueError(f"no user of {folder.path} has a target in the {split} split")
-    num_items = folder.num_items - int(folder.gone.sum())
+        where = "" if offer.listed_V is None else f" among the items of {describe_rule(candidates)}"
+        raise FindRecError(
+            f"no user of {folder.path} has a target in the {split} split{where}: there is nothing to measure"
+        )
+    num_items = int(offer.at(NEVER, folder.num_items).sum())
     row: dict[str, Any] = {
         "model": model,
         "protocol": describe_protocol(folder, mask_seen, candidates),
         "split": split,
         "seen_filter": mask_seen,
-        "candidates": candidates,
+        "candidates": describe_rule(candidates),
+        **({} if (digest := offer.sha256()) is None else {"candidates_sha256": digest}),
         "tie_rule": TIE_RULE,
         "users": len(np.unique(ranks.user)),
         "cases": len(ranks.user),
@@ -185,32 +211,56 @@ def summarise(
 
 
 def strata(ranks: Ranks, folder: DataFolder, split: Part, *, model: str, k: int = 10) -> list[dict[str, Any]]:
-    """NDCG@k and recall@k of parts of the cases, averaged over cases.
+    """NDCG@k and recall@k of parts of the cases, averaged over cases, with the standard error of a mean over
+    cases that come in users (`<metric>_se`, None for a single user).
 
-    By target: `head` items (the most popular ones that together hold half of the training events), `tail`
-    (the rest) and `cold` (no training event). By history: users with up to the median number of events
-    before the target (`short`) and the others (`long`). Empty parts are left out.
+    By target: `warm` items (with a training event), of these `head` (the most popular ones that together hold
+    half of the training events) and `tail` (the rest), and `cold` items (without one); for a modality that
+    some item lacks, targets with and without it. By history: events before the target (the user's
+    first, where the ranks leave some targets out). Empty parts are left out.
     """
     count = folder.train_count
     order = np.argsort(-count, kind="stable")
     before = np.cumsum(count[order]) - count[order]
     head: NDArray[np.bool_] = np.zeros(len(count), dtype=bool)
     head[order] = (before < count.sum() / 2) & (count[order] > 0)
-    start = folder.valid_start if split == "valid" else folder.test_start
-    past = start[ranks.user]
-    is_short = past <= np.median(start[np.unique(ranks.user)])
     cold = count[ranks.target] == 0
     parts = {
+        "target warm": ~cold,
         "target head": head[ranks.target],
         "target tail": ~head[ranks.target] & ~cold,
         "target cold": cold,
-        "history short": is_short,
-        "history long": ~is_short,
     }
+    for modality in folder.modalities:
+        present = folder.feature(modality).present
+        if not present[1:].all():
+            parts[f"target with {modality}"] = present[ranks.target]
+            parts[f"target without {modality}"] = ~present[ranks.target]
+    asked = moments(folder, split, np.unique(ranks.user))
+    past = np.repeat(asked.first, asked.last - asked.first)
+    if len(past) != len(ranks.user):
+        users, begin = np.unique(asked.user, return_index=True)
+        past = asked.first[begin][np.searchsorted(users, ranks.user)]
+    for low, high in zip((0, *_HISTORIES), (*_HISTORIES, None), strict=True):
+        name = f"history over {low:,}" if high is None else f"history {low + 1:,} to {high:,}"
+        parts[name] = (past > low) & (past <= (past.max(initial=0) if high is None else high))
     values = case_metrics(ranks.rank, [k], folder.num_items)
-    return [
-        {"model": model, "split": split, "part": part, "cases": int(inside.sum())}
-        | {name: float(values[name][inside].mean()) for name in (f"ndcg@{k}", f"recall@{k}")}
-        for part, inside in parts.items()
-        if inside.any()
-    ]
+    rows = []
+    for part, inside in parts.items():
+        if not inside.any():
+            continue
+        row: dict[str, Any] = {"model": model, "split": split, "part": part, "cases": int(inside.sum())}
+        for name in (f"ndcg@{k}", f"recall@{k}"):
+            row[name] = float(values[name][inside].mean())
+            row[f"{name}_se"] = _clustered_se(ranks.user[inside], values[name][inside])
+        rows.append(row)
+    return rows
+
+
+def _clustered_se(user: IntArray, values: FloatArray) -> float | None:
+    """The standard error of a mean over cases: what a user's cases have in common counts once."""
+    _, inverse = np.unique(user, return_inverse=True)
+    sums = np.bincount(inverse.reshape(-1), weights=values - values.mean())
+    if len(sums) < 2:
+        return None
+    return float(np.sqrt((sums**2).sum() * len(sums) / (len(sums) - 1)) / len(values))

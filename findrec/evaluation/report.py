@@ -1,38 +1,32 @@
-"""`report.html`: what a run did, on one page that needs no network, and the metrics table for a terminal."""
+"""What a run's results are called and look like in words: sample recommendations, tables, numbers."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from findrec.datasets.batches import Part, evaluated_users
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.candidates import Candidates, Rule
-from findrec.evaluation.report_template import TEMPLATE
 from findrec.evaluation.scorers import IntArray, Scorer, UserBlock
 from findrec.evaluation.topk import TopItems
 
-_COLUMNS = ("users", "ndcg@10", "recall@10", "recall@50", "mrr", "coverage@10", "mean_rank")
-_CURVES = {  # key of metrics.jsonl -> title; auxiliary terms follow under their own names
-    "train/loss": "training loss",
-    "valid/ndcg@10": "validation NDCG@10",
-    "train/targets_per_s": "targets a second",
-    "train/data_wait_share": "share of time waiting for data",
-}
-_GREY, _TEAL = "#7d8791", "#1c938b"  # readable on white and on black
+COLUMNS = ("users", "ndcg@10", "recall@10", "recall@50", "mrr", "coverage@10", "mean_rank")
+
+
+@dataclass(frozen=True)
+class Named:
+    """An item in words; `score` where it was recommended."""
+
+    item: int
+    text: str
+    score: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,9 +34,9 @@ class Sample:
     """One user's recommendations in words."""
 
     user: str
-    history: list[str]  # the last events before the targets, oldest first
-    target: list[str]
-    recommended: list[tuple[str, float]]  # best first, with scores
+    history: list[Named]  # the last events before the targets, oldest first
+    target: list[Named]
+    recommended: list[Named]  # best first
 
 
 def sample_recommendations(
@@ -64,16 +58,20 @@ def sample_recommendations(
     block = UserBlock.read(folder, split, rows, max_length)
     ids_Bk, scores_Bk = TopItems(scorer, Candidates.of(folder, candidates)).of(block, k, mask_seen=mask_seen)
     titles = Titles(folder)
+
+    def named(items: Iterable[int]) -> list[Named]:
+        return [Named(int(item), titles.of(int(item))) for item in items]
+
     samples = []
-    for b, user in enumerate(rows):
-        past = block.item[block.offset[b] : block.offset[b + 1]]
+    for user in rows:
+        b = int(np.flatnonzero(block.user == user)[0])  # the first, where a user is asked at several moments
         best = zip(ids_Bk[b].tolist(), scores_Bk[b].tolist(), strict=True)
         samples.append(
             Sample(
                 user=folder.user_ids[user],
-                history=[titles.of(item) for item in past[-history:]],
-                target=[titles.of(item) for item in block.cases.target[block.cases.row == b].tolist()],
-                recommended=[(titles.of(item), score) for item, score in best if item],
+                history=named(block.item[block.offset[b] : block.offset[b + 1]][-history:]),
+                target=named(block.cases.target[block.cases.row == b].tolist()),
+                recommended=[Named(item, titles.of(item), score) for item, score in best if item],
             )
         )
     return samples
@@ -103,13 +101,13 @@ class Titles:
 
 def format_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> Table:
     """A rich table of metrics rows; its caption is their protocol."""
-    shown = [name for name in _COLUMNS if any(name in row for row in rows)]
+    shown = [name for name in COLUMNS if any(name in row for row in rows)]
     protocols = dict.fromkeys(f"{row['split']}: {row['protocol']}" for row in rows)
     table = Table(title=title, caption="\n".join(protocols), caption_justify="left")
     table.add_column("model")
     for name in shown:
         table.add_column(name, justify="right")
-    best = _best(rows, shown)
+    best = best_values(rows, shown)
     for row in rows:
         cells = []
         for name in shown:
@@ -117,33 +115,6 @@ def format_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) ->
             cells.append(f"[bold]{text}[/bold]" if name in best and row.get(name) == best[name] else text)
         table.add_row(str(row["model"]).replace("[", r"\["), *cells)
     return table
-
-
-def write_report(run_folder: Path, *, folder: DataFolder, samples: Sequence[Sample] = ()) -> Path:
-    """Write `report.html` from what the run folder holds; what is missing is left out of the page.
-
-    Reads `metrics.jsonl` (curves), `metrics.json` (tables) and `config.yaml`.
-    """
-    results = _read_json(run_folder / "metrics.json")
-    config = run_folder / "config.yaml"
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(TEMPLATE).render(
-        name=run_folder.name,
-        data=folder.manifest,
-        tables=[_html_table(split, results[split]) for split in ("test", "valid") if results.get(split)],
-        strata=_strata_table(results.get("strata", [])),
-        curves=_curves(read_lines(run_folder / "metrics.jsonl")),
-        samples=samples,
-        config=config.read_text(encoding="utf-8") if config.is_file() else "(no config.yaml)",
-    )
-    temporary = run_folder / f".report.html.{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
-    return temporary.replace(run_folder / "report.html")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -157,7 +128,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if isinstance(line, dict)]
 
 
-def _best(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, float]:
+def best_values(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, float]:
     """The winning value of each metric, where there is someone to win against."""
     best = {}
     for name in columns:
@@ -174,72 +145,3 @@ def format_number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-def _html_table(split: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    columns = [name for name in _COLUMNS if any(name in row for row in rows)]
-    best = _best(rows, columns)
-    return {
-        "split": split,
-        "protocols": list(dict.fromkeys(row["protocol"] for row in rows)),
-        "columns": columns,
-        "rows": [
-            {
-                "model": row["model"],
-                "cells": [
-                    {
-                        "text": format_number(row.get(name)),
-                        "error": "" if (e := row.get(f"{name}_se")) is None else format_number(e),
-                        "best": name in best and row.get(name) == best[name],
-                    }
-                    for name in columns
-                ],
-            }
-            for row in rows
-        ],
-    }
-
-
-def _strata_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    if not rows:
-        return None
-    columns = [name for name in rows[0] if name != "split"]
-    values = [[row.get(name) for name in columns] for row in rows]
-    cells = [[v if isinstance(v, str) else format_number(v) for v in row] for row in values]
-    return {"columns": columns, "rows": cells}
-
-
-def _curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    auxiliary = sorted({key for line in lines for key in line if key.startswith("aux/")})
-    drawn = []
-    for key, title in (_CURVES | {key: key for key in auxiliary}).items():
-        points = [(line["step"], line[key]) for line in lines if "step" in line and _is_finite(line.get(key))]
-        if points:
-            steps, values = zip(*points, strict=True)
-            last = format_number(float(values[-1]))
-            drawn.append({"title": title, "svg": draw_curve(steps, values), "last": last})
-    return drawn
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))
-
-
-def draw_curve(steps: Sequence[float], values: Sequence[float]) -> str:
-    """One curve as base64 SVG, transparent, readable on light and dark; equal input gives equal bytes."""
-    figure = Figure(figsize=(4.6, 2.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(
-        steps, values, color=_TEAL, linewidth=1.6, marker="o" if len(steps) < 40 else None, markersize=3
-    )
-    axes.set_xlabel("step", color=_GREY)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.tick_params(colors=_GREY)
-    axes.grid(alpha=0.25, color=_GREY)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_GREY)
-    out = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "findrec", "svg.fonttype": "none"}):
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return base64.b64encode(out.getvalue()).decode()

@@ -1,94 +1,101 @@
-"""The page of `findrec.evaluation.report`: one file, no scripts, nothing fetched, light and dark."""
+"""The page of `findrec.evaluation.report_page`; see `findrec.evaluation.page` for its looks."""
 
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ name }} · FindRec report</title>
-<style>
-:root { --paper: #fdfdfb; --ink: #1d2329; --soft: #626b75; --line: #dcdfe3; --tint: #f1f3f2;
-        --mark: #0b6e69; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15191d; --ink: #e4e7ea; --soft: #9aa4ae; --line: #323940; --tint: #1e2429;
-          --mark: #55c2b8; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; background: var(--paper);
-       color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; }
-h2 { margin: 2.75rem 0 .75rem; font-size: 1.25rem; border-bottom: 1px solid var(--line); }
-h3 { margin: 0 0 .5rem; font-size: 1rem; }
-p.note, figcaption, .soft { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.wide { width: 100%; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap;
-         border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.best { color: var(--mark); font-weight: 650; }
-td small { color: var(--soft); }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1.25rem; }
-figure { margin: 0; } figure img { width: 100%; height: auto; }
-article { margin: 1rem 0; padding: 1rem 1.2rem; background: var(--tint); border-radius: .5rem; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); gap: 1.5rem; }
-ol, ul { margin: 0; padding-left: 1.4rem; } li { overflow-wrap: anywhere; }
-li.hit { color: var(--mark); font-weight: 650; }
-pre { padding: 1rem; background: var(--tint); border-radius: .5rem; overflow-x: auto; font-size: .85rem; }
-summary { cursor: pointer; color: var(--soft); }
-</style>
-</head>
-<body>
+TEMPLATE = """{% extends "frame" %}
+{% block title %}{{ name }} · FindRec report{% endblock %}
+{% macro plots(drawn) %}<div class="curves">{% for plot in drawn %}
+<figure{% if plot.broad %} class="broad-figure"{% endif %}><img alt="{{ plot.title }}" src="{{ plot.uri }}">
+<figcaption>{{ plot.title }}{% if plot.note %}: {{ plot.note }}{% endif %}</figcaption></figure>
+{% endfor %}</div>{% endmacro %}
+{% macro grid(table) %}<div class="scroll"><table class="wide{% if table.dense %} dense{% endif %}">
+<tr>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr>{% for cell in row %}
+<td{% if cell.best %} class="best"{% endif %}>{{ cell.text }}
+{% if cell.error %}<small>± {{ cell.error }}</small>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}</table></div>{% endmacro %}
+{% macro item(one) %}{% if one.item in thumbnails %}<img alt="" src="{{ thumbnails[one.item] }}">
+{% endif %}{{ one.text }}{% endmacro %}
+{% block body %}
 <h1>{{ name }}</h1>
 <p class="soft">{{ data.recipe }}: {{ "{:,}".format(data.num_users) }} users,
 {{ "{:,}".format(data.num_items) }} items, {{ "{:,}".format(data.num_events) }} events,
 longest history {{ "{:,}".format(data.longest) }}; {{ "%.1f"|format(100 * data.repeat_rate) }} % of the
 training events repeat an item,
 {{ "%.1f"|format(100 * data.tied_last_rate) }} % of the users have a tied last timestamp.</p>
+<nav>{% for title in ("Results", "Training", "Routing and alignment", "Robustness", "Serving",
+"Sample recommendations", "Environment", "Configuration") %}
+<a href="#{{ title|lower|replace(" ", "-") }}">{{ title }}</a>{% endfor %}</nav>
 
-<h2>Results</h2>
+<h2 id="results">Results</h2>
 {% for table in tables %}
 <h3>{{ table.split }}</h3>
 {% for line in table.protocols %}<p class="note">{{ line }}</p>{% endfor %}
-<div class="scroll"><table class="wide">
-<tr><th>model</th>{% for column in table.columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for row in table.rows %}<tr><td>{{ row.model }}</td>
-{% for cell in row.cells %}<td{% if cell.best %} class="best"{% endif %}>{{ cell.text }}
-{% if cell.error %}<small>± {{ cell.error }}</small>{% endif %}</td>
-{% endfor %}</tr>{% endfor %}
-</table></div>
+{{ grid(table) }}
 {% else %}<p class="note">Not evaluated yet.</p>{% endfor %}
-{% if tables %}<p class="note">± is the standard error over users; differences below about twice
-that are noise. A coloured number is the largest (mean rank: the smallest) of its column.</p>{% endif %}
-{% if strata %}<details><summary>Parts of the test cases</summary><div class="scroll"><table>
-<tr>{% for column in strata.columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for row in strata.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
-</table></div></details>{% endif %}
+{% if tables %}<p class="note">± is half of the 95 % interval of the mean over users. A coloured number is the
+largest (mean rank: the smallest) of its column.</p>{% endif %}
+{% if differences %}<h3>Which differences are real</h3>
+<p class="note">{{ differences.note }}</p>
+{% if differences.rows %}{{ grid(differences) }}{% endif %}{% endif %}
+{% if strata %}<h3>Parts of the test cases</h3>
+{{ plots(strata_plots) }}
+<details><summary>as a table</summary>{{ grid(strata) }}</details>{% endif %}
+{% if lists %}<h3>What the lists are like</h3>
+<p class="note">Of the first k items of every test user: coverage is the share of the catalogue that is
+shown to anyone; gini is 0 where all items are shown alike and near 1 where few take all places; novelty is
+the mean information of an item in bits (rare ones have more); ils is the mean cosine of two items of a
+list.</p>
+{{ plots(list_plots) }}
+<details><summary>as a table</summary>{{ grid(lists) }}</details>{% endif %}
+{% if sampled %}<details><summary>Sampled metrics (not comparable)</summary>
+<p class="note">{{ sampled.note }}</p>{{ grid(sampled) }}</details>{% endif %}
 
-<h2>Training</h2>
-{% if curves %}<div class="curves">{% for curve in curves %}
-<figure><img alt="{{ curve.title }}" src="data:image/svg+xml;base64,{{ curve.svg }}">
-<figcaption>{{ curve.title }}{% if curve.last %}: last {{ curve.last }}{% endif %}</figcaption></figure>
-{% endfor %}</div>{% else %}<p class="note">No logged values.</p>{% endif %}
+<h2 id="training">Training</h2>
+{% if curves %}{{ plots(curves) }}{% else %}<p class="note">No logged values.</p>{% endif %}
 
-<h2>Sample recommendations</h2>
+<h2 id="routing-and-alignment">Routing and alignment</h2>
+{% if inspection %}
+<p class="note">The last positions of user {{ inspection.user }}: how the gates of each head share its
+experts, how far the user vector moves without a modality, and how much log-probability of what followed is
+owed to it.
+<code>findrec inspect {{ name }} --user ID</code> shows any user in numbers.</p>
+{{ plots(inspection.plots) }}
+<dl>{% for what, value in inspection.summary %}<dt>{{ what }}</dt><dd>{{ value }}</dd>
+{% endfor %}</dl>{% else %}<p class="note">This run routes no modalities.</p>{% endif %}
+{% if alignment %}<h3>Alignment to the ID stream over training</h3>
+{{ plots(alignment) }}{% endif %}
+
+<h2 id="robustness">Robustness</h2>
+{% for suite in suites %}<h3>{{ suite.title }}</h3>
+<p class="note">{{ suite.note }}</p>
+{{ plots(suite.plots) }}
+<details><summary>as a table</summary>{{ grid(suite.table) }}</details>
+{% else %}<p class="note">Not measured: <code>findrec evaluate {{ name }} --suite noise --suite missing
+--suite length</code>.</p>{% endfor %}
+
+<h2 id="serving">Serving</h2>
+{% if serving %}{{ plots(serving) }}
+{% else %}<p class="note">No index was measured (<code>findrec index {{ name }}</code>).</p>{% endif %}
+
+<h2 id="sample-recommendations">Sample recommendations</h2>
 {% for sample in samples %}<article>
 <h3>user {{ sample.user }}</h3>
 <div class="columns">
 <div><p class="note">last events, oldest first</p><ul>
-{% for text in sample.history %}<li>{{ text }}</li>{% endfor %}</ul></div>
+{% for one in sample.history %}<li>{{ item(one) }}</li>{% endfor %}</ul></div>
 <div><p class="note">what came next</p><ul>
-{% for text in sample.target %}<li>{{ text }}</li>{% endfor %}</ul></div>
+{% for one in sample.target %}<li>{{ item(one) }}</li>{% endfor %}</ul></div>
 <div><p class="note">recommended</p><ol>
-{% for text, score in sample.recommended %}<li{% if text in sample.target %} class="hit"{% endif %}>{{ text }}
-<span class="soft">{{ "%.2f"|format(score) }}</span></li>{% endfor %}</ol></div>
+{% for one in sample.recommended %}
+<li{% if one.item in sample.target|map(attribute="item")|list %} class="hit"{% endif %}>{{ item(one) }}
+<span class="soft">{{ "%.2f"|format(one.score) }}</span></li>{% endfor %}</ol></div>
 </div></article>
 {% else %}<p class="note">None drawn.</p>{% endfor %}
 
-<h2>Configuration</h2>
+<h2 id="environment">Environment</h2>
+<dl>{% for what, value in environment %}<dt>{{ what }}</dt><dd>{{ value }}</dd>
+{% endfor %}</dl>
+
+<h2 id="configuration">Configuration</h2>
 <pre>{{ config }}</pre>
-</body>
-</html>
+{% endblock %}
 """

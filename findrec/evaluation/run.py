@@ -7,74 +7,38 @@ so the digits are the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from findrec.cluster.launch import ray_session
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
+from findrec.evaluation.candidates import describe_rule
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
+from findrec.evaluation.inspect import inspect_user
+from findrec.evaluation.load import load_scorer, set_up
 from findrec.evaluation.metrics import seen_filter
-from findrec.evaluation.report import draw_users, format_table, sample_recommendations, write_report
-from findrec.evaluation.scorers import ModelScorer, Scorer
+from findrec.evaluation.plots import PLOTS, save_plot
+from findrec.evaluation.report import draw_users, format_table, sample_recommendations
+from findrec.evaluation.report_page import write_report
+from findrec.evaluation.scorers import Scorer
+from findrec.evaluation.suites import run_suite, write_suite
+from findrec.evaluation.suites_show import print_suite, suite_figure
+from findrec.evaluation.thumbnails import thumbnails
 from findrec.models.findrec import FindRec
-from findrec.models.streaming import StreamingFindRec
 from findrec.progress import say
-from findrec.training.build import build_catalogue, build_tower_model
 from findrec.training.checkpoint import best_checkpoint
-from findrec.training.checkpoint_store import CheckpointStore
-from findrec.training.runs import (
-    TRAINED_BASELINES,
-    TrainingJob,
-    checkpoint_folder,
-    read_run_config,
-    training_jobs,
-)
+from findrec.training.runs import TRAINED_BASELINES, checkpoint_folder, read_run_config, training_jobs
 from findrec.training.tracking import Tracker
 
-
-def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str = "cpu") -> ModelScorer:
-    """The model of a training at its best checkpoint; raises `FindRecError` when there is none."""
-    checkpoints = checkpoint_folder(job.folder)
-    store = CheckpointStore.of(job.config, checkpoints)
-    if store is not None:
-        store.fetch_best(checkpoints)
-    saved = best_checkpoint(checkpoints)
-    if saved is None:
-        raise FindRecError(
-            f"{job.folder} has no usable checkpoint: train it first (python -m findrec.train_dist --config "
-            f"{job.folder / 'config.yaml'})"
-        )
-    model = build_tower_model(job.config, folder)
-    model.load_state_dict(saved.tower)
-    model.to(device).eval()
-    return ModelScorer(
-        model,
-        saved.table["weight"],
-        build_catalogue(job.config, folder),
-        max_length=job.config.data.max_length,
-        device=device,
-        name=job.name,
-    )
-
-
-def load_streaming(run_folder: Path | str) -> StreamingFindRec:
-    """The run's FindRec at its best checkpoint, ready to take events one at a time.
-
-    Raises `FindRecError` for a run of another model or without a usable checkpoint.
-    """
-    config = read_run_config(Path(run_folder))
-    folder = open_data_folder(config.data, verify=False)
-    scorer = load_scorer(training_jobs(config, Path(run_folder))[0], folder)
-    if not isinstance(scorer.model, FindRec):
-        raise FindRecError(f"{run_folder} is a run of {config.model.name!r}; streaming needs findrec")
-    return StreamingFindRec(scorer.model, scorer.rows_Vd, scorer.catalogue)
+INSPECTED = 20  # positions of a sample user in the report
 
 
 def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: str) -> Iterator[Scorer]:
@@ -88,7 +52,7 @@ def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: st
             yield make_baseline(name, folder)
 
 
-def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
+def evaluate_run(run_folder: Path, shards: int | None = None) -> dict[str, list[dict[str, Any]]]:
     """Rank the full catalogue with the run's best checkpoint and its baselines; write all results.
 
     Writes `metrics.json`, `ranks.parquet` and `report.html`, mirrors the test row to MLflow, prints the
@@ -96,17 +60,28 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     """
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
-    # One thread a worker in training and here: the sums behind every vector are then the same.
-    torch.set_num_threads(max(1, config.cluster.threads or torch.get_num_threads()))
-    rows, ranks = evaluate_scorers(
-        _scorers(config, run_folder, folder, _device(config)),
-        folder,
-        ks=config.evaluation.ks,
-        users_per_block=config.evaluation.users_per_block,
-        max_length=config.data.max_length,
-        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
-        candidates=config.evaluation.candidates,
-    )
+    device = set_up(config)
+    shards = config.evaluation.shards if shards is None else shards
+    with ray_session(config) if shards else nullcontext():
+        rows, ranks = evaluate_scorers(
+            _scorers(config, run_folder, folder, device),
+            folder,
+            ks=config.evaluation.ks,
+            users_per_block=config.evaluation.users_per_block,
+            max_length=config.data.max_length,
+            mask_seen=seen_filter(config.evaluation.mask_seen, folder),
+            candidates=config.evaluation.candidates,
+            sampled=config.evaluation.sampled,
+            shards=shards,
+            scratch=run_folder,
+        )
+    if "test" not in rows:
+        raise FindRecError(
+            f"nobody in {folder.path} can be tested: no user has an event in the test split, one before it, "
+            f"and a target among evaluation.candidates ({describe_rule(config.evaluation.candidates)}). "
+            "Prepare the data with a split that leaves test events, or change evaluation.candidates in "
+            f"{run_folder / 'config.yaml'}"
+        )
     write_results(run_folder, rows, ranks, folder)
     rebuild_report(run_folder)
     _mirror(config, run_folder, rows)
@@ -114,14 +89,32 @@ def evaluate_run(run_folder: Path) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
+def run_suites(run_folder: Path, kinds: Sequence[str], levels: Sequence[int] = ()) -> list[Path]:
+    """Run robustness suites (`findrec.evaluation.suites`), print their tables and put them into the report.
+
+    Returns the files written: `suites/<kind>.json` and the pictures in `plots/`.
+    """
+    if not kinds:
+        raise FindRecError("--level is for a suite: name one with --suite noise, missing or length")
+    written = []
+    for kind in kinds:
+        suite = run_suite(run_folder, kind, levels=levels)
+        written.append(write_suite(run_folder, suite))
+        print_suite(suite)
+        save_plot(run_folder, f"suite-{kind}", suite_figure(suite))
+        written += [run_folder / PLOTS / f"suite-{kind}.{end}" for end in ("png", "svg")]
+    return [*written, rebuild_report(run_folder)]
+
+
 def rebuild_report(run_folder: Path) -> Path:
-    """Write `report.html` anew from what the run folder holds; returns its path."""
+    """Write `report.html` and `plots/` anew from what the run folder holds; returns the page's path."""
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
     job = training_jobs(config, run_folder)[0]
+    scorer = load_scorer(job, folder)
     users = draw_users(folder, "test", config.evaluation.samples, seed=config.training.seed)
     samples = sample_recommendations(
-        load_scorer(job, folder),
+        scorer,
         folder,
         "test",
         users,
@@ -129,16 +122,22 @@ def rebuild_report(run_folder: Path) -> Path:
         mask_seen=seen_filter(config.evaluation.mask_seen, folder),
         candidates=config.evaluation.candidates,
     )
-    return write_report(run_folder, folder=folder, samples=samples)
+    shown = [named.item for s in samples for named in (*s.history, *s.target, *s.recommended)]
+    inspection = None
+    if len(users) and isinstance(scorer.model, FindRec) and scorer.catalogue.modalities:
+        inspection = inspect_user(scorer, folder, int(users[0]), INSPECTED)
+    return write_report(
+        run_folder,
+        folder=folder,
+        samples=samples,
+        thumbnails=thumbnails(config, folder, shown),
+        inspection=inspection,
+    )
 
 
 def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
     """The test table on standard output."""
     Console(width=None if Console().is_terminal else 120).print(format_table(rows["test"], title="test"))
-
-
-def _device(config: RunConfig) -> str:
-    return "cuda" if config.cluster.gpu is not False and torch.cuda.is_available() else "cpu"
 
 
 def _mirror(config: RunConfig, run_folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:

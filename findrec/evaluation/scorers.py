@@ -11,7 +11,7 @@ Shape letters: B users, V items, d width, N own items, R repeat features, C case
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from findrec.datasets.batch import Batch
-from findrec.datasets.batches import Cases, Part, evaluation_batch
+from findrec.datasets.batches import Cases, Part, evaluation_batch, moments
 from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import DataFolder
 from findrec.models.base import Out, SequenceModel
@@ -30,7 +30,9 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class UserBlock:
-    """Some users at the moment their targets are asked for."""
+    """Some users at the moments their targets are asked for: one row each, or several where every target has
+    a history of its own.
+    """
 
     user: IntArray  # [B] rows of the data folder
     batch: Batch  # their last `max_length` events
@@ -42,13 +44,20 @@ class UserBlock:
     def read(folder: DataFolder, split: Part, users: IntArray, max_length: int) -> UserBlock:
         """Everything before the split's targets of `users` (`split` is `valid` or `test`)."""
         batch, cases = evaluation_batch(folder, split, users, max_length)
-        stop = folder.valid_start if split == "valid" else folder.test_start
-        past = folder.histories(users, np.zeros(len(users), dtype=np.int64), stop[users])
-        return UserBlock(users, batch, cases, past.item, past.offset)
+        asked = moments(folder, split, users)
+        past = folder.histories(asked.user, np.zeros(len(asked.user), dtype=np.int64), asked.first)
+        return UserBlock(asked.user, batch, cases, past.item, past.offset)
 
     def row(self) -> IntArray:
         """`[N]` the place in `user` each event of `item` belongs to."""
         return np.repeat(np.arange(len(self.user)), np.diff(self.offset))
+
+    def shortened(self, length: int) -> UserBlock:
+        """The same block, of each whole history only the last `length` events (the batch stays as it is)."""
+        size, row = np.diff(self.offset), self.row()
+        kept = np.arange(len(row)) >= self.offset[1:][row] - length
+        offset = np.concatenate([[0], np.cumsum(np.minimum(size, length))]).astype(np.int64)
+        return replace(self, item=self.item[kept], offset=offset)
 
     def padded_items(self) -> Tensor:
         """`[B, N]` distinct items of each whole history, ascending, 0-padded: what a seen filter removes."""
@@ -69,6 +78,11 @@ class Queries:
     users_Bd: Tensor  # float32
     own_ids_BN: Tensor | None = None  # int64, 0-padded
     own_bonus_BN: Tensor | None = None  # float32
+
+    def cpu(self) -> Queries:
+        """The same where workers of other machines can take it from."""
+        own = (None if x is None else x.cpu() for x in (self.own_ids_BN, self.own_bonus_BN))
+        return Queries(self.users_Bd.cpu(), *own)
 
 
 class VectorScorer(ABC):
@@ -171,9 +185,16 @@ def make_queries(out: Out, batch: Batch) -> Queries:
 class TextKNN(VectorScorer):
     """Cosine between an item's features and the mean of the last `last` items' (missing ones left out)."""
 
-    def __init__(self, folder: DataFolder, modality: str = "text", last: int = 5) -> None:
+    def __init__(
+        self,
+        folder: DataFolder,
+        modality: str = "text",
+        last: int = 5,
+        catalogue: Catalogue | None = None,
+    ) -> None:
         self.name = f"{modality}_knn"
-        rows = folder.feature(modality).rows(torch.arange(folder.num_items + 1))
+        catalogue = catalogue or Catalogue(folder, [modality])
+        rows = catalogue.features(torch.arange(folder.num_items + 1))[modality]
         unit = torch.nn.functional.normalize(rows.values.float(), dim=1)
         self.items_Vd = torch.where(rows.present[:, None], unit, 0.0)
         self._last = last

@@ -84,16 +84,18 @@ def compare_models(
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = LEVEL,
+    reference: str | None = None,
 ) -> Comparison:
     """Compare models on the same cases by a paired bootstrap over users.
 
     `values` holds `[C]` numbers by metric and model, of the same cases in the same order; `user_C` says whose
     they are (None: each case is a user). A user counts once, with the mean of its cases. Holm's correction is
-    over all pairs of all metrics together. The same seed gives the same digits; beyond the values memory is
-    64 MB or a few numbers a user, whichever is more, and R numbers for each model and metric.
+    over all pairs of all metrics together; with `reference` the others are compared with that model alone.
+    The same seed gives the same digits; beyond the values memory is 64 MB or a few numbers a user, whichever
+    is more, and R numbers for each model and metric.
 
     Raises `ValueError` for values that differ in length or are not finite, for fewer than two users, fewer
-    than 100 resamples or a level outside (0, 1).
+    than 100 resamples, a level outside (0, 1) or a reference that is not among the models.
     """
     if not 0 < level < 1:
         raise ValueError(f"the level of the intervals must lie between 0 and 1, not at {level}")
@@ -116,7 +118,12 @@ def compare_models(
 
     raw = []
     for metric, by_model in values.items():
-        for first, second in combinations(by_model, 2):
+        pairs = list(combinations(by_model, 2))
+        if reference is not None:
+            if reference not in by_model:
+                raise ValueError(f"there is no model {reference!r} of {metric} to compare the others with")
+            pairs = [(name, reference) for name in by_model if name != reference]
+        for first, second in pairs:
             i, j = place[metric, first], place[metric, second]
             d_U, d_R = columns[i] - columns[j], means_RN[:, i] - means_RN[:, j]
             rounding = _ROUNDING * max(np.abs(columns[i]).max(), np.abs(columns[j]).max())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from findrec.evaluation.candidates import Candidates
+from findrec.evaluation.faiss_library import import_faiss
 from findrec.evaluation.scorers import BlockScorer, Queries, Scorer, UserBlock
 from findrec.ops.counting import EXCLUDED, too_late
 
@@ -48,23 +49,25 @@ class TopItems:
             if self._index is not None:
                 scores, place = self._index.search(np.ascontiguousarray(queries.users_Bd.cpu().numpy()), k)
                 return torch.from_numpy(place + 1), torch.from_numpy(scores)
-        return _top_vectors(queries, scorer.items_Vd, k, seen_BN, late)
+        return exact_top(queries, scorer.items_Vd, k, seen_BN, late)
 
 
 def _flat_index(items_Vd: Tensor) -> Any:
-    try:
-        import faiss
-    except ImportError:
+    faiss = import_faiss()
+    if faiss is None:
         return None
-    faiss.cvar.distance_compute_blas_threshold = 1  # below it FAISS takes another, slower road
     index = faiss.IndexFlatIP(items_Vd.shape[1])
     index.add(np.ascontiguousarray(items_Vd[1:].cpu().numpy()))
     return index
 
 
-def _top_vectors(
-    queries: Queries, items_Vd: Tensor, k: int, seen_BN: Tensor | None, late: Late | None
+def exact_top(
+    queries: Queries, items_Vd: Tensor, k: int, seen_BN: Tensor | None = None, late: Late | None = None
 ) -> Top:
+    """The first k <= V items by every item's score: bonuses added, seen and late items left out.
+
+    `queries` and `items_Vd` are on one device; a score that is no number counts as the lowest.
+    """
     step = max(1, _TILE_BYTES // (4 * len(items_Vd)))
     parts = []
     for lo in range(0, len(queries.users_Bd), step):

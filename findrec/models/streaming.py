@@ -173,8 +173,32 @@ class StreamingFindRec:
         scores_V[0] = -torch.inf
         return scores_V
 
-    def recommend(self, state: UserState, k: int, now: int | None = None) -> list[tuple[int, float]]:
-        """The k items of highest score, `(item, score)`, best first."""
+    def recommend(
+        self, state: UserState, k: int, now: int | None = None, allowed: Tensor | None = None
+    ) -> list[tuple[int, float]]:
+        """The k items of highest score, `(item, score)`, best first.
+
+        `allowed` are the items that may be shown: their ids (1..V), or a bool `[V + 1]` that marks them, as
+        `Candidates.at` makes it. Where fewer than k may be shown, or have a score that is a number, these are
+        all. Raises `ValueError` for what is no allow-list of the catalogue.
+        """
         scores_V = self.scores(state, now)
-        best = scores_V.topk(min(k, len(scores_V) - 1))
-        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        if allowed is not None:
+            scores_V[~self._mask(allowed)] = -torch.inf
+        best = scores_V.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).topk(min(k, len(scores_V) - 1))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(item, score) for item, score in pairs if score > -torch.inf]
+
+    def _mask(self, allowed: Tensor) -> Tensor:
+        size = len(self._rows_Vd)
+        if allowed.dtype == torch.bool:
+            if allowed.shape != (size,):
+                raise ValueError(
+                    f"allowed is a mask of shape {tuple(allowed.shape)}: give [{size}], the item ids and 0"
+                )
+            return allowed
+        if allowed.is_floating_point() or ((allowed < 1) | (allowed >= size)).any():
+            raise ValueError(f"allowed holds what is no item of the catalogue: ids are 1..{size - 1}")
+        mask_V = torch.zeros(size, dtype=torch.bool)
+        mask_V[allowed] = True
+        return mask_V

@@ -70,6 +70,8 @@ def cache_folder() -> Path:
 def _key(source: Path, compiler: str) -> str:
     """-march=native makes a library fit one kind of CPU: its name must say which."""
     digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
+    for header in sorted(source.parent.glob("*.h")):  # any of them may be included
+        digest.update(header.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     for part in (*FLAGS, compiler, version, platform.machine(), _cpu_flags()):
         digest.update(part.encode() + b"\0")

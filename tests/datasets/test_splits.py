@@ -59,6 +59,18 @@ def test_ratio_of_each_users_units(units: int, size: int) -> None:
         assert (alone[0].tolist(), alone[1].tolist()) == (valid.tolist(), test.tolist())
 
 
+@pytest.mark.parametrize(
+    ("units", "train", "valid", "test"),
+    [(1, 1, 0, 0), (2, 1, 0, 1), (4, 1, 0, 3), (6, 1, 2, 3), (20, 15, 2, 3)],
+)
+@pytest.mark.parametrize("size", [1, 3])
+def test_tail_of_each_users_units(units: int, train: int, valid: int, test: int, size: int) -> None:
+    time = np.repeat(np.arange(units), size)
+    starts = cut(Split(kind="tail", last=(2, 3), unit="timestamp"), time, np.array([0, len(time)]))
+    assert [int(start[0]) for start in starts] == [train * size, (train + valid) * size]
+    assert train + valid + test == units
+
+
 def test_dates_are_utc_and_defaults_are_filled() -> None:
     split = Split.model_validate(
         {"kind": "global_temporal", "valid_from": "1970-01-02", "test_from": "1970-01-02T01:00:00+01:00"}
@@ -66,6 +78,7 @@ def test_dates_are_utc_and_defaults_are_filled() -> None:
     assert (split.valid_from, split.test_from) == (86_400, 86_400)
     assert Split(kind="global_temporal").quantiles == (0.8, 0.9)
     assert Split(kind="per_user_ratio").ratio == (7, 2, 1)
+    assert Split(kind="tail").last == (5, 10)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +94,8 @@ def test_dates_are_utc_and_defaults_are_filled() -> None:
         ({"kind": "leave_one_out", "valid_from": 5, "test_from": 6}, "belong to kind global_temporal"),
         ({"ratio": [7, 2, 1]}, "belongs to kind per_user_ratio"),
         ({"kind": "per_user_ratio", "ratio": [7, 2, 0]}, "above 0"),
+        ({"kind": "tail", "last": [1, 0]}, "above 0"),
+        ({"last": [5, 10]}, "belongs to kind tail"),
     ],
 )
 def test_contradictions_are_told(tree: dict[str, Any], told: str) -> None:

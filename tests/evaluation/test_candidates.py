@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from findrec.datasets.catalogue import Catalogue
 from findrec.datasets.folder import ALWAYS, NEVER, DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.datasets.splits import Split
+from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.candidates import Candidates, Rule, candidate_counts
 from findrec.evaluation.evaluate import evaluate_scorers, rank_split
-from findrec.evaluation.metrics import Ranks, describe_protocol
+from findrec.evaluation.metrics import Ranks, describe_protocol, summarise
 from findrec.evaluation.report import sample_recommendations
 from findrec.evaluation.scorers import BlockScorer, ModelScorer, Scorer, UserBlock
 from findrec.evaluation.topk import TopItems
@@ -80,7 +82,17 @@ def values(scorer: Scorer, block: UserBlock) -> list[list[float]]:
     return score.tolist()
 
 
-@pytest.mark.parametrize("rule", ["all", "available"])
+LISTED = [v for v in range(1, NUM_ITEMS + 1) if v % 3 and v != 11]
+RULES = ["all", "available", "file:list.txt", ("available", "file:list.txt")]
+
+
+@pytest.fixture(autouse=True)
+def stock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINDREC_HOME", str(tmp_path))
+    (tmp_path / "list.txt").write_text("\n".join(map(str, LISTED)))
+
+
+@pytest.mark.parametrize("rule", [*RULES[:2], RULES[3]])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_ranks_and_lists_are_those_of_brute_force(
@@ -105,7 +117,7 @@ def test_ranks_and_lists_are_those_of_brute_force(
             list_k=6,
             candidates=rule,
         )
-        expected, lists = [], []
+        expected, lists, answered = [], [], []
         for b, user in enumerate(users.tolist()):
             past = set(block.item[block.offset[b] : block.offset[b + 1]].tolist())
             start = int(folder.valid_start[user] if split == "valid" else folder.test_start[user])
@@ -114,19 +126,28 @@ def test_ranks_and_lists_are_those_of_brute_force(
             for place in range(start, stop):
                 target, time = int(whole.item[place]), int(whole.timestamp[place])
                 offer = [v for v in first_event if v not in GONE and not (mask and v in past)]
-                if rule == "available":
+                if "file:list.txt" in rule:
+                    offer = [v for v in offer if v in LISTED]
+                if "available" in rule:
                     left_out += sum(time < first_event[v] for v in offer)
                     offer = [v for v in offer if first_event[v] <= time]
+                if place == start:
+                    wanted = sorted((value[b][v] for v in offer), reverse=True)[:6]
+                if "file:list.txt" in rule and target not in LISTED:
+                    continue  # cannot be answered
+                if user not in answered:
+                    answered.append(user)
+                    lists.append(wanted)
                 rivals = [value[b][v] for v in offer if v != target]
                 mine = value[b][target]
                 expected.append([user, target, sum(r > mine for r in rivals), rivals.count(mine)])
-                if place == start:
-                    lists.append(sorted((value[b][v] for v in offer), reverse=True)[:6])
         assert found.to_array().tolist() == expected, scorer.name
-        for b, best in enumerate(lists):
-            shown = [v for v in found.lists[b, 1:].tolist() if v]
+        assert found.lists[:, 0].tolist() == answered
+        for n, best in enumerate(lists):
+            b = users.tolist().index(answered[n])
+            shown = [v for v in found.lists[n, 1:].tolist() if v]
             assert [value[b][v] for v in shown] == pytest.approx(best, rel=1e-5), scorer.name
-    assert (left_out > 100) == (rule == "available")
+    assert (left_out > 80) == ("available" in rule)
 
 
 def test_blocks_and_workers_change_no_digit(folder: DataFolder) -> None:
@@ -168,6 +189,52 @@ def test_rows_say_what_competed(folder: DataFolder) -> None:
         [(1 - (found.rank - 1) / (sizes - 1))[found.user == u].mean() for u in np.unique(found.user)]
     )
     assert row["auc"] == pytest.approx(means.mean())
+
+
+@pytest.mark.parametrize("rule", RULES[2:])
+def test_rows_of_allow_lists_say_so(folder: DataFolder, rule: Rule, tmp_path: Path) -> None:
+    knn = make_baseline("text_knn", folder)
+    rows, ranks = evaluate_scorers([knn], folder, candidates=rule, ks=[5, 10])
+    row, found = rows["test"][0], ranks["text_knn", "test"]
+    on_offer = [v for v in LISTED if v not in GONE]
+    assert row["items"] == len(on_offer)
+    assert f"the {len(on_offer)} items of file:list.txt (other targets left out), out of" in row["protocol"]
+    assert row["candidates"] == ("file:list.txt" if rule == "file:list.txt" else "available, file:list.txt")
+    assert set(found.target.tolist()) <= set(LISTED)
+    assert row["coverage@10"] == len(np.unique(found.lists[:, 1:][found.lists[:, 1:] > 0])) / len(on_offer)
+    sizes = candidate_counts(folder, "test", np.unique(found.user), rule)
+    assert isinstance(sizes, np.ndarray)
+    assert len(sizes) == len(found.user)
+    assert (found.rank <= sizes).all()
+    blocks = rank_split(
+        *(knn, folder, "test"), users_per_block=2, max_length=20, mask_seen=False, candidates=rule
+    )
+    assert np.array_equal(blocks.to_array(), found.to_array())
+    (tmp_path / "list.txt").write_text("\n".join(map(str, LISTED[1:])))
+    other = evaluate_scorers([knn], folder, candidates=rule, ks=[5])[0]["test"][0]
+    assert other["candidates_sha256"] != row["candidates_sha256"], "comparisons would mix the two"
+
+
+def test_a_list_without_targets_leaves_nothing_to_measure(folder: DataFolder, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("7")  # gone: nobody met it
+    knn = make_baseline("text_knn", folder)
+    assert evaluate_scorers([knn], folder, candidates="file:list.txt") == ({}, {})
+    ranks = rank_split(
+        *(knn, folder, "test"), users_per_block=9, max_length=20, mask_seen=False, candidates="file:list.txt"
+    )
+    with pytest.raises(FindRecError, match=r"no user .* in the test split among the items of file:list\.txt"):
+        summarise(ranks, folder, "test", ks=[5], model="m", candidates="file:list.txt")
+
+
+def test_what_may_be_shown_at_a_time(folder: DataFolder) -> None:
+    for rule, day in product(RULES, (-1, 0, 400, 10**6, NEVER)):
+        shown = Candidates.of(folder, rule).at(day, NUM_ITEMS)
+        expected = [v for v in range(1, NUM_ITEMS + 1) if v not in GONE]
+        if "available" in rule:
+            expected = [v for v in expected if folder.available_from[v] <= day]
+        if "file:list.txt" in rule:
+            expected = [v for v in expected if v in LISTED]
+        assert shown.nonzero().squeeze(1).tolist() == expected
 
 
 def test_gone_items_are_never_shown(folder: DataFolder) -> None:

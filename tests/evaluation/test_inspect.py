@@ -25,7 +25,7 @@ from findrec.errors import FindRecError
 from findrec.evaluation.evaluate import rank_split
 from findrec.evaluation.inspect import ALL, Inspection, inspect_run, inspect_user
 from findrec.evaluation.inspect_show import file_name, format_inspection, write_inspection
-from findrec.evaluation.run import load_scorer
+from findrec.evaluation.load import load_scorer
 from findrec.evaluation.scorers import ModelScorer
 from findrec.models.explain import explain, withhold
 from findrec.models.findrec import FindRec

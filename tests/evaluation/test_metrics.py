@@ -10,6 +10,7 @@ import pytest
 
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
+from findrec.datasets.splits import Split
 from findrec.evaluation.metrics import Ranks, case_metrics, seen_filter, strata, summarise
 
 
@@ -101,6 +102,30 @@ def test_strata_split_the_cases(folder: DataFolder) -> None:
     assert by_name["target cold"] == {"model": "m", "split": "test", "part": "target cold", "cases": 1} | {
         "ndcg@10": pytest.approx(1 / math.log2(3)),
         "recall@10": 1.0,
+        "ndcg@10_se": None,
+        "recall@10_se": None,
     }
-    for kind in ("target", "history"):
-        assert sum(row["cases"] for row in parts if row["part"].startswith(kind)) == 3
+    names = list(by_name)
+    assert by_name["target warm"]["cases"] + by_name["target cold"]["cases"] == 3
+    assert sum(by_name[n]["cases"] for n in ("target head", "target tail") if n in names) == 2
+    assert sum(by_name[n]["cases"] for n in names if n.startswith("history")) == 3
+    parts = strata(ranks_of([0, 1, 2], [1, 2, 30], [5, 12, 6]), folder, "test", model="m")  # two without text
+    texts = {row["part"]: row["cases"] for row in parts if "text" in row["part"]}
+    assert texts == {"target with text": 1, "target without text": 2}
+    other = strata(ranks_of([0, 0], [1, 2]), folder, "test", model="m")  # not all cases, or others
+    assert sum(row["cases"] for row in other if row["part"].startswith("history")) == 2
+
+
+def test_standard_error_of_a_part_is_over_users(tmp_path: Path) -> None:
+    """Cases that repeat each other within a user say no more than one of them."""
+    split = Split(kind="per_user_ratio", ratio=(1, 0, 1))
+    once = write_data_folder(tmp_path / "once", [[1, 2]] * 4, num_items=50, split=split)
+    twice = write_data_folder(tmp_path / "twice", [[1, 1, 2, 2]] * 4, num_items=50, split=split)
+    ranks = [1.0, 2.0, 4.0, 20.0]
+    short = strata(ranks_of([0, 1, 2, 3], ranks), once, "test", model="m")[0]
+    users = np.repeat(np.arange(4), 2).tolist()
+    long = strata(ranks_of(users, np.repeat(ranks, 2).tolist()), twice, "test", model="m")[0]
+    assert (short["cases"], long["cases"]) == (4, 8)
+    assert long["ndcg@10_se"] == pytest.approx(short["ndcg@10_se"])
+    values = np.array([1, 1 / math.log2(3), 1 / math.log2(5), 0])
+    assert short["ndcg@10_se"] == pytest.approx(values.std(ddof=1) / 2)

@@ -14,12 +14,8 @@ from rich.console import Console
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.baselines import OwnFrequent, Popularity
 from findrec.evaluation.evaluate import evaluate_scorers, write_results
-from findrec.evaluation.report import (
-    draw_users,
-    format_table,
-    sample_recommendations,
-    write_report,
-)
+from findrec.evaluation.report import draw_users, format_table, sample_recommendations
+from findrec.evaluation.report_page import write_report
 
 
 @pytest.fixture
@@ -50,18 +46,22 @@ def test_page_holds_everything(folder: DataFolder, run: Path) -> None:
     assert "<script" not in page
     assert "<b>film" not in page
     assert "&lt;b&gt;film&lt;/b&gt; &amp; " in page
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert not re.search(r"@import|url\(", page)
-    svg = base64.b64decode(re.findall(r"base64,([^\"]+)", page)[0]).decode()
+    assert "popularity minus" in page, "the first model is compared with the others"
+    svg = base64.b64decode(re.findall(r"svg\+xml;base64,([^\"]+)", page)[0]).decode()
     assert svg.rstrip().endswith("</svg>")
     again = write_report(run, folder=folder, samples=samples).read_text()
     assert again == page
     assert not list(run.glob(".report*"))
+    plots = {path.name for path in (run / "plots").iterdir()}
+    for name in ("train-loss", "valid-ndcg-at-10", "aux-stein", "strata", "lists-coverage", "lists-gini"):
+        assert {f"{name}.png", f"{name}.svg"} <= plots
 
 
 def test_page_of_an_empty_run(folder: DataFolder, tmp_path: Path) -> None:
     page = write_report(tmp_path, folder=folder).read_text()
-    for text in ("Not evaluated yet", "No logged values", "None drawn", "(no config.yaml)"):
+    for text in ("Not evaluated yet", "No logged values", "None drawn", "(no config.yaml)", "Not measured"):
         assert text in page
 
 
@@ -72,11 +72,11 @@ def test_samples_speak_of_the_right_items(folder: DataFolder, histories: list[li
     for sample, user in zip(found, users, strict=True):
         known, target = histories[user][:-1], histories[user][-1]
         assert sample.user == str(user)
-        assert sample.history == [f"<b>film</b> & {i}" for i in known[-4:]]
-        assert sample.target == [f"<b>film</b> & {target}"]
+        assert [one.text for one in sample.history] == [f"<b>film</b> & {i}" for i in known[-4:]]
+        assert [(one.item, one.text) for one in sample.target] == [(target, f"<b>film</b> & {target}")]
         most = max(known.count(i) for i in known)
-        first = int(sample.recommended[0][0].rsplit(" ", 1)[1])
-        assert known.count(first) == most
+        assert known.count(sample.recommended[0].item) == most
+        assert sample.recommended[0].text == f"<b>film</b> & {sample.recommended[0].item}"
         assert len(sample.recommended) == 3
     assert sample_recommendations(OwnFrequent(folder), folder, "test", [], k=3) == []
 

@@ -215,3 +215,23 @@ def test_what_cannot_be_compared() -> None:
     for level in (0.0, 1.0, math.nan):
         with pytest.raises(ValueError, match="between 0 and 1"):
             compare_models({"m": {"a": good}}, level=level)
+
+
+def test_with_a_reference_the_others_are_compared_with_it_alone() -> None:
+    """Fewer pairs, so Holm asks for less; everything else is as among all pairs."""
+    rng = np.random.default_rng(3)
+    values = {m: {name: rng.random(60) + 0.05 * n for n, name in enumerate("abcd")} for m in ("x", "y")}
+    every, some = compare_models(values, resamples=500), compare_models(values, resamples=500, reference="b")
+    assert [(d.metric, d.first, d.second) for d in some.differences] == [
+        (metric, name, "b") for metric in ("x", "y") for name in "acd"
+    ]
+    assert some.estimates == every.estimates
+    whole = {(d.metric, d.first, d.second): d for d in every.differences}
+    for found in some.differences:
+        sign = 1 if (found.metric, found.first, "b") in whole else -1
+        other = whole[(found.metric, found.first, "b") if sign == 1 else (found.metric, "b", found.first)]
+        assert found.value == sign * other.value
+        assert found.p == other.p
+        assert found.p_holm <= other.p_holm
+    with pytest.raises(ValueError, match="no model 'e'"):
+        compare_models(values, resamples=500, reference="e")

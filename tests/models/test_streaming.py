@@ -111,6 +111,30 @@ def test_the_state_does_not_grow_with_the_history(folder):
     assert sizes[0] == sizes[1]
 
 
+def test_only_allowed_items_are_recommended(folder):
+    model, table, catalogue = build(folder, {"repeat": True})
+    streaming = StreamingFindRec(model, table.weight, catalogue)
+    state = streaming.start([3, 9, 3, 11])
+    scores = streaming.scores(state).tolist()
+    allowed = [3, 8, 21, 40]
+    mask = torch.zeros(NUM_ITEMS + 1, dtype=torch.bool)
+    mask[[0, *allowed]] = True  # padding is never shown
+    for how in (torch.tensor(allowed), mask):
+        for k in (2, 4, 100):
+            shown = streaming.recommend(state, k, allowed=how)
+            assert [item for item, _ in shown] == sorted(allowed, key=lambda v: -scores[v])[:k]
+            assert all(score == scores[item] for item, score in shown)
+    assert streaming.recommend(state, 5, allowed=torch.zeros(0, dtype=torch.int64)) == []
+    assert len(streaming.recommend(state, 100)) == NUM_ITEMS
+    for wrong in ([0], [NUM_ITEMS + 1], [-1], [1.5]):
+        with pytest.raises(ValueError, match=r"ids are 1\.\.40"):
+            streaming.recommend(state, 5, allowed=torch.tensor(wrong))
+    with pytest.raises(ValueError, match=r"mask of shape \(40,\): give \[41\]"):
+        streaming.recommend(state, 5, allowed=mask[1:])
+    streaming.items_Vd[8] = torch.nan
+    assert [item for item, _ in streaming.recommend(state, 9, allowed=mask)].count(8) == 0
+
+
 def test_what_cannot_be_is_refused(folder):
     model, table, catalogue = build(folder, {})
     streaming = StreamingFindRec(model, table.weight, catalogue)

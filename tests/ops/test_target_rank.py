@@ -57,7 +57,7 @@ def agree(users: Tensor, items: Tensor, row: Tensor, target: Tensor, **extra: An
     renamed = {"own_ids_BN": "own_ids", "own_bonus_BN": "own_bonus", "exclude_ids_BN": "exclude_ids"}
     renamed |= {"since_V": "since", "time_C": "time"}
     expected = oracle(users, items, row, target, **{renamed[k]: v for k, v in extra.items() if k in renamed})
-    for impl in ("screened", "exact"):
+    for impl in ("int16", "float32", "torch", "bfloat16", "exact"):
         greater, equal = target_rank(users, items, row, target, impl=impl, **extra)  # type: ignore[arg-type]
         assert greater.tolist() == expected[0], impl
         assert equal.tolist() == expected[1], impl
@@ -183,7 +183,7 @@ def test_blocks_and_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     own, bonus = torch.randint(0, 701, (300, 5)), torch.randn(300, 5)
     whole = target_rank(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus)
     for pairs in (1 << 20, 7):
-        monkeypatch.setattr("findrec.ops.target_rank._PAIRS", pairs)
+        monkeypatch.setattr("findrec.ops._rank_special.PAIRS", pairs)
         tiny = target_rank(users, items, row, target, own_ids_BN=own, own_bonus_BN=bonus, tile_mib=1)
         assert all(torch.equal(a, b) for a, b in zip(whole, tiny, strict=True))
     for lo in range(0, 300, 77):  # users ranked in blocks, as the workers do
