@@ -161,9 +161,9 @@ class ClusterConfig(Part):
     wait_s: float = Field(0, ge=0)  # for machines that are still to come, before the first worker is placed
     threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
-    zero_stage: Literal[0, 1, 2, 3] = (
-        2  # what workers share of the tower: nothing, optimizer, gradients, weights
-    )
+    # What workers split of the tower: nothing, the optimizer, gradients too, weights too. Stages 2 and 3 talk
+    # after every microbatch, which costs more time than a small tower's gradients are worth in memory.
+    zero_stage: Literal[0, 1, 2, 3] = 1
     offload_optimizer: bool = False  # the tower's optimizer in the machine's memory instead of the GPU's
     gpu: bool | Literal["auto"] = "auto"
     max_failures: int = Field(3, ge=0)  # restarts after lost workers without a new checkpoint in between

@@ -27,11 +27,12 @@ import torch
 import torch.distributed as dist
 
 from findrec.bench.memory import peak_rss_bytes
-from findrec.bench.scaling_model import Step, sent_bytes
+from findrec.bench.scaling_model import Step, Table, sent_bytes
 from findrec.config import RunConfig, parse_config
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.datasets.plan import plan_epoch
+from findrec.training.build import build_windows, table_placement
 
 Figures = dict[str, Any]
 _LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
@@ -95,6 +96,7 @@ def _member(pipe: Connection, rank: int, world: int, meeting: str, data: str) ->
         config = parse_config(job["config"])
         torch.manual_seed(0)
         model = build_tower_model(config, folder)
+        num_weights = sum(p.numel() for p in model.parameters())  # before stage 3 splits them
         tower = DeepSpeedTower(
             model,
             config.training.optim,
@@ -115,7 +117,7 @@ def _member(pipe: Connection, rank: int, world: int, meeting: str, data: str) ->
                 "marks": marks.marks,
                 "seconds_after": time.perf_counter() - last,
                 "peak_bytes": peak_rss_bytes(),
-                "weights": sum(p.numel() for p in model.parameters()),
+                "weights": num_weights,
             }
         )
     dist.barrier()
@@ -154,70 +156,86 @@ def _members(world: int, folder: DataFolder, place: Path) -> Iterator[Callable[[
             process.join(timeout=60)
 
 
-def bench_throughput(*, items: int = 10_000, steps: int = 4, rounds: int = 3) -> list[Figures]:
+def bench_throughput(
+    *, items: int = 10_000, steps: int = 3, rounds: int = 2, stages: Sequence[int] = (0, 1, 2, 3)
+) -> list[Figures]:
     """Targets a second of two workers of one run, and of two runs of one worker each at the same time."""
-    config = scaling_config()
-    alone = config.model_copy(update={"cluster": config.cluster.model_copy(update={"workers": 1})})
-    training = config.training
-    rows = training.tokens // config.data.max_length
+    alone = _at_stage(scaling_config(), stage=0, workers=1)
+    training = alone.training
+    rows = training.tokens // alone.data.max_length
+    joint: dict[int, list[float]] = {stage: [] for stage in stages}
+    moved: dict[int, float] = {}
+    apart: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        users = steps * training.microbatches * rows
-        folder = scaling_data(place / "data", items=items, users=users)
-        targets = float(_planned_targets(config, folder)[1:].sum())
-        joint: list[float] = []
-        apart: list[float] = []
+        folder = scaling_data(place / "data", items=items, users=steps * training.microbatches * rows)
+        targets = float(_planned_targets(alone, folder)[1:].sum())
         with (
             _members(2, folder, place / "a") as both,
             _members(1, folder, place / "b") as first,
             _members(1, folder, place / "c") as second,
             ThreadPoolExecutor(2) as pool,
         ):
-            for turn in range(rounds + 1):
-                found = both(config)[0]
-                pair = pool.map(lambda train: train(alone)[0], (first, second))
-                rates = [targets / _seconds(one) for one in pair]
-                if turn:  # the first round warms up
-                    joint.append(targets / _seconds(found))
-                    apart.append(sum(rates))
-        ratios = [a / b for a, b in zip(joint, apart, strict=True)]
-        step = _step_of(config, folder, found["weights"])
-        moved = (found["marks"][-1][1] - found["marks"][0][1]) / (len(found["marks"]) - 1)
-    return [
-        {
-            "bench": "throughput",
-            "items": items,
-            "microbatches": training.microbatches,
-            "tokens": training.tokens,
-            "zero_stage": config.cluster.zero_stage,
-            "joint_targets_per_s": round(statistics.median(joint), 1),
-            "apart_targets_per_s": round(statistics.median(apart), 1),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratios": [round(r, 3) for r in ratios],
-            "loopback_mb_per_step": round(moved / 1e6, 2),
-            "model_mb_per_step": round(2 * sum(sent_bytes(step).values()) / 1e6, 2),
-        }
-    ]
+            for turn in range(rounds + 1):  # the first round warms up
+                pair = list(pool.map(lambda train: train(alone)[0], (first, second)))
+                for stage in stages if turn else stages[:1]:
+                    found = both(_at_stage(alone, stage=stage, workers=2))[0]
+                    if turn:
+                        joint[stage].append(targets / _seconds(found))
+                        moved[stage] = _traffic(found)
+                if turn:
+                    apart.append(sum(targets / _seconds(one) for one in pair))
+    figures = []
+    for stage in stages:
+        step = _step_of(_at_stage(alone, stage=stage, workers=2), folder, found["weights"])
+        figures.append(
+            {
+                "bench": "throughput",
+                "items": items,
+                "microbatches": training.microbatches,
+                "tokens": training.tokens,
+                "zero_stage": stage,
+                "joint_targets_per_s": round(statistics.median(joint[stage]), 1),
+                "apart_targets_per_s": round(statistics.median(apart), 1),
+                "ratios": [round(a / b, 3) for a, b in zip(joint[stage], apart, strict=True)],
+                "ratio": round(statistics.median(a / b for a, b in zip(joint[stage], apart, strict=True)), 3),
+                "loopback_mb_per_step": round(moved[stage] / 1e6, 2),
+                "model_mb_per_step": round(2 * sum(sent_bytes(step).values()) / 1e6, 2),
+            }
+        )
+    return figures
+
+
+def _at_stage(config: RunConfig, *, stage: int, workers: int) -> RunConfig:
+    cluster = config.cluster.model_copy(update={"zero_stage": stage, "workers": workers})
+    return config.model_copy(update={"cluster": cluster})
+
+
+def _traffic(found: Figures) -> float:
+    """Bytes a step over the loopback, of all workers."""
+    marks = found["marks"]
+    return float(marks[-1][1] - marks[0][1]) / (len(marks) - 1)
 
 
 def bench_memory(
-    *, items: int = 50_000, dim: int = 128, stages: Sequence[int] = (0, 1, 2, 3)
+    *,
+    items: int = 50_000,
+    dim: int = 128,
+    stages: Sequence[int] = (0, 1, 2, 3),
+    tables: Sequence[Table] = ("replicated", "sharded"),
 ) -> list[Figures]:
     """Peak memory of two workers, traffic of a step and seconds to save, by ZeRO stage and placement."""
     from findrec.cluster.dry_run import make_plan
     from findrec.cluster.machines import this_machine
 
     rows = []
-    for table in ("replicated", "sharded"):
+    for table in tables:
         for stage in stages:
             tree = scaling_config(microbatches=4).model_dump(mode="json")
             tree["model"] |= {"dim": dim}
             tree["model"]["stream"] |= {"layers": 8}
             tree["cluster"] |= {"zero_stage": stage}
-            if "table" in tree["training"]:
-                tree["training"] |= {"table": table}
-            elif table == "sharded":
-                continue  # this version has no other placement
+            tree["training"] |= {"table": table}
             config = parse_config(tree)
             with tempfile.TemporaryDirectory() as name:
                 place = Path(name)
@@ -226,8 +244,6 @@ def bench_memory(
                     found = train(config)
                 need = make_plan(config, folder, [this_machine()]).need.total("device", "host")
                 step = _step_of(config, folder, found[0]["weights"])
-            marks = found[0]["marks"]
-            moved = (marks[-1][1] - marks[0][1]) / (len(marks) - 1)
             rows.append(
                 {
                     "bench": "memory",
@@ -238,7 +254,7 @@ def bench_memory(
                     "dim": dim,
                     "peak_mib": [round(f["peak_bytes"] / 2**20) for f in found],
                     "planned_mib": round(need / 2**20),
-                    "loopback_mb_per_step": round(moved / 1e6, 1),
+                    "loopback_mb_per_step": round(_traffic(found[0]) / 1e6, 1),
                     "model_mb_per_step": round(2 * sum(sent_bytes(step).values()) / 1e6, 1),
                     "validate_and_save_s": round(found[0]["seconds_after"], 2),
                 }
@@ -248,8 +264,6 @@ def bench_memory(
 
 
 def _planned_targets(config: RunConfig, folder: DataFolder) -> Any:
-    from findrec.training.build import build_windows
-
     training, windows = config.training, build_windows(config, folder)
     plan = plan_epoch(windows, seed=0, epoch=0, microbatches=training.microbatches, tokens=training.tokens)
     return plan.targets
@@ -260,6 +274,8 @@ def _seconds(found: Figures) -> float:
 
 
 def _step_of(config: RunConfig, folder: DataFolder, weights: int) -> Step:
+    some = range(min(folder.num_users, 64))
+    own = [len(np.unique(folder.histories([user]).item)) for user in some]
     return Step(
         workers=config.cluster.workers,
         accumulation=config.training.microbatches // config.cluster.workers,
@@ -268,6 +284,7 @@ def _step_of(config: RunConfig, folder: DataFolder, weights: int) -> Step:
         dim=config.model.dim,
         targets=config.training.tokens,
         distinct=min(config.training.tokens, folder.num_items),
+        own=int(statistics.mean(own)) if config.model.repeat else 0,
         stage=config.cluster.zero_stage,
-        table=getattr(config.training, "table", "replicated"),
+        table=table_placement(config, folder, config.cluster.workers).mode,
     )

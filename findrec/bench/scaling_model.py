@@ -6,7 +6,7 @@ reduce-scatter or to gather them, and twice that to all-reduce. ZeRO's volumes a
 every microbatch, stages 1 and 2 by all-reduce.
 
 Letters: W workers, A microbatches of a worker and step (K / W), P weights of the tower, V items, d width,
-T targets of a microbatch, U its distinct items.
+T targets of a microbatch, U its distinct items, N own items of a target.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Step:
     dim: int  # d
     targets: int  # T
     distinct: int  # U
+    own: int = 0  # N, own items of a target that get a bonus
     stage: int = 2
     table: Table = "replicated"
 
@@ -57,8 +58,10 @@ def sent_bytes(step: Step) -> dict[str, float]:
     row = _FLOAT * step.dim
     # Ids go out twice and rows and their gradients once, to the owners of other rows.
     found["table rows"] = a * ring * step.distinct * (2 * row + 2 * _ID)
-    # Every worker's targets meet every worker's rows: vectors are gathered, their gradients scattered.
-    found["loss vectors"] = a * (w - 1) * step.targets * (2 * row + _ID + 3 * _FLOAT)
+    # Every worker's targets meet every worker's rows: vectors are gathered, their gradients scattered, bonuses
+    # of own items with them; then each tells all others of all targets what its rows add to their sums.
+    found["loss vectors"] = a * (w - 1) * step.targets * (2 * row + 2 * _ID + 2 * _FLOAT * step.own)
+    found["loss sums"] = a * (w - 1) * w * step.targets * 3 * _FLOAT
     return found
 
 
