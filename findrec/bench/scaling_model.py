@@ -58,7 +58,7 @@ def sent_bytes(step: Step) -> dict[str, float]:
     row = _FLOAT * step.dim
     # Ids go out twice and rows and their gradients once, to the owners of other rows.
     found["table rows"] = a * ring * step.distinct * (2 * row + 2 * _ID)
-    # Every worker's targets meet every worker's rows: vectors are gathered, their gradients scattered, bonuses
+    # Every worker's targets meet every worker's rows: vectors are gathered, gradients scattered, and bonuses
     # of own items with them; then each tells all others of all targets what its rows add to their sums.
     found["loss vectors"] = a * (w - 1) * step.targets * (2 * row + 2 * _ID + 2 * _FLOAT * step.own)
     found["loss sums"] = a * (w - 1) * w * step.targets * 3 * _FLOAT
