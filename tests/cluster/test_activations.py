@@ -39,8 +39,9 @@ class Features:
     def features(self, ids):
         return {name: ModalRows(t[ids], ids > 0) for name, t in self.tables.items()}
 
-    def all_features(self, device):
-        return self.features(torch.arange(NUM_ITEMS + 1))
+    def all_features(self, device, part=None):
+        part = part or range(NUM_ITEMS + 1)
+        return self.features(torch.arange(part.start, part.stop))
 
 
 def make_batch(rows, length):

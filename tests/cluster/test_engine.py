@@ -18,7 +18,7 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.training.checkpoint import read_state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def assert_same(got, want, steps=slice(None)):
