@@ -28,13 +28,17 @@ def room(config: RunConfig, *, gpu: bool, held: int = 0) -> int:
 
     need = worker_resources(config, gpu=gpu)
     fit = sum(
-        min(int(node["Resources"].get(kind, 0) // amount) for kind, amount in need.items())
+        min(_times(node["Resources"].get(kind, 0), amount) for kind, amount in need.items())
         for node in ray.nodes()
         if node["Alive"]
     )
     free = ray.available_resources()
-    unused = min(int(free.get(kind, 0) // amount) for kind, amount in need.items())
+    unused = min(_times(free.get(kind, 0), amount) for kind, amount in need.items())
     return min(fit, held + unused)
+
+
+def _times(have: float, amount: float) -> int:
+    return int(have / amount + 1e-9)  # 0.3 / 0.1 is 2.9999...
 
 
 def shareable(config: RunConfig, limit: int) -> int:
