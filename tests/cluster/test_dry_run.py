@@ -115,6 +115,7 @@ def popular(path, num_items, num_users, length):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("num_items", "stage", "overrides"),
     [
