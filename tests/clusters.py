@@ -45,7 +45,9 @@ def wait_until(what: Callable[[], object], seconds: float, message: str) -> None
 
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        reached = probe.connect_ex(("127.0.0.1", port)) == 0
+        # Nobody listens yet, and the system has given the probe this very port: it has reached itself.
+        return reached and probe.getsockname() != probe.getpeername()
 
 
 @dataclass
@@ -65,15 +67,18 @@ class Cluster:
         return {"RAY_ADDRESS": self.address} | self.access
 
     def add_node(self, cpus: int) -> subprocess.Popen:
-        node = _start(["--address", self.address, f"--num-cpus={cpus}"], self.environment)
+        log = self.home / f"node.{time.monotonic_ns()}.log"
+        node = _start(["--address", self.address, f"--num-cpus={cpus}"], self.environment, log)
         self.nodes.append(node)
         return node
 
 
-def _start(arguments: list[str], env: dict[str, str]) -> subprocess.Popen:
+def _start(arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
     command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", *arguments]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, env=env, start_new_session=True, **quiet)
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command, env=env, start_new_session=True, stdout=output, stderr=subprocess.STDOUT
+        )
 
 
 def kill_node(node: subprocess.Popen) -> None:
@@ -105,11 +110,18 @@ def running_cluster(home: Path, cpus: int = 2, *, token: bool = False) -> Iterat
         access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(secret)}
     env = environment(home, **access, **_QUICK)
     arguments = ["--head", f"--port={gcs}", f"--num-cpus={cpus}"]
-    head = _start([*arguments, f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"], env)
+    arguments += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    log = home / f"head.{gcs}.log"
+    head = _start(arguments, env, log)
     cluster = Cluster(home, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", env, access)
     try:
         for port in (gcs, dashboard):
-            wait_until(lambda port=port: _answers(port), 120, "the head node does not answer")
+
+            def there(port: int = port) -> bool:
+                assert head.poll() is None, log.read_text()[-4000:]
+                return _answers(port)
+
+            wait_until(there, 120, "the head node does not answer")
         yield cluster
     finally:
         for node in [*cluster.nodes, head]:
