@@ -136,6 +136,7 @@ class TrainingConfig(Part):
     save_every: int = Field(1, ge=1)  # epochs between checkpoints
     save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
+    keep_every: int = Field(0, ge=0)  # epochs whose checkpoints are kept for good: every so many; 0: none
     checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
     checkpoint_activations: bool = False  # layers are run again in the backward pass: slower, less memory
     profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
@@ -174,6 +175,10 @@ class ClusterConfig(Part):
 class EvaluationConfig(Part):
     """Full-catalogue ranking."""
 
+    # Who ranks: the workers, between their steps, and in the end this process; or (async) an actor beside
+    # them, from committed checkpoints, so that training never waits; on a GPU where one is left over.
+    evaluator: Literal["inline", "async"] = "inline"
+    valid_users: int | None = Field(None, ge=1)  # validation in training: so many, always the same; null: all
     ks: list[int] = Field([5, 10, 20, 50])
     users_per_block: int = Field(256, ge=1)
     mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
@@ -237,7 +242,21 @@ class RunConfig(Part):
                 "cluster.offload_optimizer=true needs cluster.zero_stage=1, 2 or 3: without ZeRO DeepSpeed "
                 "leaves the optimizer where the weights are"
             )
+        if self.evaluation.evaluator == "async":
+            self._check_async()
         return self
+
+    def _check_async(self) -> None:
+        if self.training.patience:
+            raise ValueError(
+                "training.patience needs evaluation.evaluator=inline: with async the epoch training ends "
+                "at would depend on how fast the evaluator is"
+            )
+        if self.training.checkpoint_store is not None:
+            raise ValueError(
+                "training.checkpoint_store needs evaluation.evaluator=inline: the evaluator of async reads "
+                "the run folder, so all machines must share that anyway"
+            )
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel] | None]:

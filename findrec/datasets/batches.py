@@ -113,17 +113,22 @@ def evaluated_users(folder: DataFolder, split: Part) -> Int64Array:
     return np.flatnonzero((last > first) & (first > 0))
 
 
-def evaluation_blocks(folder: DataFolder, split: Part, users_per_block: int) -> list[Int64Array]:
+def evaluation_blocks(
+    folder: DataFolder, split: Part, users_per_block: int, sample: int | None = None
+) -> list[Int64Array]:
     """The `evaluated_users`, by length of history, in blocks.
 
     The blocks are the same for any number of workers; rank r of W takes blocks r, r + W, ... Where users are
-    asked several times (`moments`) a block holds fewer of them, so that it has no more rows.
+    asked several times (`moments`) a block holds fewer of them, so that it has no more rows. With `sample`
+    so many of the users, drawn by the data alone: the same ones in every run.
     """
     first, last = _cuts(folder, split)
     if asks_one_by_one(folder):
         most = int((last - first).max(initial=1))
         users_per_block = max(1, users_per_block // max(1, most))
     users = evaluated_users(folder, split)
+    if sample is not None and sample < len(users):
+        users = np.sort(np.random.default_rng(0).choice(users, sample, replace=False))
     users = users[np.argsort(first[users], kind="stable")]
     return [users[begin : begin + users_per_block] for begin in range(0, len(users), users_per_block)]
 

@@ -56,6 +56,7 @@ def rank_split(
     list_k: int = 0,
     candidates: Rule = "all",
     shards: ShardedRows | None = None,
+    sample: int | None = None,
 ) -> Ranks:
     """Rank every target of `split` among the whole catalogue (padding excluded), or with `candidates`
     "available" among the items that were on offer at the target's time. With an allow-list among
@@ -72,7 +73,7 @@ def rank_split(
     offer = Candidates.of(folder, candidates)
     top = TopItems(scorer, offer)
     parts = []
-    for users in evaluation_blocks(folder, split, users_per_block)[rank::world]:
+    for users in evaluation_blocks(folder, split, users_per_block, sample)[rank::world]:
         block = UserBlock.read(folder, split, users, max_length)
         parts.append(_rank_block(scorer, folder, block, mask_seen, list_k, top, offer, shards))
     return Ranks.concat(parts)

@@ -35,8 +35,8 @@ from findrec.evaluation.load import load_scorer
 from findrec.evaluation.metrics import describe_protocol, seen_filter
 from findrec.evaluation.topk import Top, exact_top
 from findrec.progress import say
-from findrec.training.checkpoint import best_checkpoint_path
 from findrec.training.runs import checkpoint_folder, read_run_config, training_jobs
+from findrec.training.validations import best_checkpoint_path
 
 EXACT = "exact"  # the row of exact search, in torch
 SERVED_RECALL = 0.99  # the fastest setting that reaches it is noted in index.json

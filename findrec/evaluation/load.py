@@ -14,23 +14,22 @@ from findrec.evaluation.scorers import ModelScorer
 from findrec.models.findrec import FindRec
 from findrec.models.streaming import StreamingFindRec
 from findrec.training.build import build_catalogue, build_tower_model
-from findrec.training.checkpoint import best_checkpoint
+from findrec.training.checkpoint import Checkpoint, load_checkpoint
 from findrec.training.checkpoint_store import CheckpointStore
 from findrec.training.runs import TrainingJob, checkpoint_folder, read_run_config, training_jobs
+from findrec.training.validations import best_checkpoint
 
 
-def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str = "cpu") -> ModelScorer:
-    """The model of a training at its best checkpoint; raises `FindRecError` when there is none."""
-    checkpoints = checkpoint_folder(job.folder)
-    store = CheckpointStore.of(job.config, checkpoints)
-    if store is not None:
-        store.fetch_best(checkpoints)
-    saved = best_checkpoint(checkpoints)
-    if saved is None:
-        raise FindRecError(
-            f"{job.folder} has no usable checkpoint: train it first (python -m findrec.train_dist --config "
-            f"{job.folder / 'config.yaml'})"
-        )
+def load_scorer(
+    job: TrainingJob,
+    folder: DataFolder,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+) -> ModelScorer:
+    """The model of a training at its best checkpoint, or at the one given; raises `FindRecError` when there
+    is none or it is damaged.
+    """
+    saved = _best(job) if checkpoint is None else load_checkpoint(checkpoint)
     model = build_tower_model(job.config, folder)
     model.load_state_dict(saved.tower)
     model.to(device).eval()
@@ -42,6 +41,20 @@ def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str
         device=device,
         name=job.name,
     )
+
+
+def _best(job: TrainingJob) -> Checkpoint:
+    checkpoints = checkpoint_folder(job.folder)
+    store = CheckpointStore.of(job.config, checkpoints)
+    if store is not None:
+        store.fetch_best(checkpoints)
+    saved = best_checkpoint(checkpoints)
+    if saved is None:
+        raise FindRecError(
+            f"{job.folder} has no usable checkpoint: train it first (python -m findrec.train_dist --config "
+            f"{job.folder / 'config.yaml'})"
+        )
+    return saved
 
 
 def load_streaming(run_folder: Path | str) -> StreamingFindRec:

@@ -28,8 +28,8 @@ from findrec.evaluation.metrics import seen_filter
 from findrec.evaluation.report import Titles
 from findrec.evaluation.scorers import IntArray, ModelScorer, UserBlock
 from findrec.evaluation.topk import Top, TopItems
-from findrec.training.checkpoint import best_checkpoint_path
 from findrec.training.runs import TrainingJob, checkpoint_folder, read_run_config, training_jobs
+from findrec.training.validations import best_checkpoint_path
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def rank_split_sharded(
     max_length: int,
     mask_seen: bool,
     candidates: Rule = "all",
+    sample: int | None = None,
     piece_rows: int = _PIECE_ROWS,
 ) -> Ranks:
     """`rank_split` of a model whose table is sharded: this worker's blocks (every world-th), as there.
@@ -58,7 +59,7 @@ def rank_split_sharded(
     vectors_nd = model.item_vectors(table.weight, catalogue, shards.own)
     since_V = Candidates.of(folder, candidates).since_V
     since_V = None if since_V is None else since_V.to(device)
-    blocks = evaluation_blocks(folder, split, users_per_block)
+    blocks = evaluation_blocks(folder, split, users_per_block, sample)
     parts = []
     for start in range(0, len(blocks), shards.world):
         mine = blocks[start : start + shards.world]

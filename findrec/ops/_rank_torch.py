@@ -39,16 +39,12 @@ def torch_count(
 ) -> Counts:
     """How the items compare with the float64 scores `t_C`; `float64` screens nothing (the reference)."""
     counts = Counts(torch.zeros_like(row_C), torch.zeros_like(row_C))
-    user_norm_B = torch.linalg.vector_norm(users_Bd, dim=1, dtype=torch.float64)
-    item_norm_T = torch.linalg.vector_norm(items_Td, dim=1, dtype=torch.float64)
+    user_norm_B, item_norm_T = _norms(users_Bd), _norms(items_Td)
     # Written so that NaN is unsafe as well.
     safe_B = (user_norm_B < SAFE_NORM) & (kind != "float64")
     safe_T = item_norm_T < SAFE_NORM
     everything = torch.arange(len(items_Td), device=items_Td.device)
     screened, rest = everything[safe_T], everything[~safe_T]
-    tame_Td, norm_T = (
-        (items_Td, item_norm_T) if not len(rest) else (items_Td[screened], item_norm_T[screened])
-    )
     order = CaseOrder.of(row_C, len(users_Bd))
     pairs = max(1, (tile_mib << 20) // 16)  # a score, a comparison and the marks of doubt for each
     step = max(1, min(len(order.rows), 256, pairs))
@@ -67,7 +63,8 @@ def torch_count(
                 doubtful: list[tuple[Tensor, Tensor]] = []
                 for a in range(0, len(screened), tile):
                     some = screened[a : a + tile]
-                    scores_bT, bound_b = screen.scores(tame_Td[a : a + tile], norm_T[a : a + tile])
+                    tame_td = items_Td[some] if len(rest) else items_Td[a : a + tile]
+                    scores_bT, bound_b = screen.scores(tame_td, item_norm_T[some])
                     for case_n in cases:
                         late_nT = _late(since_T, time_C, some, case_n)
                         n = len(case_n)
@@ -87,6 +84,12 @@ def torch_count(
                     counts.greater[case_n] += (scores_nT > t_n1).sum(1)
                     counts.equal[case_n] += (scores_nT == t_n1).sum(1)
     return counts
+
+
+def _norms(x_Nd: Tensor) -> Tensor:
+    """`[N]` float64; torch makes a float64 copy of what it is given, so it is given a little at a time."""
+    parts = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in torch.split(x_Nd, 1 << 14)]
+    return torch.cat(parts)
 
 
 def score_pairs(x_Pd: Tensor, y_Pd: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from findrec.progress import say
 from findrec.training.saved_table import SavedTable
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 TABLE_FILE_BYTES = 512 << 20  # a file's tensors are copied before they are written
 FileEntries = dict[str, dict[str, Any]]  # bytes and sha256 by file name, as in the manifest
 CatalogueMark = dict[str, Any]  # see `findrec.training.warm_start.mark_catalogue`
@@ -132,7 +133,7 @@ def save_checkpoint(
         _save(moments, path / "tower_moments.safetensors")
         _write_json(path / "state.json", asdict(state))
         entries |= _entries(p for p in sorted(path.iterdir()) if p.is_file() and p.name not in entries)
-        _write_json(path / "manifest.json", {"format": FORMAT, "files": entries})
+        _write_json(path / MANIFEST, {"format": FORMAT, "files": entries})
     except OSError:
         shutil.rmtree(path, ignore_errors=True)  # its room is needed for the next one
         raise
@@ -154,7 +155,7 @@ def _entries(files: Iterable[Path]) -> FileEntries:
 def verify_checkpoint(path: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, or None when it can."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         entries = manifest["files"]
     except FileNotFoundError:
         return "it has no manifest.json: saving it was cut short"
@@ -186,26 +187,6 @@ def latest_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def best_checkpoint_path(root: Path) -> Path | None:
-    """The checkpoint of the best validation; the newest one if the best is damaged or there is none."""
-    newest = latest_checkpoint(root)
-    if newest is None:
-        return None
-    best_step = read_state(newest).best_step
-    best = root / f"step-{best_step:08d}"
-    if best != newest and best_step >= 0:
-        if (problem := verify_checkpoint(best)) is None:
-            return best
-        say(f"WARNING: the best checkpoint {best} is not used, the newest is: {problem}")
-    return newest
-
-
-def best_checkpoint(root: Path) -> Checkpoint | None:
-    """`best_checkpoint_path`, loaded."""
-    path = best_checkpoint_path(root)
-    return None if path is None else load_checkpoint(path)
-
-
 def read_state(path: Path) -> TrainState:
     """Where training stood at a checkpoint that verifies."""
     return TrainState(**json.loads((path / "state.json").read_text()))
@@ -223,12 +204,3 @@ def load_checkpoint(path: Path, *, verify: bool = True) -> Checkpoint:
         moments=load_file(path / "tower_moments.safetensors"),
         table=SavedTable(path),
     )
-
-
-def prune_checkpoints(root: Path, *, keep: int, best_step: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
-    for path in list_checkpoints(root)[:-keep]:
-        if path.name != f"step-{best_step:08d}":
-            # The manifest goes first, so that a folder half deleted is not trusted.
-            (path / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)

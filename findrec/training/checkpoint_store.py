@@ -13,6 +13,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import fsspec.core
@@ -23,9 +24,8 @@ from findrec.config import RunConfig
 from findrec.errors import FindRecError
 from findrec.paths import resolve
 from findrec.progress import say
-from findrec.training.checkpoint import latest_checkpoint, read_state, verify_checkpoint
+from findrec.training.checkpoint import MANIFEST, latest_checkpoint, read_state, verify_checkpoint
 
-MANIFEST = "manifest.json"
 _COPIES = ".sending"  # links to what is being sent: the disk's own retention may delete it meanwhile
 _LEFT_S = 600.0  # how long the end of a training waits for the last checkpoint to be sent
 
@@ -125,10 +125,10 @@ class CheckpointStore:
             if not (root / name).is_dir() and name in self.names():
                 self.fetch(name, root)
 
-    def prune(self, *, keep: int, best_step: int) -> None:
-        """Delete all but the newest `keep` checkpoints and the best one."""
+    def prune(self, *, keep: int, spare: Collection[str]) -> None:
+        """Delete all but the newest `keep` checkpoints and those named in `spare`."""
         for name in self.names()[:-keep]:
-            if name != f"step-{best_step:08d}":
+            if name not in spare:
                 self._drop(name)
 
     def _drop(self, name: str) -> None:
@@ -145,20 +145,20 @@ class Sender:
     def __init__(self, store: CheckpointStore, *, keep: int) -> None:
         self._store, self._keep = store, keep
         self._turn = threading.Condition()
-        self._next: tuple[Path, int] | None = None
+        self._next: tuple[Path, Collection[str]] | None = None
         self._closed = False
         self.problem = ""  # of the newest attempt
         self._thread = threading.Thread(target=self._work, name="checkpoint-sender", daemon=True)
         self._thread.start()
 
-    def send(self, path: Path, best_step: int) -> None:
-        """Have a committed checkpoint sent; returns at once."""
+    def send(self, path: Path, spare: Collection[str]) -> None:
+        """Have a committed checkpoint sent, and older ones deleted but for `spare`; returns at once."""
         copy = path.parent / _COPIES / f"{time.monotonic_ns()}" / path.name
         copy.mkdir(parents=True)
         for file in path.iterdir():
             _link(file, copy / file.name)
         with self._turn:
-            skipped, self._next = self._next, (copy, best_step)
+            skipped, self._next = self._next, (copy, spare)
             self._turn.notify_all()
         if skipped is not None:
             shutil.rmtree(skipped[0].parent, ignore_errors=True)
@@ -176,10 +176,10 @@ class Sender:
                 self._turn.wait_for(lambda: self._next or self._closed)
                 if self._next is None:
                     return
-                (copy, best_step), self._next = self._next, None
+                (copy, spare), self._next = self._next, None
             try:
                 self._store.push(copy)
-                self._store.prune(keep=self._keep, best_step=best_step)
+                self._store.prune(keep=self._keep, spare=spare)
                 self.problem = ""
             except Exception as error:  # whatever the driver of the address may raise
                 self.problem = f"{type(error).__name__}: {error}"

@@ -27,7 +27,7 @@ from findrec.progress import Bar, progress, say
 from findrec.tables.base import Table
 from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue, build_windows
-from findrec.training.checkpoint import TrainState, checkpoint_path, prune_checkpoints
+from findrec.training.checkpoint import TrainState, checkpoint_path
 from findrec.training.checkpoint_store import CheckpointStore, Sender
 from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
@@ -37,6 +37,13 @@ from findrec.training.step_trace import StepTrace
 from findrec.training.step_values import refuse_not_finite, sum_over_workers
 from findrec.training.tower import Tower
 from findrec.training.validation import validate
+from findrec.training.validations import (
+    METRICS,
+    SELECTS,
+    is_due,
+    prune_checkpoints,
+    spared_checkpoints,
+)
 from findrec.training.worker import StopRequested, Worker
 
 
@@ -81,18 +88,19 @@ def run_training(
         stack.callback(run.close)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
-            ends = state.epoch == training.epochs
-            if state.epoch % training.eval_every == 0 or ends:
+            due = is_due(config, state)
+            if due and config.evaluation.evaluator == "inline":
                 with worker.pulse.busy("validating"):
                     metrics = validate(config, folder, tower, table, run.catalogue, worker)
-                state = _judge(state, metrics["ndcg@10"])
-                found = {f"valid/{name}": metrics[name] for name in ("ndcg@10", "recall@10", "mrr")}
+                state = _judge(state, metrics[SELECTS])
+                found = {f"valid/{name}": metrics[name] for name in METRICS}
                 values |= found
-                bar.note(valid_ndcg=f"{metrics['ndcg@10']:.4f}")
+                bar.note(valid_ndcg=f"{metrics[SELECTS]:.4f}")
                 run.write(state.step, state.epoch, found)
-            ends = ends or _out_of_patience(config, state)
+                due = state.best_step == state.step  # to be saved
+            ends = state.epoch == training.epochs or _out_of_patience(config, state)
             saved = False
-            if state.epoch % training.save_every == 0 or state.best_step == state.step or ends or run.stop:
+            if state.epoch % training.save_every == 0 or due or ends or run.stop:
                 saved = run.save(state, must=ends)
             if after_epoch is not None:
                 after_epoch(values)
@@ -274,9 +282,10 @@ class _Run:
                     say(f"WARNING: {what}. Training goes on; make room before the next one is due.")
                 return False
             if self.worker.leads:
+                spare = spared_checkpoints(self.config, self.checkpoints, state)
                 if self.sender is not None:
-                    self.sender.send(checkpoint_path(self.checkpoints, state), state.best_step)
-                prune_checkpoints(self.checkpoints, keep=self.config.training.keep, best_step=state.best_step)
+                    self.sender.send(checkpoint_path(self.checkpoints, state), spare)
+                prune_checkpoints(self.checkpoints, keep=self.config.training.keep, spare=spare)
             return True
 
     def close(self) -> None:

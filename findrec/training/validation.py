@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,39 +33,45 @@ def validate(
 ) -> dict[str, float]:
     """Exact full-catalogue metrics on the validation targets; the same on every rank."""
     model = tower.whole_model().eval()
-    mask_seen = seen_filter(config.evaluation.mask_seen, folder)
-    max_length, candidates = config.data.max_length, config.evaluation.candidates
-    users_per_block = config.evaluation.users_per_block
+    how = ranking_settings(config, folder)
     if isinstance(table, ShardedItemTable):
-        ranks = rank_split_sharded(
-            *(model, table, catalogue, folder, "valid"),
-            users_per_block=users_per_block,
-            max_length=max_length,
-            mask_seen=mask_seen,
-            candidates=candidates,
-        )
+        ranks = rank_split_sharded(model, table, catalogue, folder, "valid", **how)
     else:
-        ranks = rank_split(
-            ModelScorer(model, table.weight, catalogue, max_length=max_length, device=worker.device),
-            *(folder, "valid"),
-            users_per_block=users_per_block,
-            max_length=max_length,
-            mask_seen=mask_seen,
-            candidates=candidates,
-            rank=worker.rank,
-            world=worker.world,
+        scorer = ModelScorer(
+            model, table.weight, catalogue, max_length=config.data.max_length, device=worker.device
         )
-    ranks = _gather_ranks(ranks, worker)
-    row = summarise(
+        ranks = rank_split(scorer, folder, "valid", **how, rank=worker.rank, world=worker.world)
+    row = validation_row(_gather_ranks(ranks, worker), config, folder)
+    if worker.leads:
+        say(f"  validation: {describe_row(row)}")
+    return row
+
+
+def ranking_settings(config: RunConfig, folder: DataFolder) -> dict[str, Any]:
+    """The arguments of `rank_split` for a validation in training."""
+    return {
+        "users_per_block": config.evaluation.users_per_block,
+        "max_length": config.data.max_length,
+        "mask_seen": seen_filter(config.evaluation.mask_seen, folder),
+        "candidates": config.evaluation.candidates,
+        "sample": config.evaluation.valid_users,
+    }
+
+
+def validation_row(ranks: Ranks, config: RunConfig, folder: DataFolder) -> dict[str, Any]:
+    """The metrics row of all workers' ranks."""
+    return summarise(
         *(ranks, folder, "valid"),
         ks=[10],
         model=config.model.name,
-        mask_seen=mask_seen,
-        candidates=candidates,
+        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
+        candidates=config.evaluation.candidates,
     )
-    if worker.leads:
-        say(f"  validation: ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}")
-    return row
+
+
+def describe_row(row: Mapping[str, Any]) -> str:
+    """The line that training shows of a validation."""
+    return f"ndcg@10 {row['ndcg@10']:.4f}  recall@10 {row['recall@10']:.4f}"
 
 
 def _gather_ranks(ranks: Ranks, worker: Worker) -> Ranks:

@@ -26,13 +26,13 @@ from findrec.tables.base import Table
 from findrec.training.build import build_tower_model, used_modalities
 from findrec.training.checkpoint import (
     CatalogueMark,
-    best_checkpoint_path,
     list_checkpoints,
     load_checkpoint,
     read_state,
 )
 from findrec.training.runs import BASELINES, checkpoint_folder, flatten, read_run_config, run_folder
 from findrec.training.tower import MOMENTS, Tower
+from findrec.training.validations import best_checkpoint_path
 
 # A model may differ in these keys: they are about how it is trained, not about what its weights mean.
 _FREE_KEYS = (

@@ -34,8 +34,9 @@ from findrec.evaluation.index_show import format_curve, index_curve_figure, read
 from findrec.evaluation.index_store import index_folder, load_index, read_mark, save_index, saved_indexes
 from findrec.evaluation.load import load_scorer
 from findrec.evaluation.scorers import Queries
-from findrec.training.checkpoint import best_checkpoint, best_checkpoint_path, save_checkpoint
+from findrec.training.checkpoint import save_checkpoint
 from findrec.training.runs import read_run_config, training_jobs
+from findrec.training.validations import best_checkpoint, best_checkpoint_path
 
 faiss = pytest.importorskip("faiss")
 

@@ -73,17 +73,6 @@ def test_crash_before_the_manifest_leaves_the_old_one(tmp_path, monkeypatch):
     assert cp.latest_checkpoint(tmp_path) == newer
 
 
-def test_retention_keeps_the_newest_and_the_best(tmp_path):
-    for step in range(1, 6):
-        save(tmp_path, step)
-    cp.prune_checkpoints(tmp_path, keep=2, best_step=2)
-    assert [p.name for p in cp.list_checkpoints(tmp_path)] == [
-        "step-00000002",
-        "step-00000004",
-        "step-00000005",
-    ]
-
-
 def test_unknown_format_is_refused(tmp_path):
     path, *_ = save(tmp_path, 1)
     manifest = json.loads((path / "manifest.json").read_text())

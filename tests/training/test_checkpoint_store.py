@@ -88,7 +88,7 @@ def test_retention(bucket, tmp_path):
     store = CheckpointStore(bucket)
     for step in range(1, 6):
         store.push(saved(tmp_path / "here", step))
-    store.prune(keep=2, best_step=2)
+    store.prune(keep=2, spare={"step-00000002"})
     assert store.names() == ["step-00000002", "step-00000004", "step-00000005"]
 
 
@@ -97,7 +97,7 @@ def test_sending_runs_beside_training_and_survives_local_retention(bucket, tmp_p
     sender = Sender(store, keep=2)
     for step in (1, 2, 3):
         path = saved(tmp_path / "here", step)
-        sender.send(path, best_step=-1)
+        sender.send(path, ())
         shutil.rmtree(path)
     sender.close()
     assert store.names()[-1] == "step-00000003"
@@ -108,7 +108,7 @@ def test_sending_runs_beside_training_and_survives_local_retention(bucket, tmp_p
 
 def test_an_address_that_fails_is_told_and_stops_nothing(bucket, tmp_path, capsys):
     sender = Sender(CheckpointStore("s3://no-such-bucket/run"), keep=2)
-    sender.send(saved(tmp_path / "here", 1), best_step=-1)
+    sender.send(saved(tmp_path / "here", 1), ())
     sender.close()
     said = capsys.readouterr().out
     assert (
@@ -148,7 +148,7 @@ def test_a_training_goes_on_where_the_store_left_it(bucket, tmp_path):
         return table.weight, len(seen)
 
     whole, _ = train(tmp_path / "whole" / "checkpoints")
-    CheckpointStore(f"{bucket}/run").prune(keep=1, best_step=-1)
+    CheckpointStore(f"{bucket}/run").prune(keep=1, spare=())
     CheckpointStore(f"{bucket}/run")._drop(CheckpointStore(f"{bucket}/run").names()[-1])
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "first" / "checkpoints", stop_after=2)

@@ -14,10 +14,11 @@ from findrec.datasets.folder import DataFolder
 from findrec.datasets.memory import write_data_folder
 from findrec.errors import FindRecError
 from findrec.training.build import build_table, build_tower_model
-from findrec.training.checkpoint import best_checkpoint, latest_checkpoint, read_state
+from findrec.training.checkpoint import latest_checkpoint, read_state
 from findrec.training.loop import run_training
 from findrec.training.runs import checkpoint_folder, open_run_folder, training_jobs
 from findrec.training.tower import PlainTower
+from findrec.training.validations import best_checkpoint
 from findrec.training.warm_start import find_warm_start, mark_catalogue
 from findrec.training.worker import Worker
 
