@@ -54,6 +54,7 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     say(f"resolved configuration:\n{dump_config(config)}")
 
+    from findrec.cluster.beside import Beside
     from findrec.cluster.launch import ray_session
     from findrec.cluster.supervise import train_on_ray
     from findrec.datasets.prepare import open_or_prepare
@@ -69,8 +70,12 @@ def _run(arguments: argparse.Namespace) -> None:
         shutil.rmtree(run_folder(config), ignore_errors=True)
     folder = open_run_folder(config)
     with ray_session(config), _sigterm_sets() as stop:
-        train_on_ray(config, data.location, folder, stop)
-    evaluate_run(folder)
+        beside = Beside(config, data.location, folder) if config.evaluation.evaluator == "async" else None
+        train_on_ray(config, data.location, folder, stop, beside)
+        if beside is not None:
+            beside.finish(stop)
+    if beside is None:
+        evaluate_run(folder)
     say(f"done: {folder / 'report.html'}")
 
 

@@ -37,10 +37,15 @@ def worker_threads(config: RunConfig) -> int:
 
 @contextmanager
 def ray_session(config: RunConfig) -> Iterator[None]:
-    """A Ray cluster for a run: the one at `cluster.address` or `RAY_ADDRESS`, else a local one."""
+    """A Ray cluster for a run: the one at `cluster.address` or `RAY_ADDRESS`, else a local one. A process
+    that is in a cluster already, such as a Ray actor, stays there.
+    """
     os.environ.update(_RAY_SWITCHES)
     import ray
 
+    if ray.is_initialized():
+        yield
+        return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     environment = {
         "FINDREC_HOME": str(home()),

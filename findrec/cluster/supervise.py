@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from findrec.cluster.launch import worker_threads
 from findrec.cluster.placement import least, room, shareable, uses_gpu, wait_for_room, worker_resources
@@ -25,6 +25,9 @@ from findrec.errors import DivergedError, FindRecError, Preempted
 from findrec.progress import say
 from findrec.training.checkpoint import latest_checkpoint, list_checkpoints
 from findrec.training.runs import checkpoint_folder, training_jobs
+
+if TYPE_CHECKING:
+    from findrec.cluster.beside import Beside  # which imports what no worker needs
 
 RESULT_ERROR, RESULT_STOPPED = "error", "stopped"  # what `train_worker` may return, beside nothing
 
@@ -51,12 +54,19 @@ class _Lost:
     error: BaseException
 
 
-def train_on_ray(config: RunConfig, data_folder: str, run_folder: Path, stop: threading.Event) -> None:
+def train_on_ray(
+    config: RunConfig,
+    data_folder: str,
+    run_folder: Path,
+    stop: threading.Event,
+    beside: Beside | None = None,
+) -> None:
     """Train on all workers to the end; lost or hung ones are replaced, from the newest checkpoint.
 
     Restarts are counted until a new checkpoint is there, `cluster.max_failures` of them are taken. Between
     `cluster.min_workers` and `cluster.workers` as many run as there is room for. `stop` being set ends the
-    training at the next step with `Preempted`. Raises `FindRecError` for what no restart would mend.
+    training at the next step with `Preempted`. `beside` is looked at while they run. Raises `FindRecError`
+    for what no restart would mend.
     """
     gpu = uses_gpu(config)
     failures = placings = 0
@@ -65,10 +75,12 @@ def train_on_ray(config: RunConfig, data_folder: str, run_folder: Path, stop: th
     while True:
         workers = wait_for_room(config, gpu=gpu, wait_s=wait_s)
         cluster = config.cluster.model_copy(update={"workers": workers})
-        group = _Group(config.model_copy(update={"cluster": cluster}), config, gpu, stop)
+        group = _Group(config.model_copy(update={"cluster": cluster}), config, gpu, stop, beside)
         ended = group.run(data_folder, run_folder)
         if ended is None:
             return
+        if beside is not None:
+            beside.pause()
         if isinstance(ended, _Stopped):
             if stop.is_set():
                 raise Preempted(ended.where)
@@ -108,10 +120,18 @@ def _newest(config: RunConfig, run_folder: Path) -> str:
 class _Group:
     """One group of workers, from its placement to its end."""
 
-    def __init__(self, config: RunConfig, wanted: RunConfig, gpu: bool, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        wanted: RunConfig,
+        gpu: bool,
+        stop: threading.Event,
+        beside: Beside | None,
+    ) -> None:
         import ray
 
         self._config, self._wanted, self._gpu, self._stop = config, wanted, gpu, stop
+        self._beside = beside
         self._board: Any = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()
         self._blamed = ""
         self._suspects: tuple[float, set[int]] | None = None
@@ -193,6 +213,8 @@ class _Group:
     def _look(self) -> None:
         import ray
 
+        if self._beside is not None:
+            self._beside.look()
         now = time.monotonic()
         if not self._asked and (self._stop.is_set() or self._could_grow(now)):
             self._asked = True

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,9 +30,11 @@ from findrec.evaluation.topk import TopItems
 from findrec.ops.counting import rank_dense
 from findrec.ops.target_rank import target_rank
 
+Rows = dict[str, list[dict[str, Any]]]  # metrics rows by split, and those under `strata` and `sampled`
 _KEYS_AT_ONCE = (64 << 20) // 24 - 1  # what `rank_dense` holds in one tile
 
 __all__ = [
+    "Ranked",
     "Ranks",
     "describe_protocol",
     "evaluate_scorers",
@@ -150,8 +152,21 @@ def _sharded_list(
     return ids
 
 
+class Ranked(NamedTuple):
+    """What is to be shown of one scorer or of several."""
+
+    rows: Rows
+    ranks: dict[tuple[str, str], Ranks]  # by (model, split)
+
+    def add(self, other: Ranked) -> None:
+        """Put the results of others behind these."""
+        for part, rows in other.rows.items():
+            self.rows.setdefault(part, []).extend(rows)
+        self.ranks.update(other.ranks)
+
+
 def evaluate_scorers(
-    scorers: Iterable[Scorer],
+    scorers: Iterable[Scorer | Ranked],
     folder: DataFolder,
     *,
     splits: Sequence[Part] = ("valid", "test"),
@@ -163,17 +178,17 @@ def evaluate_scorers(
     sampled: int | None = None,
     shards: int = 0,
     scratch: Path | None = None,
-) -> tuple[dict[str, list[dict[str, Any]]], dict[tuple[str, str], Ranks]]:
-    """Evaluate trained models and baselines alike, in the order given (a generator fits one at a time).
+) -> Ranked:
+    """Evaluate trained models and baselines alike, in the order given (a generator fits one at a time); what
+    was evaluated before is taken as it is.
 
     Returns the metrics rows by split (a split without targets is left out), the parts of the test split
-    under `strata`, and the ranks by (model, split): what `write_results` takes. With `sampled` also
-    rows of the test split under `sampled`, as if targets had been ranked among so many drawn items: an extra.
-    With `shards` item vectors are spread over so many Ray workers, by way of a file in `scratch`; block
-    scorers stay here.
+    under `strata`, and the ranks: what `write_results` takes. With `sampled` also rows of the test split
+    under `sampled`, as if targets had been ranked among so many drawn items: an extra. With `shards` item
+    vectors are spread over so many Ray workers, by way of a file in `scratch`; block scorers stay here.
     """
-    rows: dict[str, list[dict[str, Any]]] = {}
-    ranks: dict[tuple[str, str], Ranks] = {}
+    done = Ranked({}, {})
+    rows = done.rows
     there = [split for split in splits if evaluation_blocks(folder, split, users_per_block)]
     pool_C = None
     if sampled is not None and "test" in there:
@@ -181,6 +196,9 @@ def evaluate_scorers(
             *(folder, "test"), users_per_block=users_per_block, mask_seen=mask_seen, candidates=candidates
         )
     for scorer in scorers:
+        if isinstance(scorer, Ranked):
+            done.add(scorer)
+            continue
         with contextlib.ExitStack() as stack:
             spread = None
             if shards and isinstance(scorer, VectorScorer):
@@ -203,13 +221,13 @@ def evaluate_scorers(
                 how: Any = {"ks": ks, "model": scorer.name, "mask_seen": mask_seen, "candidates": candidates}
                 row = summarise(found, folder, split, **how) | list_metrics(found.lists, folder, ks)
                 rows.setdefault(split, []).append(row)
-                ranks[scorer.name, split] = found
+                done.ranks[scorer.name, split] = found
                 if split == "test":
                     rows.setdefault("strata", []).extend(strata(found, folder, split, model=scorer.name))
                     if sampled is not None and pool_C is not None:
                         extra = sampled_row(found, folder, split, pool_C, sampled, **how)
                         rows.setdefault("sampled", []).append(extra)
-    return rows, ranks
+    return done
 
 
 def write_results(

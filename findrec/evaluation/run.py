@@ -7,10 +7,9 @@ so the digits are the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +20,7 @@ from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.baselines import make_baseline
 from findrec.evaluation.candidates import describe_rule
-from findrec.evaluation.evaluate import evaluate_scorers, write_results
+from findrec.evaluation.evaluate import Ranked, Rows, evaluate_scorers, write_results
 from findrec.evaluation.inspect import inspect_user
 from findrec.evaluation.load import load_scorer, set_up
 from findrec.evaluation.metrics import seen_filter
@@ -34,37 +33,50 @@ from findrec.evaluation.suites_show import print_suite, suite_figure
 from findrec.evaluation.thumbnails import thumbnails
 from findrec.models.findrec import FindRec
 from findrec.progress import say
-from findrec.training.runs import TRAINED_BASELINES, checkpoint_folder, read_run_config, training_jobs
+from findrec.training.runs import (
+    TRAINED_BASELINES,
+    checkpoint_folder,
+    read_run_config,
+    training_jobs,
+)
 from findrec.training.tracking import Tracker
 from findrec.training.validations import best_checkpoint
 
 INSPECTED = 20  # positions of a sample user in the report
 
 
-def _scorers(config: RunConfig, run_folder: Path, folder: DataFolder, device: str) -> Iterator[Scorer]:
-    """Trained models first, then the other baselines, in the order of the configuration."""
-    for job in training_jobs(config, run_folder):
-        say(f"ranking {job.name}")
-        yield load_scorer(job, folder, device)
-    for name in config.evaluation.baselines:
-        if name not in TRAINED_BASELINES:
-            say(f"ranking {name}")
-            yield make_baseline(name, folder)
+def scorer_names(config: RunConfig) -> list[str]:
+    """Who is ranked: trained models first, then the other baselines, in the order of the configuration."""
+    trained = [job.name for job in training_jobs(config, Path())]
+    return [*trained, *(name for name in config.evaluation.baselines if name not in TRAINED_BASELINES)]
 
 
-def evaluate_run(run_folder: Path, shards: int | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Rank the full catalogue with the run's best checkpoint and its baselines; write all results.
-
-    Writes `metrics.json`, `ranks.parquet` and `report.html`, mirrors the test row to MLflow, prints the
-    table and returns the metrics rows by split.
+def rank_scorers(
+    run: Path,
+    folder: DataFolder,
+    names: Sequence[str],
+    *,
+    shards: int,
+    known: Mapping[str, Ranked] | None = None,
+) -> Ranked:
+    """Rank the full catalogue with some of `scorer_names`, trained ones at their best checkpoint; `known` are
+    those ranked before.
     """
-    config = read_run_config(run_folder)
-    folder = open_data_folder(config.data)
+    config = read_run_config(run)
     device = set_up(config)
-    shards = config.evaluation.shards if shards is None else shards
+    jobs = {job.name: job for job in training_jobs(config, run)}
+
+    def scorers() -> Iterator[Scorer | Ranked]:
+        for name in names:
+            if known and name in known:
+                yield known[name]
+                continue
+            say(f"ranking {name}")
+            yield load_scorer(jobs[name], folder, device) if name in jobs else make_baseline(name, folder)
+
     with ray_session(config) if shards else nullcontext():
-        rows, ranks = evaluate_scorers(
-            _scorers(config, run_folder, folder, device),
+        return evaluate_scorers(
+            scorers(),
             folder,
             ks=config.evaluation.ks,
             users_per_block=config.evaluation.users_per_block,
@@ -73,20 +85,40 @@ def evaluate_run(run_folder: Path, shards: int | None = None) -> dict[str, list[
             candidates=config.evaluation.candidates,
             sampled=config.evaluation.sampled,
             shards=shards,
-            scratch=run_folder,
+            scratch=run,
         )
-    if "test" not in rows:
+
+
+def evaluate_run(
+    run_folder: Path,
+    shards: int | None = None,
+    *,
+    known: Mapping[str, Ranked] | None = None,
+    show: bool = True,
+) -> Rows:
+    """Rank the full catalogue with the run's best checkpoint and its baselines, but for the `known` ones;
+    write all results.
+
+    Writes `metrics.json`, `ranks.parquet` and `report.html`, mirrors the test row to MLflow, prints the table
+    (if it is to `show` it) and returns the metrics rows by split.
+    """
+    config = read_run_config(run_folder)
+    folder = open_data_folder(config.data)
+    shards = config.evaluation.shards if shards is None else shards
+    results = rank_scorers(run_folder, folder, scorer_names(config), shards=shards, known=known)
+    if "test" not in results.rows:
         raise FindRecError(
             f"nobody in {folder.path} can be tested: no user has an event in the test split, one before it, "
             f"and a target among evaluation.candidates ({describe_rule(config.evaluation.candidates)}). "
             "Prepare the data with a split that leaves test events, or change evaluation.candidates in "
             f"{run_folder / 'config.yaml'}"
         )
-    write_results(run_folder, rows, ranks, folder)
+    write_results(run_folder, *results, folder)
     rebuild_report(run_folder)
-    _mirror(config, run_folder, rows)
-    print_table(rows)
-    return rows
+    _mirror(config, run_folder, results.rows)
+    if show:
+        print_table(results.rows)
+    return results.rows
 
 
 def run_suites(run_folder: Path, kinds: Sequence[str], levels: Sequence[int] = ()) -> list[Path]:
@@ -135,12 +167,12 @@ def rebuild_report(run_folder: Path) -> Path:
     )
 
 
-def print_table(rows: dict[str, list[dict[str, Any]]]) -> None:
+def print_table(rows: Rows) -> None:
     """The test table on standard output."""
     Console(width=None if Console().is_terminal else 120).print(format_table(rows["test"], title="test"))
 
 
-def _mirror(config: RunConfig, run_folder: Path, rows: dict[str, list[dict[str, Any]]]) -> None:
+def _mirror(config: RunConfig, run_folder: Path, rows: Rows) -> None:
     for job in training_jobs(config, run_folder):
         tracker = Tracker.start(job.config, job.folder)
         row = next(r for r in rows["test"] if r["model"] == job.name)

@@ -150,6 +150,13 @@ class Tracker:
             )
         return _MlflowTracker(config, run_folder.resolve(), uri)
 
+    @staticmethod
+    def join(config: RunConfig, run_folder: Path) -> Tracker:
+        """Add to the MLflow run that rank 0 has begun, or is about to begin, and leave its state alone."""
+        if not config.tracking.enabled:
+            return Tracker()
+        return _MlflowTracker(config, run_folder.resolve(), tracking_uri(config.tracking.uri), joins=True)
+
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Mirror the numbers among `values` at `step`; never blocks, never raises."""
 
@@ -163,14 +170,21 @@ class Tracker:
         """
 
 
+class _NotBegunError(Exception):
+    """There is no MLflow run to join yet."""
+
+
 class _MlflowTracker(Tracker):
-    def __init__(self, config: RunConfig, run_folder: Path, uri: str) -> None:
+    def __init__(self, config: RunConfig, run_folder: Path, uri: str, *, joins: bool = False) -> None:
         self.uri = uri
+        self._joins = joins  # a run that somebody else begins and ends
         self._config = config
         self._folder = run_folder
         self._wake = threading.Condition()
         self._points: deque[tuple[str, float, int, int]] = deque(maxlen=BUFFER_POINTS)
         self._tags = {"run_folder": str(run_folder), "checkpoint": str(run_folder / "checkpoints")}
+        if joins:
+            self._tags = {}
         self._final: tuple[Status, Sequence[Path]] | None = None
         self._client: Any = None
         self._run_id = ""
@@ -217,6 +231,8 @@ class _MlflowTracker(Tracker):
                     pass
                 if final:
                     self._close(*final)
+            except _NotBegunError:
+                pass  # rank 0 says so itself if MLflow is why
             except Exception as error:
                 self._warn(f"{type(error).__name__}: {error}")
             else:
@@ -241,8 +257,12 @@ class _MlflowTracker(Tracker):
         if self.uri.startswith("sqlite:///"):
             Path(self.uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
         client = MlflowClient(tracking_uri=self.uri)
-        self._run_id = self._resume(client) or self._create(client)
-        self._log_params(client)
+        earlier = self._resume(client)
+        if self._joins and earlier is None:
+            raise _NotBegunError
+        self._run_id = earlier or self._create(client)
+        if not self._joins:
+            self._log_params(client)
         self._client = client
 
     def _resume(self, client: Any) -> str | None:
@@ -265,7 +285,8 @@ class _MlflowTracker(Tracker):
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        client.update_run(run.info.run_id, status="RUNNING")
+        if not self._joins:
+            client.update_run(run.info.run_id, status="RUNNING")
         return str(run.info.run_id)
 
     def _create(self, client: Any) -> str:
@@ -326,6 +347,8 @@ class _MlflowTracker(Tracker):
         return bool(self._points)
 
     def _close(self, status: Status, artifacts: Sequence[Path]) -> None:
+        if self._joins:
+            return
         for path in artifacts:
             self._client.log_artifact(self._run_id, str(path))
         self._client.set_terminated(self._run_id, status=status)
