@@ -205,11 +205,15 @@ class Run:
 
     def workers(self) -> list[int]:
         """Processes of the workers of the home's runs."""
-        found = []
-        for proc in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                title = (proc / "cmdline").read_bytes()
-                mine = f"FINDREC_HOME={self.home}\0".encode() in (proc / "environ").read_bytes()
-                if title.startswith(b"ray::RayTrainWorker") and mine:
-                    found.append(int(proc.name))
-        return sorted(found)
+        return processes_of(self.home, "ray::RayTrainWorker")
+
+
+def processes_of(home: Path, title: str) -> list[int]:
+    """Those of the home's runs whose titles begin so."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mine = f"FINDREC_HOME={home}\0".encode() in (proc / "environ").read_bytes()
+            if mine and (proc / "cmdline").read_bytes().startswith(title.encode()):
+                found.append(int(proc.name))
+    return sorted(found)

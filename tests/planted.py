@@ -39,9 +39,9 @@ def make_config(**training):
     return parse_config(tree)
 
 
-def planted_run(path, folder, model=None, **evaluation):
+def planted_run(path, folder, model=None, training=None, log=None, **evaluation):
     """A run folder with checkpoints of a short training on a data folder, as a job leaves it."""
-    tree = make_config(epochs=3).model_dump(mode="json")
+    tree = make_config(**{"epochs": 3} | (training or {})).model_dump(mode="json")
     tree["name"], tree["data"]["folder"] = path.name, str(folder.path)
     tree["model"] |= model or {}
     tree["evaluation"] |= {"baselines": [], "samples": 2} | evaluation
@@ -58,7 +58,7 @@ def planted_run(path, folder, model=None, **evaluation):
         tower,
         build_table(config, folder),
         worker=Worker(),
-        log=Silent(),
+        log=log or Silent(),
     )
     return path
 

@@ -35,6 +35,7 @@ from findrec.training.validations import (
     best_checkpoint_path,
     checkpoint_digest,
     due_checkpoints,
+    read_validations,
     record_validation,
 )
 
@@ -113,14 +114,20 @@ class Evaluator:
         if digest is None or digest != checkpoint_digest(path):
             return  # replaced meanwhile: due again
         values = {name: row[name] for name in METRICS}
-        record_validation(job.folder, Validation(state.step, state.epoch, digest, values))
-        self._tracker(job).log(state.step, {f"valid/{name}": value for name, value in values.items()})
+        found = Validation(state.step, state.epoch, digest, values)
+        record_validation(job.folder, found)
+        self._mirror(job, found)
         say(f"  validation of {job.name}, epoch {state.epoch}: {describe_row(row)}")
 
-    def _tracker(self, job: TrainingJob) -> Tracker:
+    def _mirror(self, job: TrainingJob, found: Validation) -> None:
+        """To MLflow; at first all there are, as an evaluator that was killed may have kept some to itself."""
+        news = [found]
         if job.name not in self._trackers:
             self._trackers[job.name] = Tracker.join(job.config, job.folder)
-        return self._trackers[job.name]
+            news = read_validations(job.folder)
+        for one in news:
+            values = {f"valid/{name}": value for name, value in one.values.items()}
+            self._trackers[job.name].log(one.step, values)
 
     def _mark(self, name: str) -> str | None:
         """Which weights a result is of; None for a baseline that is not trained."""

@@ -28,6 +28,7 @@ from findrec.evaluation.report_template import TEMPLATE
 from findrec.evaluation.significance import FEWEST_RESAMPLES, RESAMPLES
 from findrec.evaluation.suites import METRICS, Suite, read_suites
 from findrec.evaluation.suites_show import TITLES, level_name, suite_note
+from findrec.training.validations import read_validations
 
 _DRAWS = 300_000_000  # of users in a bootstrap: some seconds
 _LISTS = {
@@ -48,8 +49,9 @@ def write_report(
 ) -> Path:
     """Write `report.html` from what the run folder holds; what is missing is left out of the page.
 
-    Reads `metrics.jsonl` (curves), `metrics.json` (tables), `ranks.parquet` (differences), `suites/` and
-    `config.yaml`. `thumbnails` are `data:` addresses by item. The same run folder gives the same bytes.
+    Reads `metrics.jsonl` and `validations.jsonl` (curves), `metrics.json` (tables), `ranks.parquet`
+    (differences), `suites/` and `config.yaml`. `thumbnails` are `data:` addresses by item. The same run
+    folder gives the same bytes.
     """
     results = _read_json(run_folder / "metrics.json")
     config = run_folder / "config.yaml"
@@ -67,7 +69,7 @@ def write_report(
         lists=lists,
         list_plots=list_plots(run_folder, test, _list_titles(test)) if lists else [],
         sampled=_sampled(results.get("sampled", [])),
-        curves=training_plots(run_folder, read_lines(run_folder / "metrics.jsonl")),
+        curves=training_plots(run_folder, _measured(run_folder)),
         alignment=alignment_plots(run_folder, alignment_curves(run_folder)),
         inspection=_inspection(run_folder, inspection),
         suites=[_suite(run_folder, suite) for suite in read_suites(run_folder)],
@@ -77,6 +79,16 @@ def write_report(
         environment=describe_environment(),
         config=config.read_text(encoding="utf-8") if config.is_file() else "(no config.yaml)",
     )
+
+
+def _measured(run_folder: Path) -> list[dict[str, Any]]:
+    """The lines of training, and those of an evaluator beside it."""
+    found = [
+        {"step": one.step, "epoch": one.epoch}
+        | {f"valid/{name}": value for name, value in one.values.items()}
+        for one in read_validations(run_folder)
+    ]
+    return [*read_lines(run_folder / "metrics.jsonl"), *found]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
