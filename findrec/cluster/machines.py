@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from findrec.cluster.launch import usable_cpus
+from findrec.cluster.placement import least
 from findrec.config import RunConfig
 from findrec.errors import FindRecError
 
@@ -86,7 +87,7 @@ def place_workers(config: RunConfig, machines: Sequence[Machine], *, gpu: bool) 
 
 
 def has_gpus(config: RunConfig, machines: Sequence[Machine]) -> bool:
-    """Whether workers get a GPU each: as configured; `auto` where there are enough of them."""
+    """Whether workers get a GPU each: as configured; `auto` where there are enough for the least of them."""
     if config.cluster.gpu == "auto":
-        return sum(machine.gpus for machine in machines) >= config.cluster.workers
+        return sum(machine.gpus for machine in machines) >= least(config)
     return config.cluster.gpu

@@ -52,15 +52,6 @@ def least(config: RunConfig) -> int:
     return config.cluster.min_workers or config.cluster.workers
 
 
-def uses_gpu(config: RunConfig) -> bool:
-    """Whether workers get a GPU each: as configured; `auto` when the cluster has enough of them."""
-    import ray
-
-    if config.cluster.gpu == "auto":
-        return bool(ray.cluster_resources().get("GPU", 0) >= least(config))
-    return config.cluster.gpu
-
-
 def wait_for_room(config: RunConfig, *, gpu: bool, wait_s: float) -> int:
     """The number of workers to start with now, after waiting for the least of them `wait_s` at most.
 

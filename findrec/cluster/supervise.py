@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from findrec.cluster.launch import worker_threads
-from findrec.cluster.placement import least, room, shareable, uses_gpu, wait_for_room, worker_resources
+from findrec.cluster.machines import Machine, cluster_machines, has_gpus, place_workers
+from findrec.cluster.placement import least, room, shareable, wait_for_room, worker_resources
 from findrec.cluster.pulse import Board, Seen, find_hung, kill_worker
 from findrec.config import RunConfig
 from findrec.errors import DivergedError, FindRecError, Preempted
 from findrec.progress import say
 from findrec.training.checkpoint import latest_checkpoint, list_checkpoints
 from findrec.training.runs import checkpoint_folder, training_jobs
+from findrec.training.tracking import refuse_split_tracking
 
 if TYPE_CHECKING:
     from findrec.cluster.beside import Beside  # which imports what no worker needs
@@ -68,7 +70,9 @@ def train_on_ray(
     training at the next step with `Preempted`. `beside` is looked at while they run. Raises `FindRecError`
     for what no restart would mend.
     """
-    gpu = uses_gpu(config)
+    machines = cluster_machines()
+    gpu = has_gpus(config, machines)
+    _refuse_split_tracking(config, machines, gpu)
     failures = placings = 0
     committed = _committed(config, run_folder)
     wait_s = config.cluster.wait_s
@@ -98,6 +102,14 @@ def train_on_ray(
         count = f"restart {failures} of {config.cluster.max_failures}" if failures else "placing them again"
         say(f"{ended.why}: {count}, from {_newest(config, run_folder)}")
         wait_s = _ROOM_S if least(config) < config.cluster.workers else max(_ROOM_S, config.cluster.timeout_s)
+
+
+def _refuse_split_tracking(config: RunConfig, machines: Sequence[Machine], gpu: bool) -> None:
+    try:
+        nodes = len(place_workers(config, machines, gpu=gpu))
+    except FindRecError:
+        return  # there is no room yet, and who will come is not known
+    refuse_split_tracking(config, nodes)
 
 
 def _committed(config: RunConfig, run_folder: Path) -> list[str]:

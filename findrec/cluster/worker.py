@@ -21,8 +21,9 @@ from findrec.training.allocator import keep_freed_memory
 from findrec.training.build import build_table, build_tower_model, table_placement, used_modalities
 from findrec.training.checkpoint import TrainState
 from findrec.training.loop import run_training
+from findrec.training.metrics_log import MetricsLog
 from findrec.training.runs import checkpoint_folder, training_jobs
-from findrec.training.tracking import MetricsLog, Tracker
+from findrec.training.tracking import Tracker
 from findrec.training.worker import StopRequested, Worker
 
 
@@ -85,7 +86,7 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
     tracker: Tracker | None = None
     if worker.leads:
         log = MetricsLog(run_folder)
-        tracker = Tracker.start(config, run_folder)
+        tracker = Tracker.start(config, run_folder, watch=True)
 
     def started(state: TrainState) -> None:
         if log is not None:

@@ -29,6 +29,7 @@ from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue, build_windows
 from findrec.training.checkpoint import TrainState, checkpoint_path
 from findrec.training.checkpoint_store import CheckpointStore, Sender
+from findrec.training.memory import memory_values
 from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
 from findrec.training.saving import save_training
@@ -206,6 +207,7 @@ class _Run:
             "train/epoch_loss": state.epoch_loss / state.epoch_targets,
             "train/epoch_targets_per_s": targets_here / seconds_trained,
             "train/padding": plan.padding,
+            **memory_values(worker),
         }
         self.write(state.step, state.epoch, epoch_values)
         state = replace(state, epoch=state.epoch + 1, epoch_step=0, epoch_loss=0.0, epoch_targets=0)

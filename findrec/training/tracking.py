@@ -1,13 +1,12 @@
-"""Where a run's numbers go: `metrics.jsonl` in the run folder is the truth, MLflow is its mirror.
+"""MLflow, the mirror of what a run writes into its folder (`findrec.training.metrics_log`).
 
 The mirror works from a background thread with a bounded buffer and short timeouts: a slow, hanging or dead
-server costs a warning line, never a training step. Only rank 0 writes either of them.
+server costs a warning line, never a training step.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import threading
@@ -39,64 +38,6 @@ _SHORT_HTTP = {
 }
 
 
-def _plain(value: Any) -> Any:
-    """A JSON value: array and tensor scalars become Python's, non-finite numbers `null`."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class MetricsLog:
-    """Append-only `metrics.jsonl`: one object a line, `step`, `epoch`, `time` (Unix seconds) and the values.
-
-    A process killed while writing leaves a torn last line; it is dropped when the file is next opened.
-    """
-
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / "metrics.jsonl"
-        run_folder.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            self._rewrite(self.read())
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def write(self, step: int, epoch: int, values: Mapping[str, Any]) -> None:
-        """Append one line and flush it. Non-finite numbers are written as `null`."""
-        line = {"step": step, "epoch": epoch, "time": round(time.time(), 3)}
-        line |= {key: _plain(value) for key, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def read(self) -> list[dict[str, Any]]:
-        """Every whole line, in order."""
-        lines: list[dict[str, Any]] = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # torn by a kill
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
-        return lines
-
-    def truncate_after(self, step: int) -> None:
-        """Drop lines of steps after `step`: a run resumed from that step writes them again."""
-        self._file.close()
-        self._rewrite([line for line in self.read() if line["step"] <= step])
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file; nothing is buffered, so leaving it open loses nothing either."""
-        self._file.close()
-
-    def _rewrite(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        new = self.path.with_suffix(".jsonl.new")
-        with new.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
-
-
 def tracking_uri(uri: str | None) -> str:
     """The absolute MLflow URI: given, else `MLFLOW_TRACKING_URI`, else a sqlite file below `home()`.
 
@@ -111,6 +52,22 @@ def tracking_uri(uri: str | None) -> str:
             "(sqlite:///mlflow.db) or a server (http://host:5000)."
         )
     return uri if "://" in uri or uri == "databricks" else f"sqlite:///{resolve(uri)}"
+
+
+def refuse_split_tracking(config: RunConfig, nodes: int) -> None:
+    """Raise FindRecError when a sqlite file is to be used by workers on more than one machine: the one that
+    rank 0 lands on would decide where the numbers are.
+    """
+    if (
+        nodes > 1
+        and config.tracking.enabled
+        and (uri := tracking_uri(config.tracking.uri)).startswith("sqlite:")
+    ):
+        raise FindRecError(
+            f"MLflow would write {uri} on whichever of {nodes} machines holds rank 0. Start a server "
+            "(`mlflow server --host ADDRESS`) and set tracking.uri=http://ADDRESS:5000, or switch the mirror "
+            "off with tracking.enabled=false (metrics.jsonl is written either way)."
+        )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -133,22 +90,15 @@ class Tracker:
     """The mirror's interface; this class itself mirrors nothing (tracking disabled, ranks other than 0)."""
 
     @staticmethod
-    def start(config: RunConfig, run_folder: Path, *, nodes: int = 1) -> Tracker:
+    def start(config: RunConfig, run_folder: Path, *, watch: bool = False) -> Tracker:
         """Begin, or on resume continue, the run's MLflow run; returns at once.
 
-        `nodes` is the number of machines of the training. Raises FindRecError when a sqlite file is to be
-        used on more than one: the machine rank 0 lands on would decide where the numbers are.
+        With `watch` MLflow's system metrics of this machine (load, memory, disk, network, GPUs) are mirrored
+        too.
         """
         if not config.tracking.enabled:
             return Tracker()
-        uri = tracking_uri(config.tracking.uri)
-        if uri.startswith("sqlite:") and nodes > 1:
-            raise FindRecError(
-                f"MLflow would write {uri} on whichever of {nodes} machines holds rank 0. Start a server "
-                "(`mlflow server --host 0.0.0.0`) and set tracking.uri=http://that-host:5000, or switch the "
-                "mirror off with tracking.enabled=false (metrics.jsonl is written either way)."
-            )
-        return _MlflowTracker(config, run_folder.resolve(), uri)
+        return _MlflowTracker(config, run_folder.resolve(), tracking_uri(config.tracking.uri), watch=watch)
 
     @staticmethod
     def join(config: RunConfig, run_folder: Path) -> Tracker:
@@ -175,9 +125,13 @@ class _NotBegunError(Exception):
 
 
 class _MlflowTracker(Tracker):
-    def __init__(self, config: RunConfig, run_folder: Path, uri: str, *, joins: bool = False) -> None:
+    def __init__(
+        self, config: RunConfig, run_folder: Path, uri: str, *, joins: bool = False, watch: bool = False
+    ) -> None:
         self.uri = uri
         self._joins = joins  # a run that somebody else begins and ends
+        self._watch = watch
+        self._monitor: Any = None
         self._config = config
         self._folder = run_folder
         self._wake = threading.Condition()
@@ -263,6 +217,11 @@ class _MlflowTracker(Tracker):
         self._run_id = earlier or self._create(client)
         if not self._joins:
             self._log_params(client)
+        if self._watch:
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(self._run_id, resume_logging=True, tracking_uri=self.uri)
+            self._monitor.start()
         self._client = client
 
     def _resume(self, client: Any) -> str | None:
@@ -349,6 +308,8 @@ class _MlflowTracker(Tracker):
     def _close(self, status: Status, artifacts: Sequence[Path]) -> None:
         if self._joins:
             return
+        if self._monitor is not None:
+            self._monitor.finish()
         for path in artifacts:
             self._client.log_artifact(self._run_id, str(path))
         self._client.set_terminated(self._run_id, status=status)

@@ -14,49 +14,7 @@ from findrec.config import RunConfig, parse_config
 from findrec.errors import FindRecError
 from findrec.paths import home
 from findrec.training import tracking
-from findrec.training.tracking import MetricsLog, Tracker, flatten, metric_name, tracking_uri
-
-
-def read(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-class TestMetricsLog:
-    def test_lines_are_on_disk_at_once(self, tmp_path: Path) -> None:
-        log = MetricsLog(tmp_path / "run")
-        before = time.time()
-        log.write(3, 1, {"loss": torch.tensor(0.5), "ndcg@10": 0.25, "bad": float("nan"), "best": True})
-        (line,) = read(tmp_path / "run")
-        assert line.pop("time") == pytest.approx(before, abs=5)
-        assert line == {"step": 3, "epoch": 1, "loss": 0.5, "ndcg@10": 0.25, "bad": None, "best": True}
-
-    def test_resume_drops_later_steps_and_continues(self, tmp_path: Path) -> None:
-        log = MetricsLog(tmp_path)
-        for step in range(6):
-            log.write(step, 0, {"loss": step / 2})
-        log.truncate_after(3)
-        log.write(4, 0, {"loss": 9.0})
-        log.close()
-        assert [(line["step"], line["loss"]) for line in read(tmp_path)] == [
-            (0, 0.0),
-            (1, 0.5),
-            (2, 1.0),
-            (3, 1.5),
-            (4, 9.0),
-        ]
-        assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-    @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}'])
-    def test_a_line_without_its_end_is_dropped_or_completed(self, tmp_path: Path, torn: str) -> None:
-        log = MetricsLog(tmp_path)
-        log.write(1, 0, {"loss": 1.0})
-        log.close()
-        with log.path.open("a") as file:
-            file.write(torn)
-        log = MetricsLog(tmp_path)
-        log.write(3, 0, {"loss": 3.0})
-        steps = [line["step"] for line in read(tmp_path)]
-        assert steps == ([1, 2, 3] if torn.endswith("}") else [1, 3])
+from findrec.training.tracking import Tracker, flatten, metric_name, refuse_split_tracking, tracking_uri
 
 
 def make_config(uri: str | None, **training: int) -> RunConfig:
@@ -79,11 +37,13 @@ class TestUri:
         with pytest.raises(FindRecError, match=r"folder store.*sqlite"):
             tracking_uri("file:///tmp/mlruns")
 
-    def test_sqlite_is_refused_on_two_nodes_without_a_trace(self, tmp_path: Path) -> None:
+    def test_sqlite_is_refused_on_two_machines(self, tmp_path: Path) -> None:
         config = make_config(f"sqlite:///{tmp_path}/m.db")
         with pytest.raises(FindRecError, match=r"2 machines.*tracking.uri=http"):
-            Tracker.start(config, tmp_path, nodes=2)
-        assert list(tmp_path.iterdir()) == []
+            refuse_split_tracking(config, 2)
+        refuse_split_tracking(config, 1)
+        refuse_split_tracking(make_config("http://host:5000"), 2)
+        refuse_split_tracking(parse_config({"tracking": {"enabled": False}}), 2)
 
 
 def test_flatten_and_names() -> None:
@@ -97,7 +57,7 @@ def test_flatten_and_names() -> None:
 
 def test_disabled_tracker_writes_nothing(tmp_path: Path) -> None:
     config = parse_config({"tracking": {"enabled": False}})
-    tracker = Tracker.start(config, tmp_path, nodes=7)
+    tracker = Tracker.start(config, tmp_path)
     tracker.log(1, {"loss": 1.0})
     tracker.finish("FINISHED")
     assert list(tmp_path.iterdir()) == []
@@ -146,6 +106,46 @@ def test_sqlite_mirror_and_resume(tmp_path: Path) -> None:
     tracker.finish()
     renewed = json.loads((run / "mlflow.json").read_text())["run_id"]
     assert client.get_run(renewed).info.status == "FINISHED"
+
+
+def test_system_metrics_of_the_machine_are_mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    uri = f"sqlite:///{tmp_path}/m.db"
+    client = MlflowClient(tracking_uri=uri)
+
+    def measured() -> dict[str, float]:
+        note = tmp_path / "mlflow.json"
+        if not note.is_file():
+            return {}
+        found: dict[str, float] = client.get_run(json.loads(note.read_text())["run_id"]).data.metrics
+        return found
+
+    tracker = Tracker.start(make_config(uri), tmp_path, watch=True)
+    end = time.monotonic() + 30
+    while "system/cpu_utilization_percentage" not in measured() and time.monotonic() < end:
+        time.sleep(0.2)
+    tracker.finish()
+    assert measured()["system/system_memory_usage_megabytes"] > 0
+
+
+def test_one_who_joins_adds_to_a_run_and_does_not_end_it(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/m.db"
+    early = Tracker.join(make_config(uri), tmp_path)  # there is nothing to join yet
+    early.log(1, {"lost": 1.0})
+    early.finish()
+    assert not (tmp_path / "mlflow.json").exists()
+    tracker = Tracker.start(make_config(uri), tmp_path)
+    tracker.finish("KILLED")
+    joined = Tracker.join(make_config(uri), tmp_path)
+    joined.log(7, {"valid/ndcg@10": 0.25})
+    joined.finish()
+    run = MlflowClient(tracking_uri=uri).get_run(json.loads((tmp_path / "mlflow.json").read_text())["run_id"])
+    assert run.data.metrics == {"valid/ndcg_at_10": 0.25}
+    assert run.info.status == "KILLED"
 
 
 def test_dead_server_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
