@@ -59,19 +59,17 @@ def sent_bytes(step: Step) -> dict[str, float]:
     # Ids go out twice and rows and their gradients once, to the owners of other rows.
     found["table rows"] = a * ring * step.distinct * (2 * row + 2 * _ID)
     # Every worker's targets meet every worker's rows: vectors are gathered, gradients scattered, and bonuses
-    # of own items with them; then each tells all others of all targets what its rows add to their sums.
+    # of own items with them; a maximum and two sums of every target are all-reduced.
     found["loss vectors"] = a * (w - 1) * step.targets * (2 * row + 2 * _ID + 2 * _FLOAT * step.own)
-    found["loss sums"] = a * (w - 1) * w * step.targets * 3 * _FLOAT
+    found["loss sums"] = 2 * a * ring * w * step.targets * 3 * _FLOAT
     return found
 
 
 def flops(step: Step) -> float:
-    """Of one worker's step: 6 a weight and position for the tower, 6 an item, target and channel for the loss
-    (both with their gradients); the sharded loss makes its logits twice.
+    """Of one worker's step, gradients included: 6 a weight and position for the tower, 6 an item, target and
+    channel for the loss; sharded, each worker has a part of the items and all workers' targets.
     """
-    tower = 6.0 * step.weights * step.targets
-    products = 6 if step.table == "replicated" else 8
-    return step.accumulation * (tower + products * step.targets * step.items * step.dim)
+    return 6.0 * step.accumulation * step.targets * (step.weights + step.items * step.dim)
 
 
 def optimizer_bytes(step: Step) -> float:

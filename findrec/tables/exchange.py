@@ -65,6 +65,12 @@ class Shards:
         dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
         return result
 
+    def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        """`x` of all workers put together, in its place; a ring adds in the same order every time."""
+        if self.world > 1:
+            dist.all_reduce(x, op, group=self.group)
+        return x
+
     def lengths(self, *own: int, device: torch.device) -> list[list[int]]:
         """For each number given here, what it is on every worker."""
         found: list[list[int]] = self.gather(torch.tensor(own, device=device)).t().tolist()

@@ -1,11 +1,10 @@
 """Softmax cross-entropy against a catalogue whose rows lie on several workers, each with tokens of its own.
 
 Every worker gathers all tokens of the round (one microbatch of each worker) and walks over tiles of them: the
-logits of its own rows, maximum and sum of exponentials over all workers (one small exchange a tile), then the
-gradients from the very same tile. Nobody holds tokens x items, or the rows of another worker. Reducing a tile
-at a time saves a second product of tokens and rows, which reducing all tokens at once would need.
-
-The sum over workers of `exp(s - own maximum)` is put together as in Milakov & Gimelshein (arXiv 1805.02867).
+logits of its own rows, maximum and then sum of exponentials over all workers (two small all-reduces a tile),
+and the gradients from the very same tile. Nobody holds tokens x items, or the rows of another worker. To
+reduce a tile at a time saves a second product of tokens and rows, which reducing all tokens at once would
+need; an all-reduce, unlike a gather, sends no more for each token the more workers there are.
 
 Shape letters: T tokens of this worker, A tokens of all workers, t tokens of a tile, n rows a worker, d width,
 B rows of events, N own items of a row, W workers.
@@ -16,12 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from findrec.ops.linear_cross_entropy import OwnBonus, tile_rows
 from findrec.tables.exchange import Shards
-
-_LOWEST = -1e30  # finite: what a worker without any class says of its maximum
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,13 @@ def sharded_cross_entropy(
             place, mine = _places(own_ids, shards)
             p.scatter_add_(1, place, tokens.bonus_AN[part] * mine)
         p.index_fill_(1, blocked, -torch.inf)
-        high = p.amax(1).clamp_(min=_LOWEST)
-        target_logit = p.gather(1, target[:, None])[:, 0].masked_fill_(~target_mine, 0.0)
-        total = p.sub_(high[:, None]).exp_().sum(1)
-        high_W, total_W, logit_W = shards.gather(torch.stack([high, total, target_logit])).unbind(1)
-        high_all = high_W.amax(0)
-        factor_W = (high_W - high_all).exp_()
-        total_all = (total_W * factor_W).sum(0)
-        loss_A[part] = total_all.log() + (high_all - logit_W.sum(0))
+        logit = p.gather(1, target[:, None])[:, 0].masked_fill_(~target_mine, 0.0)
+        high = shards.all_reduce(p.amax(1), dist.ReduceOp.MAX)
+        p.sub_(high[:, None]).exp_()
+        total, logit = shards.all_reduce(torch.stack([p.sum(1), logit]), dist.ReduceOp.SUM)
+        loss_A[part] = total.log() + (high - logit)
         # The softmax is `p * scale`: narrow operands are multiplied by it instead of the tile.
-        scale = (factor_W[shards.rank] / total_all)[:, None]
+        scale = (1.0 / total)[:, None]
         torch.mm(p, rows_nd, out=dh_Ad[part]).mul_(scale)
         dh_Ad[part] -= rows_nd[target] * target_mine[:, None]
         drows_nd.addmm_(p.t(), h * (scale * share))
