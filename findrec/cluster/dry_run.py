@@ -24,7 +24,7 @@ from findrec.cluster.machines import (
     place_workers,
     this_machine,
 )
-from findrec.cluster.memory_plan import Need, Sizes, worker_memory
+from findrec.cluster.memory_plan import Need, Sizes, evaluator_memory, worker_memory
 from findrec.config import RunConfig, parse_config
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import EpochPlan, Windows, plan_epoch, share
@@ -56,6 +56,12 @@ class Plan:
     def need(self) -> Need:
         """Memory of one worker."""
         return worker_memory(self.config, self.sizes, gpu=self.gpu)
+
+    @property
+    def beside(self) -> int:
+        """Memory of the evaluator beside training; 0 where there is none."""
+        beside = self.config.evaluation.evaluator == "async"
+        return evaluator_memory(self.config, self.sizes) if beside else 0
 
     def at_stage(self, stage: int) -> Need:
         """The same at another ZeRO stage."""
@@ -169,6 +175,8 @@ def describe(plan: Plan) -> Iterator[str]:
     yield f"    {'in all':<22}{_mib(plan.need.total('device', 'host')):>12}"
     stages = ", ".join(f"{s}: {_mib(plan.at_stage(s).total('device', 'host'))}" for s in _STAGES)
     yield f"  by ZeRO stage  {stages}"
+    if plan.beside:
+        yield f"  evaluator   {_mib(plan.beside)}, on the driver's machine or a GPU that is left over"
     for machine, count in plan.placed:
         used, has = _demand(plan, count), machine.memory
         line = f"  {machine.name}: {_gib(used)} of {_gib(has)} for {count} workers, Ray and the driver"
@@ -210,6 +218,8 @@ def _what_would_fit(plan: Plan, folder: DataFolder, machines: Sequence[Machine])
         tried.append([f"cluster.zero_stage={max(1, cluster.zero_stage)}", "cluster.offload_optimizer=true"])
     if plan.sizes.table.mode == "replicated" and cluster.workers > 1:
         tried.append(["training.table=sharded"])
+    if plan.beside:
+        tried.append(["evaluation.evaluator=inline"])
     if not training.checkpoint_activations:
         tried.append(["training.checkpoint_activations=true"])
     fewer = [w for w in range(cluster.workers - 1, 0, -1) if training.microbatches % w == 0]
@@ -235,9 +245,11 @@ def _what_would_fit(plan: Plan, folder: DataFolder, machines: Sequence[Machine])
 
 
 def _demand(plan: Plan, count: int) -> int:
-    """Bytes of a machine's own memory that `count` workers and the driver need."""
+    """Bytes of a machine's own memory that `count` workers and the driver need, with the evaluator where all
+    of them are on one machine (else the driver's may be any).
+    """
     each = plan.need.total("host") if plan.gpu else plan.need.total("device", "host")
-    return count * each + RAY_BYTES
+    return count * each + RAY_BYTES + (plan.beside if len(plan.placed) == 1 else 0)
 
 
 def _open_prepared(config: RunConfig) -> DataFolder:

@@ -132,3 +132,8 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> Need:
         parts.append(Part("checkpoint", 3 * FLOAT * sizes.table.rows * config.model.dim, "host"))
     parts.append(Part("process", PROCESS_BYTES, "host"))
     return Need(tuple(part for part in parts if part.bytes))
+
+
+def evaluator_memory(config: RunConfig, sizes: Sizes) -> int:
+    """Bytes that the evaluator beside training holds: the model, all rows and the vectors made of them."""
+    return PROCESS_BYTES + FLOAT * (sizes.num_weights + 2 * (sizes.num_items + 1) * config.model.dim)

@@ -7,7 +7,7 @@ import pytest
 from engine_workers import Workers
 from planted import make_config, planted_folder
 
-from findrec.cluster.dry_run import describe, make_plan, refuse_what_does_not_fit
+from findrec.cluster.dry_run import RAY_BYTES, describe, make_plan, refuse_what_does_not_fit
 from findrec.cluster.machines import Machine, place_workers
 from findrec.cluster.memory_plan import tower_parts
 from findrec.config import parse_config
@@ -54,6 +54,19 @@ def test_a_plan_that_does_not_fit_is_refused_with_what_would(planted):
     tiny = [Machine("tiny", cpus=8, memory=1 << 30)]
     with pytest.raises(FindRecError, match="No single setting"):
         refuse_what_does_not_fit(make_plan(config, planted, tiny), planted, tiny)
+
+
+def test_an_evaluator_beside_training_needs_its_room(planted):
+    config = changed(make_config(), "evaluation.evaluator=async")
+    plan = make_plan(config, planted, ROOMY)
+    assert plan.beside > make_plan(make_config(), planted, ROOMY).beside == 0
+    (line,) = (line for line in describe(plan) if "evaluator" in line)
+    assert f"{plan.beside / 2**20:,.1f} MiB" in line
+    need = config.cluster.workers * plan.need.total("device", "host") + RAY_BYTES
+    small = [Machine("small", cpus=8, memory=need + (1 << 20))]
+    refuse_what_does_not_fit(make_plan(make_config(), planted, small), planted, small)
+    with pytest.raises(FindRecError, match=r"evaluation\.evaluator=inline"):
+        refuse_what_does_not_fit(make_plan(config, planted, small), planted, small)
 
 
 def test_large_microbatches_are_named_as_what_to_lower(tmp_path):
