@@ -138,6 +138,9 @@ class TrainingConfig(Part):
     keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
     keep_every: int = Field(0, ge=0)  # epochs whose checkpoints are kept for good: every so many; 0: none
     checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
+    # Products of a training pass; weights, losses and evaluation are float32. bfloat16 is for GPUs, where it
+    # also lets the catalogue loss use TF32; on a CPU it saves memory of activations and seldom time.
+    precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_activations: bool = False  # layers are run again in the backward pass: slower, less memory
     profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
     seed: int = 0

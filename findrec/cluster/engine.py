@@ -58,7 +58,7 @@ class _Verbs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, verb: str, *arguments: object) -> object:
+    def forward(self, verb: str, *arguments: Any) -> object:
         """`forward` or `item_transform` of the model."""
         return self.model(*arguments) if verb == "forward" else getattr(self.model, verb)(*arguments)
 

@@ -63,6 +63,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: Worker, report: Any) -> None:
     torch.manual_seed(config.training.seed)
+    if worker.device.type == "cuda":  # rounds operands of float32 products to 10 bits (or not at all)
+        torch.set_float32_matmul_precision("high" if config.training.precision == "bfloat16" else "highest")
     modalities = used_modalities(config, folder)
     model = build_tower_model(config, folder)
     if worker.leads:
@@ -71,7 +73,8 @@ def _train_one(config: RunConfig, run_folder: Path, folder: DataFolder, worker: 
         say(
             f"{config.model.name}: {num_weights:,} weights in the tower, item table {folder.num_items:,} x "
             f"{config.model.dim} {place.mode} ({place.why}), modalities {', '.join(modalities) or 'none'}, "
-            f"scan {scan_backend(worker.device, config.model.stream.scan)} on {worker.device}"
+            f"scan {scan_backend(worker.device, config.model.stream.scan)} on {worker.device}, "
+            f"{config.training.precision}"
         )
     table = build_table(config, folder, worker.device)
     tower = DeepSpeedTower(

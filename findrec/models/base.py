@@ -11,6 +11,7 @@ from torch import Tensor
 
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.datasets.catalogue import ItemFeatures
+from findrec.models.precision import half_products
 from findrec.models.recompute import Recomputing
 
 
@@ -31,6 +32,12 @@ class Out:
     aux: dict[str, Term] = field(default_factory=dict)  # only in training mode
     diagnostics: dict[str, float] = field(default_factory=dict)  # only in training mode, cheap
 
+    def float(self) -> Out:
+        """The same in float32."""
+        aux = {name: Term(term.value.float(), term.reported.float()) for name, term in self.aux.items()}
+        repeat = None if self.repeat is None else self.repeat.float()
+        return Out(self.h.float(), repeat, aux, self.diagnostics)
+
 
 class SequenceModel(Recomputing, ABC):
     """Base of all sequence models ("towers"). The item table lives outside: a tower is given rows of it.
@@ -42,6 +49,18 @@ class SequenceModel(Recomputing, ABC):
 
     content_scores = False  # whether `item_transform` does anything
     diagnosing = False  # whether the next training passes shall measure what is dear to measure too
+    low_precision = (
+        False  # whether training passes multiply in bfloat16; what they return is float32 all the same
+    )
+
+    def __call__(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
+        """`forward`, in the precision that is asked for."""
+        if not (self.low_precision and self.training):
+            plain: Out = super().__call__(batch, x_items, features)
+            return plain
+        with half_products(x_items.device):
+            out: Out = super().__call__(batch, x_items, features)
+        return out.float()
 
     @abstractmethod
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:

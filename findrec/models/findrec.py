@@ -25,8 +25,9 @@ from findrec.models.alignment import Alignment, diagnose_alignment
 from findrec.models.base import Out, SequenceModel, Term
 from findrec.models.control import Control
 from findrec.models.item_side import ItemSide
-from findrec.models.latents import ModalEncoder
+from findrec.models.latents import Latents, ModalEncoder
 from findrec.models.layers import Inputs, Moment, asked_rows
+from findrec.models.precision import full_products
 from findrec.models.repeat import RepeatHead
 from findrec.models.streams import build_stream
 from findrec.ops.expert_routing import Routed
@@ -76,15 +77,23 @@ class FindRec(SequenceModel):
             correction_Td, routed = self.run_layer(self.control, batch, id_BLd, h_Td, list(latents.values()))
             h_Td = h_Td + correction_Td
             if self.training:
-                aux = self.alignment(latents, x_items) | _routing_terms(routed, self.config.routing)
-                measured = _measure_routing(routed)
-                if self.diagnosing:
-                    measured |= diagnose_alignment(latents, x_items, self.config.align.rows)
-                diagnostics = _numbers(measured)
+                aux, diagnostics = self._watch(latents, x_items, routed)
         if self.moment is not None:
             h_Td = self.moment(h_Td, batch)
         h_Td = self.norm(h_Td)
         return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
+
+    def _watch(
+        self, latents: Mapping[str, Latents], x_items: Tensor, routed: Routed
+    ) -> tuple[dict[str, Term], dict[str, float]]:
+        """Auxiliary terms and diagnostics of a training pass."""
+        with full_products(x_items.device):
+            latents = {name: latent.float() for name, latent in latents.items()}
+            aux = self.alignment(latents, x_items) | _routing_terms(routed, self.config.routing)
+            measured = _measure_routing(routed)
+            if self.diagnosing:
+                measured |= diagnose_alignment(latents, x_items, self.config.align.rows)
+            return aux, _numbers(measured)
 
     def embed(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
         """What enters the stream, `[B, L, d]`, without dropout; arguments as in `forward`."""

@@ -27,6 +27,10 @@ class Latents(NamedTuple):
     logvar_nd: Tensor
     there_n: Tensor  # int64, their places among the U items
 
+    def float(self) -> Latents:
+        """The same in float32."""
+        return Latents(self.z_Ud.float(), self.mean_nd.float(), self.logvar_nd.float(), self.there_n)
+
 
 class ModalEncoder(nn.Module):
     """Features to `N(mean, exp(logvar))` of each item; a learned vector stands for a missing modality."""

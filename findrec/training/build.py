@@ -65,6 +65,7 @@ def build_tower_model(config: RunConfig, folder: DataFolder) -> SequenceModel:
     )
     if config.training.checkpoint_activations:
         recompute_layers(model)
+    model.low_precision = config.training.precision == "bfloat16"
     return model
 
 

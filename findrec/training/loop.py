@@ -22,29 +22,21 @@ from findrec.datasets.batches import TrainLoader
 from findrec.datasets.folder import DataFolder
 from findrec.datasets.plan import Windows, plan_epoch
 from findrec.datasets.splits import Int64Array
-from findrec.errors import FindRecError
-from findrec.progress import Bar, progress, say
+from findrec.progress import Bar, progress
 from findrec.tables.base import Table
 from findrec.training.alarms import Alarms
 from findrec.training.build import build_catalogue, build_windows
-from findrec.training.checkpoint import TrainState, checkpoint_path
-from findrec.training.checkpoint_store import CheckpointStore, Sender
+from findrec.training.checkpoint import TrainState
+from findrec.training.keeper import Keeper
 from findrec.training.memory import memory_values
 from findrec.training.objectives import microbatch_loss, microbatch_seed
 from findrec.training.resume import plan_digest, restore
-from findrec.training.saving import save_training
 from findrec.training.schedule import learning_rate
 from findrec.training.step_trace import StepTrace
 from findrec.training.step_values import refuse_not_finite, sum_over_workers
 from findrec.training.tower import Tower
 from findrec.training.validation import validate
-from findrec.training.validations import (
-    METRICS,
-    SELECTS,
-    is_due,
-    prune_checkpoints,
-    spared_checkpoints,
-)
+from findrec.training.validations import METRICS, SELECTS, is_due
 from findrec.training.worker import StopRequested, Worker
 
 
@@ -86,7 +78,7 @@ def run_training(
         StepTrace(checkpoints.parent, num_traced, worker.device) as trace,
     ):
         run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar, trace)
-        stack.callback(run.close)
+        stack.callback(run.keeper.close)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
             due = is_due(config, state)
@@ -102,7 +94,7 @@ def run_training(
             ends = state.epoch == training.epochs or _out_of_patience(config, state)
             saved = False
             if state.epoch % training.save_every == 0 or due or ends or run.stop:
-                saved = run.save(state, must=ends)
+                saved = run.keeper.save(state, must=ends, wait=run.stop)
             if after_epoch is not None:
                 after_epoch(values)
             if run.stop and not ends:
@@ -134,12 +126,11 @@ class _Run:
         trace: StepTrace,
     ) -> None:
         self.trace = trace
-        self.config, self.folder, self.windows, self.checkpoints = config, folder, windows, checkpoints
+        self.config, self.folder, self.windows = config, folder, windows
         self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
         self.alarms = Alarms()
-        store = CheckpointStore.of(config, checkpoints) if worker.leads else None
-        self.sender = None if store is None else Sender(store, keep=config.training.keep)
+        self.keeper = Keeper(config, checkpoints, tower, table, worker)
         self.stop = False  # somebody asked for it
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -200,9 +191,9 @@ class _Run:
                 if index + 1 == len(plan.steps):
                     continue  # an epoch's end is saved after its validation
                 if self.stop:
-                    raise StopRequested(state.step, saved=self.save(state))
+                    raise StopRequested(state.step, saved=self.keeper.save(state, wait=True))
                 if training.save_steps > 0 and state.step % training.save_steps == 0:
-                    self.save(state)
+                    self.keeper.save(state)
         epoch_values = {
             "train/epoch_loss": state.epoch_loss / state.epoch_targets,
             "train/epoch_targets_per_s": targets_here / seconds_trained,
@@ -261,40 +252,6 @@ class _Run:
         """Log values (rank 0)."""
         if self.worker.leads and self.log is not None:
             self.log.log(step, epoch, values)
-
-    def save(self, state: TrainState, *, must: bool = False) -> bool:
-        """Commit a checkpoint and return whether that went well; every rank takes part.
-
-        A full disk or a lost share does not end a training that may outlive it: the next save tries again.
-        With `must` it is an error.
-        """
-        with self.worker.pulse.busy("saving"):
-            try:
-                save_training(self.checkpoints, state, self.tower, self.table, self.worker)
-            except OSError as error:
-                what = (
-                    f"the checkpoint of step {state.step} could not be written to {self.checkpoints}: {error}"
-                )
-                if must:
-                    raise FindRecError(
-                        f"{what}. Make room there, then start the same command again: it continues from the "
-                        "checkpoint before."
-                    ) from error
-                if self.worker.leads:
-                    say(f"WARNING: {what}. Training goes on; make room before the next one is due.")
-                return False
-            if self.worker.leads:
-                spare = spared_checkpoints(self.config, self.checkpoints, state)
-                if self.sender is not None:
-                    self.sender.send(checkpoint_path(self.checkpoints, state), spare)
-                prune_checkpoints(self.checkpoints, keep=self.config.training.keep, spare=spare)
-            return True
-
-    def close(self) -> None:
-        """Wait for the last checkpoint to be sent."""
-        if self.sender is not None:
-            with self.worker.pulse.busy("sending the last checkpoint"):
-                self.sender.close()
 
 
 def _out_of_patience(config: RunConfig, state: TrainState) -> bool:

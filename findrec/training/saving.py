@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from findrec.tables.base import Table
 from findrec.training.checkpoint import (
@@ -38,6 +39,19 @@ def save_training(root: Path, state: TrainState, tower: Tower, table: Table, wor
     if worker.leads:
         whole = None if table.sharded else table.state()
         save_checkpoint(root, state, tower=weights, moments=moments, table=whole, table_files=files)
+
+
+def snapshot_training(root: Path, state: TrainState, tower: Tower, table: Table) -> Callable[[], Path]:
+    """Copies of all that a checkpoint holds, in the machine's own memory (collective; not for a sharded
+    table). What is returned writes them, on one worker, whatever training does meanwhile.
+    """
+    parts = [_copied(named) for named in (tower.weights(), tower.moments(), table.state())]
+    weights, moments, rows = parts
+    return lambda: save_checkpoint(root, state, tower=weights, moments=moments, table=rows)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _save_parts(root: Path, state: TrainState, table: Table, worker: Worker) -> FileEntries:

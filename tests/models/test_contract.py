@@ -12,6 +12,7 @@ from findrec.config import ModelConfig
 from findrec.datasets.batch import Batch, ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Out, SequenceModel
+from findrec.models.layers import Dropout
 from findrec.models.registry import MODELS, build_model
 from findrec.ops.own_bonus import NUM_REPEAT_FEATURES
 
@@ -207,6 +208,42 @@ def test_scores_of_untrained_models_are_small(case: Case) -> None:
     h = case.run(as_batch(histories([40]))).h
     assert 0.3 * DIM**0.5 < h.norm(dim=1).mean() < 3 * DIM**0.5
     assert (h @ case.table.t()).abs().mean() < 0.5
+
+
+def test_low_precision_rounds_products_and_nothing_else(case: Case) -> None:
+    batch = as_batch(histories([30, 25]))
+
+    def trained(low: bool) -> tuple[Out, dict[str, Tensor]]:
+        case.model.low_precision = low
+        case.model.zero_grad()
+        torch.manual_seed(3)
+        rows, features = case.inputs(batch)
+        out = case.model(batch, rows, features)
+        weight = torch.randn_like(out.h)
+        ((out.h * weight).sum() + sum(term.value for term in out.aux.values())).backward()
+        assert rows.grad is not None
+        return out, {"rows": rows.grad} | {
+            n: p.grad for n, p in case.model.named_parameters() if p.grad is not None
+        }
+
+    case.model.train()
+    for module in case.model.modules():
+        if isinstance(module, Dropout):
+            module.dropped = 0
+    full, full_grads = trained(False)
+    low, low_grads = trained(True)
+    assert low.h.dtype is torch.float32
+    assert all(grad.dtype is torch.float32 for grad in low_grads.values())
+    assert all(term.value.dtype is torch.float32 for term in low.aux.values())
+    assert not torch.equal(full.h, low.h)
+    assert torch.allclose(full.h, low.h, atol=0.15, rtol=0.05)
+    for name, grad in full_grads.items():
+        off = (low_grads[name] - grad).norm() / grad.norm()
+        assert off < 0.3, (name, float(off))
+    case.model.eval()
+    evaluated = case.run(batch)
+    case.model.low_precision = False
+    assert torch.equal(evaluated.h, case.run(batch).h)
 
 
 def test_wrong_configurations_are_explained() -> None:

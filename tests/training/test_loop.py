@@ -54,9 +54,11 @@ def folder(tmp_path_factory):
     return planted_folder(tmp_path_factory.mktemp("planted") / "data")
 
 
-@pytest.mark.parametrize("name", ["findrec", "sasrec"])
-def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name):
-    config = make_config()
+@pytest.mark.parametrize(
+    ("name", "precision"), [("findrec", "float32"), ("sasrec", "float32"), ("findrec", "bfloat16")]
+)
+def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name, precision):
+    config = make_config(precision=precision)
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     model, table, log = train(config, folder, tmp_path)
     how = {"users_per_block": 64, "max_length": 16, "mask_seen": False}
