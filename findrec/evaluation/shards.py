@@ -71,8 +71,8 @@ class ShardedRows:
         cuts = [1 + self._whole.num_items * s // shards for s in range(shards + 1)]
         cpus = ray.available_resources().get("CPU", 0.0)
         threads = max(1, usable_cpus() // shards)
-        # A share of a core where there are more shards than free cores (none, if workers train on all of them):
-        # Ray would wait for more without end.
+        # A share of a core where there are more shards than free cores, nothing where workers train on all of
+        # them: Ray would wait for more without end.
         remote: Any = ray.remote(
             num_cpus=min(1.0, int(100 * cpus / shards) / 100), max_restarts=3, max_task_retries=3
         )

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from planted import planted_folder, planted_run
 
+from findrec.cli import main
 from findrec.cluster.launch import ray_session
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
@@ -91,3 +93,17 @@ def test_a_lost_worker_is_replaced(cluster: None, tmp_path: Path) -> None:
         ray.kill(spread._shards[1], no_restart=False)
         found = target_rank(users, spread, row, target)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_from_the_command_line_the_results_are_the_same(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FINDREC_HOME", str(tmp_path))
+    data = planted_folder(tmp_path / "data", num_users=60)
+    run = planted_run(tmp_path / "runs" / "small", data, baselines=["popularity"], ks=[5])
+    results = []
+    for more in ([], ["--shards", "2"], ["--shards", "3"]):
+        assert main(["evaluate", str(run), *more]) == 0
+        results.append((run / "metrics.json").read_bytes())
+        assert not list(run.glob(".items.*"))
+    assert results[0] == results[1] == results[2]
