@@ -42,13 +42,14 @@ demo: setup
 	@echo "MLflow   $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(PLACE)/mlflow.db"
 
 # One file of tests is one process's; each process keeps to one core.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
+PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest
+TOGETHER = -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
-	$(PYTEST) -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not cluster and not torture"
+	$(PYTEST) $(TOGETHER) -m "not cluster and not torture"
 
 test-cluster: setup
-	$(PYTEST) -m cluster
+	$(PYTEST) $(TOGETHER) -m cluster
 
 torture: setup
 	$(PYTEST) -m torture

@@ -22,6 +22,7 @@ from findrec.evaluation.load import load_streaming
 from findrec.train_dist import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+more = pytest.mark.cluster  # of the larger tier
 
 
 @pytest.fixture
@@ -196,6 +197,7 @@ def test_no_cluster_at_the_address_is_told(refused):
     assert "no Ray cluster answers" in said
 
 
+@more
 def test_a_cluster_lets_nobody_in_without_its_token(home, cluster):
     wrong = home / "wrong-token"
     wrong.write_text("0" * 64)
@@ -224,6 +226,7 @@ def test_bad_input_gets_one_clear_message(refused, overrides, message):
     assert message in refused(*overrides)
 
 
+@more
 def test_a_placement_the_cluster_cannot_fulfil_is_refused(home, cluster):
     overrides = ["cluster.cpus_per_worker=500", "name=wide"]
     done = train(home, *overrides, check=False, **cluster.join)
@@ -252,6 +255,7 @@ def test_altered_shard_is_refused(refused, tmp_path):
     assert shard.name in refused(f"data.folder={folder.path}", "name=altered")
 
 
+@more
 def test_submitted_to_a_running_cluster_as_a_job(home, cluster):
     """`ray job submit --working-dir . -- python -m findrec.train_dist ...`, from the checkout."""
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.dashboard]
