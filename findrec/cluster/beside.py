@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from findrec.cluster.evaluator import Evaluator
+from findrec.cluster.machines import cluster_machines, has_gpus
 from findrec.config import RunConfig
 from findrec.errors import FindRecError, Preempted
 from findrec.evaluation.evaluate import Rows
@@ -36,7 +37,9 @@ class Beside:
             str(run_folder),
             torch.get_num_threads(),
         )
+        self._training = True
         self._actor: Any = None
+        self._on_gpu = False
         self._piece: Any = None  # of work that is under way
         self._idle_since: float | None = None
         self._losses = 0
@@ -65,7 +68,9 @@ class Beside:
 
     def finish(self, stop: threading.Event) -> None:
         """After training: do all that is left, and evaluate the run. Raises `Preempted` when told to stop."""
-        self._idle_since = None
+        self._training, self._idle_since = False, None
+        if not self._on_gpu and self._spare_gpu():
+            self.pause()  # the workers' GPUs are free now
         while self._losses < _LOSSES:
             self.look()
             if self._piece is None or self._idle_since is not None:
@@ -74,7 +79,7 @@ class Beside:
         rows = self._last(stop)
         if rows is None:
             say("this process does what is left of the evaluator's work")
-            here = Evaluator(*self._given)
+            here = Evaluator(*self._given, gpu=True)
             while here.work():
                 continue
             rows = here.finish()
@@ -129,16 +134,24 @@ class Beside:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         if self._actor is None:
-            total = ray.cluster_resources()
-            spare = self._config.cluster.gpu is not False and (
-                total.get("GPU", 0) - self._config.cluster.workers >= 1
-            )
+            self._on_gpu = self._spare_gpu()
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-            place: dict[str, Any] = {"num_gpus": 1} if spare else {"scheduling_strategy": here}
-            self._actor = ray.remote(num_cpus=0, **place)(Evaluator).remote(*self._given)
-            if not spare:
+            place: dict[str, Any] = {"num_gpus": 1} if self._on_gpu else {"scheduling_strategy": here}
+            remote = ray.remote(num_cpus=0, **place)(Evaluator)
+            self._actor = remote.remote(*self._given, gpu=self._on_gpu)
+            if not self._on_gpu:
                 self._actor.yield_to_others.remote()
         return self._actor
+
+    def _spare_gpu(self) -> bool:
+        """Whether the cluster has a GPU that no worker needs."""
+        import ray
+
+        if self._config.cluster.gpu is False:
+            return False
+        taken = self._training and has_gpus(self._config, cluster_machines())
+        gpus = ray.cluster_resources().get("GPU", 0)
+        return bool(gpus - (self._config.cluster.workers if taken else 0) >= 1)
 
 
 def _raise_mistake(error: Exception) -> None:

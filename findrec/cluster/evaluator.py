@@ -47,11 +47,20 @@ class Evaluator:
     """What the actor does, one piece at a time; a plain object does the same."""
 
     def __init__(
-        self, config: Mapping[str, Any], data_folder: str, run_folder: str, ranking_threads: int
+        self,
+        config: Mapping[str, Any],
+        data_folder: str,
+        run_folder: str,
+        ranking_threads: int,
+        *,
+        gpu: bool,
     ) -> None:
         """Raises `FindRecError` where the run folder cannot be seen. `ranking_threads` are those of a full
-        ranking; a validation takes as many as a worker does.
+        ranking; a validation takes as many as a worker does. Without `gpu` those of this machine are left to
+        the workers.
         """
+        if not gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._config = parse_config(dict(config))
         self._run = Path(run_folder)
         if not (self._run / "config.yaml").is_file():

@@ -2,12 +2,15 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
 from clusters import Run, processes_of, running_cluster, wait_until
 from planted import make_config, planted_folder
 
+from findrec.cluster.machines import Machine
+from findrec.config import parse_config
 from findrec.training.validations import read_validations
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
@@ -73,3 +76,26 @@ def test_its_validations_are_in_mlflow(cluster, inline):
     }
     assert histories["killed"] == histories["inline"]
     assert len(histories["killed"]) == 12
+
+
+@pytest.mark.parametrize(
+    ("gpus", "overrides", "training", "spare"),
+    [
+        (0, [], True, False),
+        (3, [], True, True),  # two for the workers
+        (2, [], True, False),
+        (2, [], False, True),  # they have done with them
+        (1, [], True, True),  # too few for the workers, who take none
+        (3, ["cluster.gpu=false"], True, False),
+    ],
+)
+def test_it_takes_a_gpu_that_no_worker_needs(monkeypatch, gpus, overrides, training, spare):
+    import ray
+
+    from findrec.cluster import beside
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(gpus)})
+    monkeypatch.setattr(beside, "cluster_machines", lambda: [Machine("here", 8, 1 << 34, gpus=gpus)])
+    one = beside.Beside(parse_config({"cluster": {"workers": 2}}, overrides), "data", Path("run"))
+    one._training = training
+    assert one._spare_gpu() is spare

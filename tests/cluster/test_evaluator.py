@@ -44,7 +44,7 @@ def pair(tmp_path_factory, folder):
 
 def evaluator_of(run, folder):
     config = read_run_config(run).model_dump(mode="json")
-    return Evaluator(config, str(folder.path), str(run), torch.get_num_threads())
+    return Evaluator(config, str(folder.path), str(run), torch.get_num_threads(), gpu=True)
 
 
 def test_it_finds_what_workers_find(pair, folder, capsys):
@@ -103,4 +103,4 @@ def test_a_checkpoint_that_cannot_be_read_is_given_up_loudly(pair, folder, tmp_p
 def test_a_machine_without_the_run_folder_is_told(folder, pair, tmp_path):
     config = read_run_config(pair[0]).model_dump(mode="json")
     with pytest.raises(FindRecError, match=r"cannot see the run folder .*evaluation.evaluator=inline"):
-        Evaluator(config, str(folder.path), str(tmp_path), 1)
+        Evaluator(config, str(folder.path), str(tmp_path), 1, gpu=True)
