@@ -27,7 +27,9 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """That of a user whose FINDREC_HOME is `home`, without what Ray or a test left in ours."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "FINDREC_", "MLFLOW_"))}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    return kept | {"FINDREC_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path} | more
+    # Workers as nice as Ray makes them by default starve beside other tests.
+    own = {"FINDREC_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path, "RAY_worker_niceness": "0"}
+    return kept | own | more
 
 
 def free_port() -> int:

@@ -75,6 +75,9 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         say(f"starting Ray on this machine ({cores} CPU cores)")
         # The token stays with the run: one in ~/.ray would switch authentication on for later clusters.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Ray's own 15 is for machines that it shares with its daemons: here any other program would starve
+        # the training.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Ray Train's helpers look for "the" cluster of this machine and may find another one, or one that was
         # killed and left its address behind: all processes are told which one is theirs.
         port = _free_port()
