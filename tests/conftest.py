@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-LONGEST = ("test_train_dist.py", "test_failures.py", "test_shards.py")
+LONGEST = ("test_train_dist.py", "test_failures.py", "test_engine.py", "test_beside.py")
 
 
 def pytest_collection_modifyitems(items):

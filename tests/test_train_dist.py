@@ -99,6 +99,7 @@ def test_mlflow_mirrors_the_run(home):
     assert any(v == pytest.approx(row["ndcg@10"]) for k, v in found.data.metrics.items() if "test" in k)
 
 
+@more
 def test_a_warm_run_says_what_it_started_from(home):
     import mlflow
 
@@ -154,6 +155,7 @@ def test_evaluating_again_gives_the_same_digits(home):
     assert (run / "ranks.parquet").read_bytes() == before[1]
 
 
+@more
 def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
     with socket.socket() as dashboard, socket.socket() as gcs:
         for taken, port in ((dashboard, 8265), (gcs, 6379)):

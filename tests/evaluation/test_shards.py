@@ -20,7 +20,7 @@ from findrec.evaluation.scorers import Queries, UserBlock, VectorScorer
 from findrec.evaluation.shards import sharded
 from findrec.ops.target_rank import target_rank
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 
 class Vectors(VectorScorer):
