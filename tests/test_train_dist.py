@@ -166,16 +166,23 @@ def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
+def checkpoints(run: Run) -> set[Path]:
+    """Committed ones of the run's own model."""
+    return set(run.folder.glob("checkpoints/step-*/manifest.json"))
+
+
+def wait_for_checkpoint(run: Run, known: set[Path]) -> None:
+    def saved() -> bool:
+        assert run.process.poll() is None, run.output[-4000:]
+        return bool(checkpoints(run) - known)
+
+    wait_until(saved, 200, "no new checkpoint")
+
+
 def stop_at_checkpoint(cluster: Cluster, name: str, how: signal.Signals, code: int) -> str:
     """Start run `name`, send `how` to its process group at its next checkpoint; what it said."""
     run = Run(cluster, name, UNTRACKED)
-    before = set(run.folder.glob("checkpoints/step-*/manifest.json"))
-
-    def saved() -> bool:
-        assert run.process.poll() is None
-        return bool(set(run.folder.glob("checkpoints/step-*/manifest.json")) - before)
-
-    wait_until(saved, 200, "no new checkpoint")
+    wait_for_checkpoint(run, checkpoints(run))
     os.killpg(run.process.pid, how)
     said = run.end(code, 100)
     assert not (run.folder / "metrics.json").exists()
@@ -187,7 +194,15 @@ def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
     assert "the same command continues from the last checkpoint" in said
     assert "Traceback" not in said
     stop_at_checkpoint(cluster, "stopped", signal.SIGKILL, -9)
-    train(home, "name=stopped", UNTRACKED, **cluster.join)
+    run = Run(cluster, "stopped", UNTRACKED)
+    for turn in (1, 2):  # of the workers, each at a step of its own
+        run.wait_for("placing 2 workers", times=turn)
+        run.reach(run.step() + 1)
+        os.kill(run.workers()[turn - 1], signal.SIGKILL)
+        run.wait_for("of 2 was lost: restart 1 of 3", times=turn)
+        if turn == 1:
+            wait_for_checkpoint(run, checkpoints(run))
+    run.end()
     assert numbers(metrics(home, "stopped")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
     lines = (home / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]

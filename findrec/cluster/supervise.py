@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from findrec.cluster.board import Board, Seen
 from findrec.cluster.launch import worker_threads
 from findrec.cluster.machines import Machine, cluster_machines, has_gpus, place_workers
 from findrec.cluster.placement import least, room, shareable, wait_for_room, worker_resources
-from findrec.cluster.pulse import Board, Seen, find_hung, kill_worker
+from findrec.cluster.pulse import find_hung, kill_worker
 from findrec.config import RunConfig
 from findrec.errors import DivergedError, FindRecError, Preempted
 from findrec.progress import say

@@ -26,7 +26,7 @@ from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-more = pytest.mark.cluster  # of the larger tier
+more = pytest.mark.cluster  # of the larger tier; the rest is torture
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,7 @@ def steps(run):
     return [json.loads(line)["step"] for line in lines if "train/loss" in line]
 
 
+@more
 def test_a_killed_worker_is_replaced(cluster, calm):
     run = Run(cluster, "killed")
     run.reach(12)
@@ -72,6 +73,7 @@ def test_a_killed_worker_is_replaced(cluster, calm):
     assert steps(run) == list(range(1, len(steps(run)) + 1))
 
 
+@more
 def test_a_hung_worker_is_named_and_replaced(cluster, calm):
     run = Run(cluster, "hung", "cluster.hang_s=5")
     run.reach(12)

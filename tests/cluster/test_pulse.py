@@ -4,8 +4,9 @@ import threading
 
 import pytest
 
+from findrec.cluster.board import Board, Seen, Sign
 from findrec.cluster.placement import least, shareable
-from findrec.cluster.pulse import Board, Seen, Sign, find_hung, whereabouts
+from findrec.cluster.pulse import find_hung, whereabouts
 from findrec.config import parse_config
 from findrec.errors import FindRecError
 from findrec.progress import progress
