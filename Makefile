@@ -42,14 +42,14 @@ demo: setup
 	@echo "MLflow   $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///$(PLACE)/mlflow.db"
 
 # One file of tests is one process's; each process keeps to one core.
-PYTEST   = OMP_NUM_THREADS=1 $(PY) -m pytest
-TOGETHER = -n $(TESTERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest
 
 test: setup
-	$(PYTEST) $(TOGETHER) -m "not cluster and not torture"
+	$(PYTEST) -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not cluster and not torture"
 
+# One after the other: workers of two clusters on two cores take too long to start.
 test-cluster: setup
-	$(PYTEST) $(TOGETHER) -m cluster
+	$(PYTEST) -m cluster
 
 torture: setup
 	$(PYTEST) -m torture
