@@ -20,6 +20,7 @@ from planted import make_config, planted_folder
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.load import load_streaming
 from findrec.train_dist import main
+from findrec.training.checkpoint import latest_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 more = pytest.mark.cluster  # of the larger tier
@@ -166,6 +167,13 @@ def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
+def weights(folder: Path) -> dict[str, bytes]:
+    """The files of the newest checkpoint that hold numbers."""
+    newest = latest_checkpoint(folder / "checkpoints")
+    assert newest is not None
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
 def checkpoints(run: Run) -> set[Path]:
     """Committed ones of the run's own model."""
     return set(run.folder.glob("checkpoints/step-*/manifest.json"))
@@ -203,6 +211,7 @@ def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
         if turn == 1:
             wait_for_checkpoint(run, checkpoints(run))
     run.end()
+    assert weights(run.folder) == weights(home / "runs" / "two")
     assert numbers(metrics(home, "stopped")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-6)
     lines = (home / "runs" / "stopped" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines if "train/loss" in line]

@@ -98,7 +98,7 @@ def test_products_in_bfloat16_are_those_of_the_plain_reference(setting, stage, w
     config = changed(setting.config, training={"precision": "bfloat16"})
     want = setting.train("plain", 1, f"bf16plain{stage}{world}", config)
     got = setting.train(stage, world, f"bf16{stage}{world}", config)
-    torch.testing.assert_close(got.losses[0], want.losses[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got.losses[:3], want.losses[:3], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(got.losses[:, 0], want.losses[:, 0], rtol=0.02, atol=0)
     assert not torch.equal(want.losses, setting.want.losses)
     assert all(value.dtype == setting.want.weights[name].dtype for name, value in got.weights.items())

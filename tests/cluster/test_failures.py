@@ -63,6 +63,17 @@ def steps(run):
 
 
 @more
+def test_a_killed_worker_is_replaced(cluster, calm):
+    run = Run(cluster, "killed")
+    run.reach(12)
+    os.kill(run.workers()[0], signal.SIGKILL)
+    said = run.end()
+    assert "of 2 was lost: restart 1 of 3, from the checkpoint step-000000" in said
+    assert weights(run) == calm
+    assert steps(run) == list(range(1, len(steps(run)) + 1))
+
+
+@more
 def test_a_hung_worker_is_named_and_replaced(cluster, calm):
     run = Run(cluster, "hung", "cluster.hang_s=5")
     run.reach(12)
