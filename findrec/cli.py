@@ -205,7 +205,7 @@ def evaluate(
         return
     from findrec.evaluation.run import evaluate_run
 
-    evaluate_run(folder) if shards is None else evaluate_run(folder, shards)
+    evaluate_run(folder, shards)
     typer.echo(f"written: {folder / 'metrics.json'}, {folder / 'report.html'}")
 
 

@@ -21,6 +21,15 @@ class Preempted(Exception):  # noqa: N818 - no error: it was asked for
     """The run was told to end (SIGTERM) and did so in order; the same command continues it."""
 
 
+def find_mistake(error: BaseException | None) -> FindRecError | None:
+    """The `FindRecError` that what came back from another process stands for, or tells in words; or None."""
+    for one in (getattr(error, "cause", None), error):  # Ray's wrapper is of its cause's class as well
+        if isinstance(one, FindRecError):
+            return one
+    marker = f"{FindRecError.__name__}: "
+    return FindRecError(str(error).rsplit(marker, 1)[1].strip()) if marker in str(error) else None
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -119,7 +119,7 @@ def test_runs_are_found_by_name_and_path(
 ) -> None:
     folder = make_run(tmp_path)
     calls: list[Path] = []
-    fake = SimpleNamespace(evaluate_run=calls.append, rebuild_report=calls.append)
+    fake = SimpleNamespace(evaluate_run=lambda run, _: calls.append(run), rebuild_report=calls.append)
     monkeypatch.setitem(sys.modules, "findrec.evaluation.run", fake)  # type: ignore[arg-type]
     for name in ("demo", "runs/demo", str(folder)):
         assert main([command, name]) == 0
@@ -182,7 +182,7 @@ def test_missing_permission_is_told(
 ) -> None:
     folder = make_run(tmp_path)
 
-    def refuse(_: Path) -> Any:
+    def refuse(*_: Any) -> Any:
         raise PermissionError(13, "Permission denied", str(folder / "metrics.json"))
 
     monkeypatch.setitem(

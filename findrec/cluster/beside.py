@@ -16,7 +16,7 @@ import torch
 from findrec.cluster.evaluator import Evaluator
 from findrec.cluster.machines import cluster_machines, has_gpus
 from findrec.config import RunConfig
-from findrec.errors import FindRecError, Preempted
+from findrec.errors import Preempted, find_mistake
 from findrec.evaluation.evaluate import Rows
 from findrec.evaluation.run import print_table
 from findrec.progress import say
@@ -155,13 +155,8 @@ class Beside:
 
 
 def _raise_mistake(error: Exception) -> None:
-    """The user's own mistakes, without the actor's traceback, are raised."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, FindRecError):
-        raise FindRecError(str(cause)) from error
-    marker = "FindRecError: "  # an actor that could not be made tells its cause in words alone
-    if marker in str(error):
-        raise FindRecError(str(error).rsplit(marker, 1)[1].strip()) from error
+    if (mistake := find_mistake(error)) is not None:
+        raise mistake from error
 
 
 def _last_line(error: Exception) -> str:

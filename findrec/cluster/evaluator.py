@@ -135,8 +135,7 @@ class Evaluator:
             self._trackers[job.name] = Tracker.join(job.config, job.folder)
             news = read_validations(job.folder)
         for one in news:
-            values = {f"valid/{name}": value for name, value in one.values.items()}
-            self._trackers[job.name].log(one.step, values)
+            self._trackers[job.name].log(one.step, one.logged)
 
     def _mark(self, name: str) -> str | None:
         """Which weights a result is of; None for a baseline that is not trained."""

@@ -23,7 +23,7 @@ from findrec.cluster.machines import Machine, cluster_machines, has_gpus, place_
 from findrec.cluster.placement import least, room, shareable, wait_for_room, worker_resources
 from findrec.cluster.pulse import find_hung, kill_worker
 from findrec.config import RunConfig
-from findrec.errors import DivergedError, FindRecError, Preempted
+from findrec.errors import DivergedError, FindRecError, Preempted, find_mistake
 from findrec.progress import say
 from findrec.training.checkpoint import latest_checkpoint, list_checkpoints
 from findrec.training.runs import checkpoint_folder, training_jobs
@@ -267,11 +267,8 @@ class _Group:
         """What a group ended with, in words; raises what a restart would not mend."""
         failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
         for failure in [*failures.values(), error.__cause__, error]:
-            marker = "FindRecError: "
-            if isinstance(failure, FindRecError):
-                raise failure from error
-            if marker in str(failure):
-                raise FindRecError(str(failure).rsplit(marker, 1)[1].strip()) from error
+            if (mistake := find_mistake(failure)) is not None:
+                raise mistake from error
         dead = [rank for rank, failure in failures.items() if _is_lost(failure)]
         if self._blamed:
             return _Lost(f"a hung worker was killed ({self._blamed})", True, error)

@@ -30,7 +30,7 @@ from findrec.datasets.plan import Windows
 from findrec.datasets.prepare import open_data_folder
 from findrec.errors import FindRecError, suggest
 from findrec.evaluation.load import load_scorer
-from findrec.evaluation.report import Titles, read_lines
+from findrec.evaluation.report import Titles
 from findrec.evaluation.scorers import ModelScorer, make_queries
 from findrec.models.alignment import DIAGNOSTICS
 from findrec.models.base import Out
@@ -38,6 +38,7 @@ from findrec.models.explain import explain, relative_change, withhold
 from findrec.models.findrec import FindRec
 from findrec.ops.target_rank import target_rank
 from findrec.training.build import used_modalities
+from findrec.training.metrics_log import read_lines
 from findrec.training.runs import read_run_config, training_jobs
 
 ALL = "all of them"  # the column of every modality missing at once

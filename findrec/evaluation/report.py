@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,17 +113,6 @@ def format_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) ->
             cells.append(f"[bold]{text}[/bold]" if name in best and row.get(name) == best[name] else text)
         table.add_row(str(row["model"]).replace("[", r"\["), *cells)
     return table
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; none when it is not there."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a killed run may leave half a line
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def best_values(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from findrec.evaluation.environment import describe_environment
 from findrec.evaluation.inspect import Inspection, alignment_curves
 from findrec.evaluation.inspect_show import summary
 from findrec.evaluation.page import write_page
-from findrec.evaluation.report import COLUMNS, Sample, best_values, format_number, read_lines
+from findrec.evaluation.report import COLUMNS, Sample, best_values, format_number
 from findrec.evaluation.report_figures import (
     alignment_plots,
     inspection_plot,
@@ -28,6 +28,7 @@ from findrec.evaluation.report_template import TEMPLATE
 from findrec.evaluation.significance import FEWEST_RESAMPLES, RESAMPLES
 from findrec.evaluation.suites import METRICS, Suite, read_suites
 from findrec.evaluation.suites_show import TITLES, level_name, suite_note
+from findrec.training.metrics_log import read_lines
 from findrec.training.validations import read_validations
 
 _DRAWS = 300_000_000  # of users in a bootstrap: some seconds
@@ -83,11 +84,7 @@ def write_report(
 
 def _measured(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of training, and those of an evaluator beside it."""
-    found = [
-        {"step": one.step, "epoch": one.epoch}
-        | {f"valid/{name}": value for name, value in one.values.items()}
-        for one in read_validations(run_folder)
-    ]
+    found = [{"step": one.step, "epoch": one.epoch} | one.logged for one in read_validations(run_folder)]
     return [*read_lines(run_folder / "metrics.jsonl"), *found]
 
 

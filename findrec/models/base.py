@@ -49,9 +49,7 @@ class SequenceModel(Recomputing, ABC):
 
     content_scores = False  # whether `item_transform` does anything
     diagnosing = False  # whether the next training passes shall measure what is dear to measure too
-    low_precision = (
-        False  # whether training passes multiply in bfloat16; what they return is float32 all the same
-    )
+    low_precision = False  # whether training passes multiply in bfloat16; they return float32 all the same
 
     def __call__(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """`forward`, in the precision that is asked for."""

@@ -24,8 +24,8 @@ class MetricsLog:
     A process killed while writing leaves a torn last line; it is dropped when the file is next opened.
     """
 
-    def __init__(self, run_folder: Path) -> None:
-        self.path = run_folder / "metrics.jsonl"
+    def __init__(self, run_folder: Path, name: str = "metrics.jsonl") -> None:
+        self.path = run_folder / name
         run_folder.mkdir(parents=True, exist_ok=True)
         if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
             self._rewrite(self.read())
@@ -40,15 +40,7 @@ class MetricsLog:
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line, in order."""
-        lines: list[dict[str, Any]] = []
-        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # torn by a kill
-            if isinstance(line, dict) and "step" in line:
-                lines.append(line)
-        return lines
+        return read_lines(self.path)
 
     def truncate_after(self, step: int) -> None:
         """Drop lines of steps after `step`: a run resumed from that step writes them again."""
@@ -67,3 +59,16 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         new.replace(self.path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of such a file, in order; none when it is not there."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue  # torn by a kill
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines

@@ -9,15 +9,13 @@ the evaluator's speed nor a restart decides which checkpoint is best, as long as
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from findrec.config import RunConfig
+from findrec.datasets.manifest import sha256_file
 from findrec.progress import say
 from findrec.training.checkpoint import (
     MANIFEST,
@@ -29,6 +27,7 @@ from findrec.training.checkpoint import (
     read_state,
     verify_checkpoint,
 )
+from findrec.training.metrics_log import MetricsLog, read_lines
 
 FILE = "validations.jsonl"
 SELECTS = "ndcg@10"  # the metric a checkpoint is best by
@@ -44,35 +43,35 @@ class Validation:
     checkpoint: str  # its `checkpoint_digest`
     values: Mapping[str, float]
 
+    @property
+    def logged(self) -> dict[str, float]:
+        """The values under the names that training logs them by."""
+        return {f"valid/{name}": value for name, value in self.values.items()}
+
 
 def checkpoint_digest(path: Path) -> str | None:
     """The sha256 of a checkpoint's manifest, which holds those of its files; None if it is not committed."""
     try:
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()
+        return sha256_file(path / MANIFEST)
     except FileNotFoundError:
         return None
 
 
 def record_validation(training: Path, found: Validation) -> None:
     """Append a line to the file of a training's folder; one process does this."""
-    line = {"step": found.step, "epoch": found.epoch, "checkpoint": found.checkpoint, **found.values}
-    with (training / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    log = MetricsLog(training, FILE)
+    log.write(found.step, found.epoch, {"checkpoint": found.checkpoint, **found.values})
+    log.close()
 
 
 def read_validations(training: Path) -> list[Validation]:
     """The lines of a training's folder that count: of checkpoints that are there, or no longer are."""
-    path = training / FILE
-    found: dict[int, Validation] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-            key = {name: line.pop(name) for name in ("step", "epoch", "checkpoint")}
-        except (json.JSONDecodeError, KeyError, AttributeError):
-            continue  # torn by a kill
-        found[key["step"]] = Validation(**key, values=line)
+    found = {
+        line["step"]: Validation(
+            line["step"], line["epoch"], line["checkpoint"], {name: line[name] for name in METRICS}
+        )
+        for line in read_lines(training / FILE)
+    }
     root = training / "checkpoints"
     return [
         one

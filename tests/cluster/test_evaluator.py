@@ -64,6 +64,7 @@ def test_it_finds_what_workers_find(pair, folder, capsys):
     assert said.count("validation of findrec, epoch ") == 4
     assert said.count("ranking ") == 2  # the model and popularity, before training is said to be over
     rows = here.finish()
+    assert {row["users"] for part in ("valid", "test") for row in rows[part]} == {60}  # no longer a sample
     assert capsys.readouterr().out.count("ranking ") == 0
     assert rows == evaluate_run(inline)
     assert (beside / "metrics.json").read_bytes() == (inline / "metrics.json").read_bytes()

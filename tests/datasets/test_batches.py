@@ -98,6 +98,13 @@ def test_evaluation_shows_the_history_and_none_of_the_targets(folder: DataFolder
             assert batch.position[b] == b * batch.item.shape[1] + len(shown) - 1
             assert cases.target[cases.row == b].tolist() == history[first[user] : last[user]].tolist()
     assert sorted(seen) == np.flatnonzero((first > 0) & (last > first)).tolist()
+    sample = [evaluation_blocks(folder, split, size, sample=5) for size in (2, 100)]  # type: ignore[arg-type]
+    drawn = [np.concatenate(blocks).tolist() for blocks in sample]
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) == 5 < len(seen)
+    assert set(drawn[0]) < set(seen)
+    whole = evaluation_blocks(folder, split, 8, sample=len(seen))  # type: ignore[arg-type]
+    assert np.concatenate(whole).tolist() == seen
     assert sorted(first[seen]) == first[seen].tolist()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from findrec.cli import main
 from findrec.cluster.launch import ray_session
 from findrec.config import RunConfig
 from findrec.datasets.folder import DataFolder
+from findrec.evaluation import evaluate
 from findrec.evaluation.evaluate import evaluate_scorers, rank_split
 from findrec.evaluation.scorers import Queries, UserBlock, VectorScorer
 from findrec.evaluation.shards import sharded
@@ -101,9 +103,17 @@ def test_from_the_command_line_the_results_are_the_same(
     monkeypatch.setenv("FINDREC_HOME", str(tmp_path))
     data = planted_folder(tmp_path / "data", num_users=60)
     run = planted_run(tmp_path / "runs" / "small", data, baselines=["popularity"], ks=[5])
-    results = []
+    results, asked = [], []
+    real = evaluate.sharded
+
+    def counted(items_Vd: torch.Tensor, place: Path, shards: int) -> Any:
+        asked.append(shards)
+        return real(items_Vd, place, shards)
+
+    monkeypatch.setattr(evaluate, "sharded", counted)
     for more in ([], ["--shards", "2"], ["--shards", "3"]):
         assert main(["evaluate", str(run), *more]) == 0
         results.append((run / "metrics.json").read_bytes())
         assert not list(run.glob(".items.*"))
     assert results[0] == results[1] == results[2]
+    assert list(dict.fromkeys(asked)) == [2, 3]
