@@ -63,6 +63,17 @@ def planted_run(path, folder, model=None, training=None, log=None, **evaluation)
     return path
 
 
+def planted_home(home, *overrides, **training):
+    """A FINDREC_HOME with such data and, in `run.yaml`, a run of two workers that learns it."""
+    planted_folder(home / "data" / "planted", num_users=80)
+    tree = make_config(**{"epochs": 6, "microbatches": 2} | training).model_dump(mode="json")
+    tree["data"] |= {"folder": "data/planted", "recipe": "planted"}
+    tree["cluster"] |= {"workers": 2, "threads": 1}
+    tree["evaluation"]["baselines"] = ["popularity"]
+    (home / "run.yaml").write_text(dump_config(parse_config(tree, overrides)))
+    return home
+
+
 class Silent:
     """A log that keeps nothing."""
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from clusters import UNTRACKED, Cluster, Run, environment, free_port, running_cluster, train, wait_until
-from planted import make_config, planted_folder
+from planted import planted_folder, planted_home
 
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.load import load_streaming
@@ -52,13 +51,7 @@ def numbers(rows: list[dict]) -> list[float]:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A FINDREC_HOME with planted data and a finished run `two` of two workers."""
-    home = tmp_path_factory.mktemp("home")
-    planted_folder(home / "data" / "planted", num_users=80)
-    config = make_config(epochs=6, microbatches=2).model_dump(mode="json")
-    config["data"] |= {"folder": "data/planted", "recipe": "planted"}
-    config["cluster"] |= {"workers": 2, "threads": 1}
-    config["evaluation"]["baselines"] = ["popularity", "sasrec"]
-    (home / "run.yaml").write_text(yaml.safe_dump(config))
+    home = planted_home(tmp_path_factory.mktemp("home"), "evaluation.baselines=[popularity, sasrec]")
     done = train(home, "name=two")
     assert "Traceback" not in done.stdout + done.stderr
     return home

@@ -5,9 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-import yaml
 from clusters import Run, processes_of, running_cluster, wait_until
-from planted import make_config, planted_folder
+from planted import planted_home
 
 from findrec.cluster.machines import Machine
 from findrec.config import parse_config
@@ -18,13 +17,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    planted_folder(home / "data" / "planted", num_users=80)
-    config = make_config(epochs=12, microbatches=2, keep=1).model_dump(mode="json")
-    config["data"] |= {"folder": "data/planted", "recipe": "planted"}
-    config["cluster"] |= {"workers": 2, "threads": 1}
-    config["evaluation"]["baselines"] = ["popularity", "sasrec"]
-    (home / "run.yaml").write_text(yaml.safe_dump(config))
+    baselines = "evaluation.baselines=[popularity, sasrec]"
+    home = planted_home(tmp_path_factory.mktemp("home"), baselines, epochs=12, keep=1)
     with running_cluster(home) as cluster:
         yield cluster
 

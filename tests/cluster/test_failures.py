@@ -13,9 +13,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import yaml
-from clusters import Run, free_port, kill_node, running_cluster
-from planted import make_config, planted_folder
+from clusters import UNTRACKED, Run, free_port, kill_node, running_cluster
+from planted import planted_folder, planted_home
 
 from findrec.config import load_config
 from findrec.datasets.folder import DataFolder
@@ -32,14 +31,7 @@ more = pytest.mark.cluster  # of the larger tier; the rest is torture
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A cluster of one machine with two cores, and data and a configuration in its home."""
-    home = tmp_path_factory.mktemp("home")
-    planted_folder(home / "data" / "planted", num_users=80)
-    config = make_config(epochs=6, microbatches=2, save_steps=5).model_dump(mode="json")
-    config["data"] |= {"folder": "data/planted", "recipe": "planted"}
-    config["cluster"] |= {"workers": 2, "threads": 1}
-    config["evaluation"]["baselines"] = ["popularity"]
-    config["tracking"]["enabled"] = False
-    (home / "run.yaml").write_text(yaml.safe_dump(config))
+    home = planted_home(tmp_path_factory.mktemp("home"), UNTRACKED, save_steps=5)
     with running_cluster(home) as cluster:
         yield cluster
 

@@ -11,9 +11,8 @@ import sys
 import uuid
 
 import pytest
-import yaml
-from clusters import BIN, command_of, environment, kill_node, wait_until
-from planted import make_config, planted_folder
+from clusters import BIN, UNTRACKED, command_of, environment, kill_node, wait_until
+from planted import planted_home
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
@@ -60,15 +59,8 @@ def test_two_machines_train_one_run(machines, tmp_path):
     disks = [tmp_path / f"disk{i}" for i in range(2)]
     for path in (home, store, *disks):
         path.mkdir()
-    planted_folder(disks[0] / "data" / "planted", num_users=80)
+    planted_home(disks[0], f"training.checkpoint_store={store.as_uri()}", "cluster.wait_s=60", UNTRACKED)
     shutil.copytree(disks[0] / "data", disks[1] / "data")
-    config = make_config(epochs=6, microbatches=2).model_dump(mode="json")
-    config["data"] |= {"folder": "data/planted", "recipe": "planted"}
-    config["cluster"] |= {"workers": 2, "threads": 1, "wait_s": 60}
-    config["evaluation"]["baselines"] = ["popularity"]
-    config["training"]["checkpoint_store"] = store.as_uri()
-    config["tracking"]["enabled"] = False
-    (disks[0] / "run.yaml").write_text(yaml.safe_dump(config))
 
     ray = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", "--num-cpus=1"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
