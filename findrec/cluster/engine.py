@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +41,10 @@ def _import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    import deepspeed
+    with _not_imported("mlflow"):
+        import deepspeed
+    with _no_compiler():
+        import deepspeed.runtime.zero.muon.muon_optimizer
     from deepspeed.runtime.zero import utils as zero_utils
     from deepspeed.utils import logger
 
@@ -49,6 +54,36 @@ def _import_deepspeed() -> Any:
     # Without this, DeepSpeed compiles a shared-memory collective (a minute, once) that gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _not_imported(name: str) -> Iterator[None]:
+    """Who imports this module meanwhile is told it is not there: DeepSpeed's autotuner takes MLflow if it is,
+    two seconds of every start.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """`torch.compile` does nothing meanwhile: for an optimizer of DeepSpeed's that is not used here it would
+    import Inductor, another second or two of every start.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 class _Verbs(nn.Module):

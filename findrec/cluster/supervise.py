@@ -180,8 +180,9 @@ class _Group:
         """
         from ray.train import FailureConfig, LoggingConfig, ScalingConfig
         from ray.train import RunConfig as RayRunConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
 
+        from findrec.cluster.trainer import Trainer
         from findrec.cluster.worker import train_worker
 
         config = self._config
@@ -191,7 +192,7 @@ class _Group:
             f"placing {config.cluster.workers} workers ({share} each, {backend}), "
             f"ZeRO stage {config.cluster.zero_stage}, python {sys.executable}"
         )
-        trainer = TorchTrainer(
+        trainer = Trainer(
             train_worker,
             train_loop_config={
                 "config": config.model_dump(mode="json"),
