@@ -190,6 +190,7 @@ def stop_at_checkpoint(cluster: Cluster, name: str, how: signal.Signals, code: i
     return said
 
 
+@pytest.mark.timeout(900)  # five groups of workers are started, beside another process's tests
 def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
     said = stop_at_checkpoint(cluster, "stopped", signal.SIGINT, 130)
     assert "the same command continues from the last checkpoint" in said

@@ -81,6 +81,7 @@ def save_plot(run_folder: Path, name: str, figure: Figure) -> str:
     folder = run_folder / PLOTS
     folder.mkdir(exist_ok=True)
     svg, png = svg_of(figure), io.BytesIO()
+    figure.set_layout_engine("none")  # what the first drawing found stays: finding it is half of the work
     figure.savefig(png, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     for content, end in ((svg, "svg"), (png.getvalue(), "png")):
         temporary = folder / f".{name}.{end}.{os.getpid()}"
