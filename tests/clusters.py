@@ -22,6 +22,13 @@ _QUICK = {
     "RAY_health_check_failure_threshold": "5",
 }
 
+_OTHER_NODE = """
+import ray
+ray.init(log_to_driver=False)
+(node,) = [n for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"]]
+print(node["NodeID"])
+"""
+
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     """That of a user whose FINDREC_HOME is `home`, without what Ray or a test left in ours."""
@@ -73,6 +80,15 @@ class Cluster:
         node = _start(["--address", self.address, f"--num-cpus={cpus}"], self.environment, log)
         self.nodes.append(node)
         return node
+
+    def drain_node(self) -> None:
+        """Have Ray announce, as an autoscaler does, that the one living node beside the head will go."""
+        env = self.environment | self.join
+        ask = [sys.executable, "-c", _OTHER_NODE]
+        found = subprocess.run(ask, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        command = [str(BIN / "ray"), "drain-node", f"--address={self.address}", "--reason-message=a test"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=120"]
+        subprocess.run([*command, f"--node-id={found.stdout.strip()}"], env=env, check=True)
 
 
 def _start(arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:

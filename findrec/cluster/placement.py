@@ -20,21 +20,29 @@ def worker_resources(config: RunConfig, *, gpu: bool) -> dict[str, float]:
 
 
 def room(config: RunConfig, *, gpu: bool, held: int = 0) -> int:
-    """Workers that fit into what the live machines of the cluster have, and nobody else uses.
+    """Workers that fit into what the machines of the cluster that stay have, and nobody else uses.
 
     `held` workers of our own are running now: their place counts as room.
     """
     import ray
 
     need = worker_resources(config, gpu=gpu)
+    gone = leaving_machines()
     fit = sum(
         min(_times(node["Resources"].get(kind, 0), amount) for kind, amount in need.items())
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and node["NodeID"] not in gone
     )
     free = ray.available_resources()
     unused = min(_times(free.get(kind, 0), amount) for kind, amount in need.items())
     return min(fit, held + unused)
+
+
+def leaving_machines() -> set[str]:
+    """Ray's ids of the machines it has been told will be taken away (preempted, or scaled down)."""
+    from ray._private.state import state  # Ray Train asks there too; there is nothing public
+
+    return set(state.get_draining_nodes())
 
 
 def _times(have: float, amount: float) -> int:

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 from findrec.cluster.board import Board, Seen
 from findrec.cluster.launch import worker_threads
 from findrec.cluster.machines import Machine, cluster_machines, has_gpus, place_workers
-from findrec.cluster.placement import least, room, shareable, wait_for_room, worker_resources
+from findrec.cluster.placement import (
+    least,
+    leaving_machines,
+    room,
+    shareable,
+    wait_for_room,
+    worker_resources,
+)
 from findrec.cluster.pulse import find_hung, kill_worker
 from findrec.config import RunConfig
 from findrec.errors import DivergedError, FindRecError, Preempted, find_mistake
@@ -46,6 +53,7 @@ class _Stopped:
     """A group of workers that was asked to end before its time."""
 
     where: str
+    drained: bool  # whether it was since a machine of its is taken away
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def train_on_ray(
         if isinstance(ended, _Stopped):
             if stop.is_set():
                 raise Preempted(ended.where)
-            wait_s = 0.0
+            wait_s = _patience(config) if ended.drained else 0.0
             continue
         now = _committed(config, run_folder)
         if now != committed:
@@ -102,7 +110,12 @@ def train_on_ray(
             raise ended.error
         count = f"restart {failures} of {config.cluster.max_failures}" if failures else "placing them again"
         say(f"{ended.why}: {count}, from {_newest(config, run_folder)}")
-        wait_s = _ROOM_S if least(config) < config.cluster.workers else max(_ROOM_S, config.cluster.timeout_s)
+        wait_s = _patience(config)
+
+
+def _patience(config: RunConfig) -> float:
+    """Seconds that another machine may take to come in place of one that went."""
+    return _ROOM_S if least(config) < config.cluster.workers else max(_ROOM_S, config.cluster.timeout_s)
 
 
 def _refuse_split_tracking(config: RunConfig, machines: Sequence[Machine], gpu: bool) -> None:
@@ -148,7 +161,7 @@ class _Group:
         self._board: Any = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()
         self._blamed = ""
         self._suspects: tuple[float, set[int]] | None = None
-        self._asked = False
+        self._asked = self._drained = False
         self._looked = time.monotonic()
 
     def run(self, data_folder: str, run_folder: Path) -> _Stopped | _Lost | None:
@@ -170,7 +183,9 @@ class _Group:
         result: Mapping[str, Any] = returned or {}
         if RESULT_ERROR in result:
             raise DivergedError(result[RESULT_ERROR])
-        return _Stopped(result[RESULT_STOPPED]) if RESULT_STOPPED in result else None
+        if RESULT_STOPPED in result:
+            return _Stopped(result[RESULT_STOPPED], self._drained)
+        return None
 
     def _start(self, data_folder: str, run_folder: Path) -> Future[Any]:
         """`trainer.fit()` in a thread of its own; interrupting the wait leaves its end to `ray.shutdown`.
@@ -231,15 +246,20 @@ class _Group:
             self._beside.look()
         now = time.monotonic()
         if not self._asked and (self._stop.is_set() or self._could_grow(now)):
-            self._asked = True
             if self._stop.is_set():
                 say("stopping: the step under way is finished and saved")
-            self._board.ask_to_stop.remote()
+            self._ask_to_stop()
         cluster = self._config.cluster
         try:
             seen: list[Seen] = ray.get(self._board.look.remote(), timeout=10)
         except Exception:  # the machine is overloaded, or the board went with its machine: Ray sees the loss
             return
+        gone = leaving_machines()
+        hosts = {s.sign.host for s in seen if s.sign.node in gone}
+        if hosts and not self._asked:
+            self._drained = True
+            say(f"{', '.join(sorted(hosts))} will be taken away: the workers stop at the next step and move")
+            self._ask_to_stop()
         hung = find_hung(seen, hang_s=cluster.hang_s, timeout_s=cluster.timeout_s)
         ranks = {s.sign.rank for s in hung}
         if not hung or self._suspects is None or self._suspects[1] != ranks:
@@ -253,6 +273,10 @@ class _Group:
         say(f"WARNING: hung: {self._blamed}. It is killed")
         for s in hung:
             kill_worker(s.sign)
+
+    def _ask_to_stop(self) -> None:
+        self._asked = True
+        self._board.ask_to_stop.remote()
 
     def _could_grow(self, now: float) -> bool:
         have = self._config.cluster.workers

@@ -95,8 +95,10 @@ def test_terminated_it_saves_the_step_and_continues(cluster, calm):
 
 
 @more
-def test_a_machine_is_lost_and_comes_back(cluster, calm):
-    """Started on two, it goes on with one worker while there is no more room, and returns to two."""
+def test_a_machine_is_lost_another_comes_and_is_taken_away(cluster, calm):
+    """Started on two, it goes on with one worker while there is no more room, and returns to two. Told that a
+    machine will go it leaves that one before.
+    """
     with running_cluster(cluster.home, cpus=1) as small:
         node = small.add_node(cpus=1)
         run = Run(small, "elastic", "cluster.min_workers=1", "cluster.wait_s=60", "training.epochs=60")
@@ -107,6 +109,11 @@ def test_a_machine_is_lost_and_comes_back(cluster, calm):
         small.add_node(cpus=1)
         run.wait_for("there is room for 2 workers: the 1 that run stop at the next step", 150)
         run.wait_for("placing 2 workers", 150, times=2)
+        reached = run.step()
+        run.reach(reached + 5)
+        small.drain_node()
+        run.wait_for("will be taken away: the workers stop at the next step and move", 30)
+        run.wait_for("placing 1 workers", 150, times=2)
         reached = run.step()
         run.reach(reached + 5)
         run.process.send_signal(signal.SIGTERM)
