@@ -30,7 +30,7 @@ def parts(folder, features, *, placement):
     )
 
 
-def work(rank, world, meeting, folder, features, out):
+def work(rank, world, meeting, folder, features, sample, out):
     """One worker: the ranks of its blocks."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -39,7 +39,7 @@ def work(rank, world, meeting, folder, features, out):
     folder = DataFolder.open(Path(folder))
     model, table, catalogue = parts(folder, features, placement="sharded")
     assert len(table.weight) < folder.num_items
-    ranks = rank_split_sharded(model, table, catalogue, folder, "valid", **HOW, piece_rows=7)
+    ranks = rank_split_sharded(model, table, catalogue, folder, "valid", **HOW, sample=sample, piece_rows=7)
     np.save(f"{out}.{rank}", ranks.to_array())
     dist.barrier()  # else the first to exit may take the others' gloo threads down
     dist.destroy_process_group()

@@ -33,12 +33,7 @@ from findrec.evaluation.suites_show import print_suite, suite_figure
 from findrec.evaluation.thumbnails import thumbnails
 from findrec.models.findrec import FindRec
 from findrec.progress import say
-from findrec.training.runs import (
-    TRAINED_BASELINES,
-    checkpoint_folder,
-    read_run_config,
-    training_jobs,
-)
+from findrec.training.runs import TRAINED_BASELINES, checkpoint_folder, read_run_config, training_jobs
 from findrec.training.tracking import Tracker
 from findrec.training.validations import best_checkpoint
 

@@ -46,14 +46,16 @@ def test_counts_over_pieces_add_up_to_those_of_the_whole(piece, offered):
     assert torch.equal(found, torch.stack([greater, equal], 1))
 
 
-@pytest.mark.parametrize(("world", "features"), [(2, "none"), (3, "none"), (2, "score")])
-def test_workers_rank_as_one_process_does(tmp_path, world, features):
+@pytest.mark.parametrize(
+    ("world", "features", "sample"), [(2, "none", None), (3, "none", 40), (2, "score", None)]
+)
+def test_workers_rank_as_one_process_does(tmp_path, world, features, sample):
     folder = planted_folder(tmp_path / "data", num_users=70)  # 5 blocks of 16: the last round is not full
     out = str(tmp_path / "ranks")
-    with forked(work, world, str(tmp_path / "meeting"), str(folder.path), features, out):
+    with forked(work, world, str(tmp_path / "meeting"), str(folder.path), features, sample, out):
         model, table, catalogue = parts(folder, features, placement="replicated")
         scorer = ModelScorer(model, table.weight, catalogue, max_length=16, device="cpu")
-        want = rank_split(scorer, folder, "valid", **HOW)
+        want = rank_split(scorer, folder, "valid", **HOW, sample=sample)
     got = Ranks.concat([Ranks.from_array(np.load(f"{out}.{rank}.npy")) for rank in range(world)])
-    assert len(np.unique(got.user)) == 70
+    assert len(np.unique(got.user)) == (sample or 70)
     assert np.array_equal(got.to_array(), want.to_array())
