@@ -185,9 +185,12 @@ def bench_throughput(
                         moved[stage] = _traffic(found)
                 if turn:
                     apart.append(sum(targets / _seconds(one) for one in pair))
+        steps_of = {
+            stage: _step_of(_at_stage(alone, stage=stage, workers=2), folder, found["weights"])
+            for stage in stages
+        }
     figures = []
     for stage in stages:
-        step = _step_of(_at_stage(alone, stage=stage, workers=2), folder, found["weights"])
         figures.append(
             {
                 "bench": "throughput",
@@ -200,7 +203,7 @@ def bench_throughput(
                 "ratios": [round(a / b, 3) for a, b in zip(joint[stage], apart, strict=True)],
                 "ratio": round(statistics.median(a / b for a, b in zip(joint[stage], apart, strict=True)), 3),
                 "loopback_mb_per_step": round(moved[stage] / 1e6, 2),
-                "model_mb_per_step": round(2 * sum(sent_bytes(step).values()) / 1e6, 2),
+                "model_mb_per_step": round(2 * sum(sent_bytes(steps_of[stage]).values()) / 1e6, 2),
             }
         )
     return figures

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from findrec.bench.scaling import bench_throughput
 from findrec.bench.scaling_model import (
     H100,
     PAPER,
@@ -63,3 +64,15 @@ def test_the_document_holds_the_table_that_the_command_prints():
 
     text = (Path(__file__).resolve().parents[2] / "evaluation" / "scaling.md").read_text()
     assert paper_table() in text
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_two_workers_are_measured_against_two_runs_and_their_traffic_against_the_model():
+    rows = bench_throughput(items=500, rounds=1, stages=(0, 3))
+    assert [row["zero_stage"] for row in rows] == [0, 3]
+    for row in rows:
+        assert 0.05 < row["ratio"] < 5
+        rates = row["joint_targets_per_s"], row["apart_targets_per_s"]
+        assert row["ratio"] == pytest.approx(rates[0] / rates[1], rel=0.01)
+        assert row["loopback_mb_per_step"] == pytest.approx(row["model_mb_per_step"], rel=0.25)
