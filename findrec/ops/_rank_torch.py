@@ -24,6 +24,7 @@ from findrec.ops.counting import CaseOrder, Counts, sum_true, too_late
 SAFE_NORM = 2.0**60  # vectors up to here cannot overflow a float32 product
 Kind = Literal["float32", "bfloat16", "float64"]
 _PAIRS = 1 << 20  # doubtful pairs scored together
+_NORMED = 1 << 10  # vectors at a time: a float64 copy of them stays in a cache
 
 
 def torch_count(
@@ -88,8 +89,11 @@ def torch_count(
 
 def _norms(x_Nd: Tensor) -> Tensor:
     """`[N]` float64; torch makes a float64 copy of what it is given, so it is given a little at a time."""
-    parts = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in torch.split(x_Nd, 1 << 14)]
-    return torch.cat(parts)
+    norm_N = x_Nd.new_empty(len(x_Nd), dtype=torch.float64)
+    # Into one tensor: small results between the large copies would keep the memory of each from being reused.
+    for x_nd, norm_n in zip(x_Nd.split(_NORMED), norm_N.split(_NORMED), strict=True):
+        torch.linalg.vector_norm(x_nd, dim=1, dtype=torch.float64, out=norm_n)
+    return norm_N
 
 
 def score_pairs(x_Pd: Tensor, y_Pd: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from findrec.bench.memory import peak_bytes
 from findrec.ops.counting import rank_dense
 from findrec.ops.target_rank import dot64, target_rank
 
@@ -322,3 +324,12 @@ def test_times_are_given_together() -> None:
     ones = torch.ones(2, 1)
     with pytest.raises(ValueError, match="together"):
         target_rank(ones, ones, torch.tensor([0]), torch.tensor([1]), since_V=torch.tensor([0, 0]))
+
+
+def make_ranking(num_items: int) -> Callable[[], object]:
+    items, users = torch.randn(num_items + 1, 128), torch.randn(16, 128)
+    return lambda: target_rank(users, items, torch.arange(16), torch.arange(1, 17), impl="torch")
+
+
+def test_torch_ranks_many_items_beside_little_more_than_they_take() -> None:
+    assert peak_bytes(make_ranking, 300_000) < 100 << 20 < 4 * 128 * 300_000
