@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -49,6 +50,8 @@ def _import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
+    # Of DeepSpeed's calls of torch, at every start: nobody who runs FindRec can change them.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Stage 3 warns of batches and of `Out`, which it does not look through: none of them needs it.
     zero_utils.warned = True
     # Without this, DeepSpeed compiles a shared-memory collective (a minute, once) that gloo does as well.

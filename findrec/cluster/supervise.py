@@ -252,9 +252,9 @@ class _Group:
         cluster = self._config.cluster
         try:
             seen: list[Seen] = ray.get(self._board.look.remote(), timeout=10)
+            gone = leaving_machines()
         except Exception:  # the machine is overloaded, or the board went with its machine: Ray sees the loss
             return
-        gone = leaving_machines()
         hosts = {s.sign.host for s in seen if s.sign.node in gone}
         if hosts and not self._asked:
             self._drained = True

@@ -91,7 +91,8 @@ def _norms(x_Nd: Tensor) -> Tensor:
     """`[N]` float64; torch makes a float64 copy of what it is given, so it is given a little at a time."""
     norm_N = x_Nd.new_empty(len(x_Nd), dtype=torch.float64)
     # Into one tensor: small results between the large copies would keep the memory of each from being reused.
-    for x_nd, norm_n in zip(x_Nd.split(_NORMED), norm_N.split(_NORMED), strict=True):
+    parts = (torch.split(x, _NORMED) for x in (x_Nd, norm_N))
+    for x_nd, norm_n in zip(*parts, strict=True):
         torch.linalg.vector_norm(x_nd, dim=1, dtype=torch.float64, out=norm_n)
     return norm_N
 
