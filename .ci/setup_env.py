@@ -158,6 +158,11 @@ def main(folder):
             steps.run("FindRec, CPU extras", [*editable, ".[cpu,dev]"])
     else:
         steps.run("FindRec, Ray, MLflow and the rest", [*editable, ".[cpu,dev]"])
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):  # as images of containers often say
+        # Every process would compile torch and Ray anew. Files that cannot be compiled are none of ours.
+        lib = os.path.join(os.path.abspath(folder), "lib")
+        compile_all = [python, "-m", "compileall", "-qq", "-j", "0", lib]
+        steps.run("byte code, which PYTHONDONTWRITEBYTECODE forbids to keep later", compile_all, needed=False)
     print(f"Ready in {time.time() - begun:.0f} s.", flush=True)
 
 
