@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from findrec.training.checkpoint import latest_checkpoint
+
 BIN = Path(sys.executable).parent
 UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
 # A machine that dies is found out in seconds, where Ray by default takes half a minute.
@@ -224,6 +226,13 @@ class Run:
     def workers(self) -> list[int]:
         """Processes of the workers of the home's runs."""
         return processes_of(self.home, "ray::RayTrainWorker")
+
+
+def weights(run_folder: Path) -> dict[str, bytes]:
+    """The files of a run's newest checkpoint that hold numbers."""
+    newest = latest_checkpoint(run_folder / "checkpoints")
+    assert newest is not None
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
 
 
 def processes_of(home: Path, title: str) -> list[int]:

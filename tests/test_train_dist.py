@@ -13,13 +13,22 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from clusters import UNTRACKED, Cluster, Run, environment, free_port, running_cluster, train, wait_until
+from clusters import (
+    UNTRACKED,
+    Cluster,
+    Run,
+    environment,
+    free_port,
+    running_cluster,
+    train,
+    wait_until,
+    weights,
+)
 from planted import planted_folder, planted_home
 
 from findrec.datasets.folder import DataFolder
 from findrec.evaluation.load import load_streaming
 from findrec.train_dist import main
-from findrec.training.checkpoint import latest_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 more = pytest.mark.cluster  # of the larger tier
@@ -160,13 +169,6 @@ def test_one_worker_gives_the_same_result_while_rays_ports_are_taken(home):
     assert numbers(metrics(home, "one")) == pytest.approx(numbers(metrics(home, "two")), abs=1e-4)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    """The files of the newest checkpoint that hold numbers."""
-    newest = latest_checkpoint(folder / "checkpoints")
-    assert newest is not None
-    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
-
-
 def checkpoints(run: Run) -> set[Path]:
     """Committed ones of the run's own model."""
     return set(run.folder.glob("checkpoints/step-*/manifest.json"))
@@ -190,7 +192,6 @@ def stop_at_checkpoint(cluster: Cluster, name: str, how: signal.Signals, code: i
     return said
 
 
-@pytest.mark.timeout(900)  # five groups of workers are started, beside another process's tests
 def test_interrupted_and_killed_it_continues_and_ends_the_same(home, cluster):
     said = stop_at_checkpoint(cluster, "stopped", signal.SIGINT, 130)
     assert "the same command continues from the last checkpoint" in said
