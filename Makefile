@@ -10,7 +10,7 @@ PLACE   = $(if $(FINDREC_HOME),$(FINDREC_HOME),$(CURDIR))
 CODE    = findrec tests evaluation .ci setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster torture lint types bench clean
+.PHONY: help setup demo test test-cluster torture lint types lock bench clean
 
 help:
 	@echo "make demo    set up, then train and evaluate on MovieLens-100K (about ten minutes on two cores)"
@@ -18,8 +18,9 @@ help:
 	@echo "make test-cluster  workers, machines and disks that fail under a run, on real Ray clusters"
 	@echo "make torture  twenty random kills; must end in the same weights"
 	@echo "make setup   the virtual environment $(VENV); done once, then instant"
-	@echo "make lint    ruff: rules and format"
-	@echo "make types   mypy, strict"
+	@echo "make lint    ruff: rules and format; import-linter: which room may import which"
+	@echo "make types   mypy, strict for the package, lenient for tests and benchmarks"
+	@echo "make lock    resolve the dependencies anew into requirements.lock"
 	@echo "make bench   time and memory of the hot kernels"
 	@echo "make clean   remove build products and caches; data/, runs/ and $(VENV) stay"
 	@echo "Other Python or place: make setup PYTHON=python3.12 VENV=/path/to/venv"
@@ -27,7 +28,7 @@ help:
 setup: $(STAMP)
 
 # The stamp is written last: an interrupted set-up is taken up again.
-$(STAMP): pyproject.toml constraints.txt setup.py .ci/setup_env.py
+$(STAMP): pyproject.toml constraints.txt requirements.lock setup.py .ci/setup_env.py
 	@command -v $(PYTHON) >/dev/null 2>&1 || { \
 	  echo "setup: no $(PYTHON) here. Debian/Ubuntu: sudo apt install python3 python3-venv;" \
 	       "Fedora: sudo dnf install python3; macOS: brew install python@3.12" >&2; exit 1; }
@@ -57,9 +58,17 @@ torture: setup
 lint: setup
 	$(PY) -m ruff check $(CODE)
 	$(PY) -m ruff format --check $(CODE)
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 types: setup
 	$(PY) -m mypy
+	$(PY) -m mypy --config-file tests/mypy.ini
+
+# Versions that still fit are kept; `make lock LOCK=--upgrade` raises them all.
+lock: setup
+	$(VENV)/bin/uv pip compile pyproject.toml --universal --python-version 3.11 --extra cpu --extra dev \
+	  -c constraints.txt --generate-hashes --no-annotate --custom-compile-command "make lock" $(LOCK) \
+	  -q -o requirements.lock
 
 bench: setup
 	$(PY) evaluation/benchmarks/ops.py

@@ -13,7 +13,7 @@ import sys
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OLDEST, TOO_NEW = (3, 10), (3, 15)
+OLDEST, TOO_NEW = (3, 11), (3, 15)
 DISK_GB_CPU, DISK_GB_GPU = 4, 14
 STILL_EVERY_S = 20
 
@@ -31,7 +31,7 @@ def check_machine():
     found = ".".join(str(part) for part in sys.version_info[:3])
     if not OLDEST <= sys.version_info[:2] < TOO_NEW:
         stop(
-            f"needs Python 3.10 to 3.14, but {sys.executable} is Python {found}. Install one, then name it:",
+            f"needs Python 3.11 to 3.14, but {sys.executable} is Python {found}. Install one, then name it:",
             "Debian/Ubuntu:  sudo apt install python3.12 python3.12-venv",
             "Fedora:         sudo dnf install python3.12",
             "macOS:          brew install python@3.12",
@@ -103,14 +103,13 @@ class Steps:
         return False
 
 
-def pinned(name):
-    """The exact requirement of `name` in constraints.txt, such as `torch==2.13.0`."""
-    with open(os.path.join(ROOT, "constraints.txt")) as lines:
+def pinned(name, file="requirements.lock"):
+    """The exact requirement of `name` in `file`, such as `torch==2.13.0`."""
+    with open(os.path.join(ROOT, file)) as lines:
         for line in lines:
-            requirement = line.split("#")[0].strip()
-            if requirement.startswith(name + "=="):
-                return requirement
-    stop(f"constraints.txt pins no {name}: the file is damaged.")
+            if line.startswith(name + "=="):
+                return line.split()[0]
+    stop(f"{file} pins no {name}: the file is damaged.")
 
 
 def main(folder):
@@ -137,27 +136,28 @@ def main(folder):
         venv.create(folder, clear=True, with_pip=True)
     steps = Steps(os.path.join(folder, "setup.log"))
     # Byte code is made at first import, for what is imported: compiling all of it here costs a minute.
-    install = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
-    pip = [*install, "-c", "constraints.txt"]
-    steps.run("build tools", [*pip, "setuptools>=77", "wheel", "ninja"])
+    pip = [python, "-m", "pip", "install", "--no-compile", "--progress-bar", "off"]
+    steps.run("build tools", [*pip, "setuptools>=77", "wheel", pinned("ninja"), pinned("uv")])
     # By exact pin and on its own: a range could fetch gigabytes of CUDA packages for a machine without a GPU.
-    steps.run("PyTorch", [*install, pinned("torch")])
+    steps.run("PyTorch", [*pip, pinned("torch", "constraints.txt")])
     # DeepSpeed's source package imports torch while it is built, so it must not be built in isolation.
-    steps.run("DeepSpeed", [*pip, "--no-build-isolation", pinned("deepspeed")])
-    editable = [*pip, "--no-build-isolation", "-e"]
+    locked = ["--no-build-isolation", "--no-deps", "--require-hashes", "-r", "requirements.lock"]
+    uv = [python, "-m", "uv", "pip", "install", "--python", python]
+    what = "DeepSpeed, Ray, MLflow and the rest"
+    # uv is several times faster, but does not know pip's settings, such as the mirror of a closed network.
+    if not steps.run(what, [*uv, *locked], needed=False):
+        steps.run(what + ", by pip", [*pip, *locked])
+    steps.run("FindRec", [*pip, "--no-build-isolation", "--no-deps", "-e", "."])
     if gpu:
         # faiss-cpu and faiss-gpu own the same files.
         steps.run("without faiss-cpu", [python, "-m", "pip", "uninstall", "-y", "faiss-cpu"])
-        if not steps.run(
-            "FindRec, GPU extras (may compile mamba-ssm)", [*editable, ".[gpu,dev]"], needed=False
-        ):
+        extras = [*pip, "--no-build-isolation", "-c", "constraints.txt", "-e", ".[gpu]"]
+        if not steps.run("GPU extras (may compile mamba-ssm)", extras, needed=False):
             print("    !! GPU extras did not install (see setup.log): going on with FindRec's own scan and")
             print(
                 "    !! faiss-cpu; training still runs on the GPU. A CUDA toolkit (nvcc) is usually missing."
             )
-            steps.run("FindRec, CPU extras", [*editable, ".[cpu,dev]"])
-    else:
-        steps.run("FindRec, Ray, MLflow and the rest", [*editable, ".[cpu,dev]"])
+            steps.run("faiss-cpu", [*pip, "--no-deps", pinned("faiss-cpu")])
     if os.environ.get("PYTHONDONTWRITEBYTECODE"):  # as images of containers often say
         # Every process would compile torch and Ray anew. Files that cannot be compiled are none of ours.
         lib = os.path.join(os.path.abspath(folder), "lib")

@@ -1,215 +1,173 @@
-"""The configuration of a run: a typed tree, read from YAML, then changed by `dotted.key=value`.
+"""The configuration of a run: a typed tree, read from YAML and changed by `dotted.key=value` overrides.
 
-Unknown keys are refused with the nearest known one. The resolved tree is printed and saved with the run.
+Unknown keys are errors that suggest the most similar key. The resolved tree is saved with the run.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_serializer, field_validator, model_validator
 
+from findrec.baseline_configs import BASELINES, AnyBaseline, BaselineConfig
 from findrec.errors import FindRecError, suggest
+from findrec.models.config import ModelConfig, SequenceConfig
+from findrec.models.configs import CONFIGS, DEFAULT, TRAINED_BASELINE, AnyModel, choose_model, config_class
 from findrec.paths import find_asset
-from findrec.schema import Part, read_mapping, validate
+from findrec.schema import Part, may_change, parse_yaml, read_mapping, validate
+
+# A condition on a column of items.parquet (findrec/evaluation/scoring/allow_list.py).
+CONDITION = r"(?P<column>[^=<>!]+?)\s*(?P<operator><=|>=|!=|=|<|>)\s*(?P<value>.+)"
 
 
 class DataConfig(Part):
-    """What is trained on."""
+    """The data set and the windows of histories."""
 
     recipe: str = "ml-100k"  # name or path of a recipe; prepared on first use
     folder: str | None = None  # a prepared folder or its address (http://, s3://, ...); default data/<recipe>
-    cache_bytes: int | None = Field(None, ge=0)  # of an address's shards, kept here at most
-    max_length: int = Field(200, ge=2, le=65536)  # events a window or an evaluated history holds
-    overlap: float = Field(0.5, ge=0.0, lt=1.0)  # part of a window that repeats earlier events as context
-    feature_noise: float = Field(0.0, ge=0, le=1)  # share of items that swap features: an ablation
-    shuffle_ties: bool = True  # events of one timestamp get a new order every epoch (training only)
-
-
-class StreamConfig(Part):
-    """The layers that mix a sequence over time."""
-
-    kind: Literal["mamba", "gru", "transformer"] = "mamba"
-    layers: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1)  # transformer only
-    d_state: int = Field(16, ge=1)
-    d_conv: int = Field(4, ge=2)
-    expand: int = Field(2, ge=1)
-    scan: Literal["auto", "reference", "torch", "cpp", "mamba_ssm"] = "auto"
-
-
-class AlignConfig(Part):
-    """Alignment of each modality's latents to the ID stream (specs: IICM)."""
-
-    # mmd: the control. legacy: the wrong term of the public code, to show what it does.
-    kind: Literal["stein", "mmd", "legacy", "none"] = "stein"
-    score: Literal["gaussian", "kde"] = "gaussian"
-    kernel: Literal["rbf", "imq"] = "rbf"
-    weight: float = Field(0.1, ge=0)
-    paired_weight: float = Field(0.0, ge=0)  # InfoNCE between an item's latent and its own ID vector
-    paired_temperature: float = Field(0.1, gt=0)
-    kl_weight: float = Field(0.01, ge=0)
-    free_bits: float = Field(0.05, ge=0)
-    rows: int = Field(512, ge=8)  # latents of one microbatch the terms are estimated from
-    diagnose_every: int = Field(20, ge=0)  # steps between measurements of the alignment; 0: never
-
-
-class RoutingConfig(Part):
-    """Cross-modal expert routing."""
-
-    kind: Literal["learned", "mean"] = "learned"  # mean: all experts weigh the same, no router
-    heads: int = Field(4, ge=1)
-    window: int = Field(256, ge=0)  # latest events that attention sees, keeping its cost linear; 0: all
-    experts: int = Field(4, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_k: int | None = None  # None: dense
-    balance_weight: float = Field(1e-2, ge=0)
-    z_weight: float = Field(1e-3, ge=0)
-
-
-class ItemsConfig(Part):
-    """Item vectors: the id row alone, or with projected modal features added."""
-
-    features: Literal["none", "input", "score", "both"] = "none"  # where features are added
-    id_dropout: float = Field(0.0, ge=0, lt=1)  # share of items that train on their features alone
-
-
-class ModelConfig(Part):
-    """Which system, and its sizes. Sections that a system does not use are ignored by it."""
-
-    name: Literal["findrec", "sasrec"] = "findrec"
-    dim: int = Field(64, ge=4)
-    dropout: float = Field(0.2, ge=0, lt=1)
-    modalities: list[str] | Literal["all"] = "all"
-    gaps: bool = False  # log-bucketed time gaps as an input
-    events: bool = False  # types of events (view, purchase, ...) as an input, where the data has them
-    wait: bool = False  # knows the time of asking: log-bucketed seconds since the last event
-    repeat: bool = True  # own-item head: learns if met items come again (groceries) or never do (films)
-    layers: int = Field(2, ge=1)  # SASRec blocks
-    heads: int = Field(2, ge=1)  # SASRec attention heads
-    items: ItemsConfig = ItemsConfig()
-    stream: StreamConfig = StreamConfig()
-    align: AlignConfig = AlignConfig()
-    routing: RoutingConfig = RoutingConfig()
+    cache_bytes: int | None = Field(None, ge=0)  # size limit of the local cache of remote shards
+    max_length: int = Field(200, ge=2, le=65536)  # events of a window or of an evaluated history
+    overlap: float = Field(0.5, ge=0.0, lt=1.0)  # share of a window that repeats earlier events as context
+    feature_noise: float = Field(0.0, ge=0, le=1)  # share of items whose features are swapped (an ablation)
+    shuffle_ties: bool = True  # reorder events of equal time in every epoch (training only)
 
 
 class LossConfig(Part):
-    """The catalogue loss."""
+    """The loss over the catalogue."""
 
     kind: Literal["exact", "sampled", "gbce"] = "exact"
-    # What the softmax runs over. Items without training events can be ranked by content alone, and only if
-    # they are not trained against: auto is `trained` where content is scored (model.items), else `all`.
+    # Items in the softmax. Items without training events can be ranked by content only if they are not used
+    # as negatives: auto is `trained` if content is scored, else `all`.
     classes: Literal["auto", "trained", "all"] = "auto"
-    negatives: int = Field(2048, ge=1)  # sampled, gbce: shared by a microbatch
+    negatives: int = Field(2048, ge=1)  # sampled, gbce: per microbatch
     calibration: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy
-    tile_mib: int = Field(32, ge=1)  # exact: largest logit tile held at once
+    tile_mib: int = Field(32, ge=1)  # exact: size of a tile of logits
 
 
 class OptimConfig(Part):
-    """AdamW for the tower (DeepSpeed) and for the item table (ours), one schedule for both.
+    """AdamW for the tower (by DeepSpeed) and for the tables, with one schedule.
 
-    With a loss by sampling, a step updates (and decays) the rows of the table alone that it looked up.
+    With a sampled loss, a step updates and decays only the table rows that it looked up.
     """
 
     lr: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.98)
-    warmup: float = Field(0.05, ge=0, le=1)  # part of all steps
+    warmup: float = Field(0.05, ge=0, le=1)  # share of all steps
     schedule: Literal["cosine", "constant"] = "cosine"
-    floor: float = Field(0.05, ge=0, le=1)  # last learning rate over the first
+    floor: float = Field(0.05, ge=0, le=1)  # last learning rate relative to `lr`
     clip_tower: float = Field(2.0, ge=0)  # 0: no clipping
     clip_table: float = Field(0.0, ge=0)
 
 
 class TrainingConfig(Part):
-    """The loop."""
+    """The training loop."""
 
     epochs: int = Field(20, ge=1)
-    microbatches: int = Field(12, ge=1)  # K of the epoch plan; the number of workers divides it
-    tokens: int = Field(3200, ge=1)  # padded positions of one microbatch, at most
+    microbatches: int = Field(12, ge=1)  # per step; a multiple of the number of workers
+    tokens: int = Field(3200, ge=1)  # largest number of padded positions of a microbatch
     eval_every: int = Field(1, ge=1)  # epochs between validations
-    patience: int = Field(0, ge=0)  # validations without a better NDCG@10 before stopping; 0: never stop
-    save_every: int = Field(1, ge=1)  # epochs between checkpoints
-    save_steps: int = Field(0, ge=0)  # steps between checkpoints inside an epoch; 0: none
-    keep: int = Field(2, ge=1)  # newest checkpoints kept beside the best
-    keep_every: int = Field(0, ge=0)  # epochs whose checkpoints are kept for good: every so many; 0: none
-    checkpoint_store: str | None = None  # an address (s3://, gs://, ...) where checkpoints are kept as well
-    # Products of a training pass; weights, losses and evaluation are float32. bfloat16 is for GPUs, where it
-    # also lets the catalogue loss use TF32; on a CPU it saves memory of activations and seldom time.
+    patience: int = Field(0, ge=0)  # validations without improvement before stopping; 0: never stop
+    save_every: int = may_change("resume", 1, ge=1)  # epochs between checkpoints
+    save_steps: int = may_change("resume", 0, ge=0)  # steps between checkpoints inside an epoch; 0: none
+    keep: int = may_change("resume", 2, ge=1)  # newest checkpoints kept besides the best
+    keep_every: int = may_change("resume", 0, ge=0)  # keep the checkpoints of every n-th epoch; 0: none
+    checkpoint_store: str | None = may_change("resume", None)  # copy checkpoints to s3://, gs://, ...
+    # Precision of matrix products in training; weights, losses and evaluation are float32. bfloat16 is for
+    # GPUs, where the catalogue loss then also uses TF32; on a CPU it saves memory but rarely time.
     precision: Literal["float32", "bfloat16"] = "float32"
-    checkpoint_activations: bool = False  # layers are run again in the backward pass: slower, less memory
-    profile_steps: int = Field(0, ge=0)  # steps of which rank 0 writes a trace into the run folder; 0: none
+    checkpoint_activations: bool = may_change("resume", False)  # recompute layers in the backward pass
+    profile_steps: int = may_change("resume", 0, ge=0)  # steps that rank 0 profiles; 0: none
     seed: int = 0
-    # Rows of the item table on the workers: all on each, or a range on each. auto: sharded where a whole
-    # table with its optimizer takes more than 1 GiB (findrec/tables/placement.py). Results do not depend on
-    # it.
-    table: Literal["auto", "replicated", "sharded"] = "auto"
-    # A run (folder, or name below runs/) on the data that this data was grown from: weights and rows of known
-    # items are taken over, the optimizer and its schedule start anew.
+    # Rows of tables: all on each worker, or a range on each. auto: sharded if a table with its optimizer
+    # takes more than 1 GiB (findrec/tables/placement.py). Results do not depend on it.
+    table: Literal["auto", "replicated", "sharded"] = may_change("resume", "auto")
+    # A run (folder, or name below runs/) on data that this data was grown from: its weights and item rows are
+    # loaded, the optimizer and its schedule start from scratch.
     warm_start: str | None = None
-    objective: Literal["all", "last"] = "all"  # every position a target, or one sample for each prefix
+    objective: Literal["all", "last"] = "all"  # every position is a target, or one sample per prefix
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
 
 
 class ClusterConfig(Part):
-    """Where it runs."""
+    """The workers and the machines they run on."""
 
-    address: str | None = None  # a Ray cluster to join; default: RAY_ADDRESS, else one is started here
+    address: str | None = None  # of a Ray cluster; default: RAY_ADDRESS, else a local one
     workers: int = Field(2, ge=1)
-    min_workers: int | None = Field(None, ge=1)  # go on with so few when machines are lost; null: all of them
-    wait_s: float = Field(0, ge=0)  # for machines that are still to come, before the first worker is placed
-    threads: int = Field(0, ge=0)  # CPU threads of a worker; 0: cores divided by workers
+    min_workers: int | None = Field(None, ge=1)  # continue with fewer if machines are lost; null: workers
+    wait_s: float = Field(0, ge=0)  # time to wait for machines before the first start
+    threads: int = Field(0, ge=0)  # CPU threads per worker; 0: cores divided by workers
     cpus_per_worker: float = Field(1, gt=0)
-    # What workers split of the tower: nothing, the optimizer, gradients too, weights too. Stages 2 and 3 talk
-    # after every microbatch, which costs more time than a small tower's gradients are worth in memory.
+    # What is sharded of the tower: nothing, the optimizer, also gradients, also weights. Stages 2 and 3
+    # communicate after every microbatch, which is slow and saves little memory for a small tower.
     zero_stage: Literal[0, 1, 2, 3] = 1
-    offload_optimizer: bool = False  # the tower's optimizer in the machine's memory instead of the GPU's
+    offload_optimizer: bool = False  # keep the tower's optimizer in host memory
     gpu: bool | Literal["auto"] = "auto"
-    max_failures: int = Field(3, ge=0)  # restarts after lost workers without a new checkpoint in between
-    hang_s: float = Field(60, gt=0)  # a worker that stands still so long inside a step is killed
-    timeout_s: float = Field(300, gt=0)  # a collective that takes longer is a hang
+    max_failures: int = Field(3, ge=0)  # restarts without a new checkpoint in between
+    hang_s: float = Field(60, gt=0)  # a worker without progress inside a step for so long is killed
+    timeout_s: float = Field(300, gt=0)  # time limit of a collective call
+
+
+DEFAULT_BASELINES: Any = ["popularity", "cooccurrence", "own_frequent", TRAINED_BASELINE]
 
 
 class EvaluationConfig(Part):
     """Full-catalogue ranking."""
 
-    # Who ranks: the workers, between their steps, and in the end this process; or (async) an actor beside
-    # them, from committed checkpoints, so that training never waits; on a GPU where one is left over.
+    # inline: the workers validate between steps, and the driver evaluates at the end. async: an actor
+    # validates committed checkpoints, so that training never waits; it uses a GPU if one is free.
     evaluator: Literal["inline", "async"] = "inline"
-    valid_users: int | None = Field(None, ge=1)  # validation in training: so many, always the same; null: all
-    ks: list[int] = Field([5, 10, 20, 50])
+    valid_users: int | None = Field(None, ge=1)  # users of validations in training; null: all
+    ks: list[Annotated[int, Field(ge=1)]] = Field([5, 10, 20, 50], min_length=1)
     users_per_block: int = Field(256, ge=1)
-    mask_seen: bool | None = None  # take met items out of the ranking; null: where hardly any comes again
-    # What competes for a target: all items, those available at its time (available_from of items.parquet),
-    # those of column=value there or in file:PATH (raw ids); or several. Targets off such a list are left out.
+    mask_seen: bool | None = None  # exclude items of the history; null: if they rarely recur
+    # Items that are ranked: all, those available at the target's time (available_from of items.parquet),
+    # those with column=value or column<value there or in file:PATH (raw ids); or several. Other targets are
+    # left out.
     candidates: str | list[str] = "all"
-    # Beside the full ranking, what N sampled candidates would have shown: not comparable with anything else.
+    # Also report metrics over N sampled candidates, which are not comparable with other metrics.
     sampled: int | None = Field(None, ge=1)
-    # Ray workers that the catalogue's rows are spread over while it is ranked; 0: none, all in one process.
+    # Ray workers over which the item vectors are sharded for ranking; 0: rank in one process.
     shards: int = Field(0, ge=0)
-    baselines: list[str] = Field(["popularity", "cooccurrence", "own_frequent", "sasrec"])
-    samples: int = Field(6, ge=0)  # users whose recommendations the report shows
-    pictures: str | None = None  # folder or tar of item pictures for it; default: where the recipe has them
+    # By name or with their keys (findrec/baseline_configs.py). Models are trained with the data, loss and
+    # budget of the run, and inherit keys of `SequenceConfig` that are not set from `model`.
+    baselines: list[AnyBaseline] = DEFAULT_BASELINES
+    samples: int = Field(6, ge=0)  # users whose recommendations are in the report
+    pictures: str | None = None  # folder or tar of item pictures; default: that of the recipe
+
+    @field_validator("ks")
+    @classmethod
+    def _check_ks(cls, given: list[int]) -> list[int]:
+        if len(set(given)) < len(given):
+            raise ValueError("values must be distinct")
+        return given
+
+    @field_serializer("baselines")
+    def _only_set_keys(self, baselines: list[BaselineConfig | ModelConfig]) -> list[Any]:
+        # Keys that are not set are inherited from `model`, so they are not saved.
+        trees = [{"name": b.name, **b.model_dump(mode="json", exclude_unset=True)} for b in baselines]
+        return [tree["name"] if len(tree) == 1 else tree for tree in trees]
 
     @field_validator("candidates")
     @classmethod
     def _check_candidates(cls, given: str | list[str]) -> str | list[str]:
         for one in [given] if isinstance(given, str) else given:
-            if not re.fullmatch(r"all|available|file:.+|[^=]+=.+", one):
+            if not re.fullmatch(rf"all|available|file:.+|{CONDITION}", one):
                 raise ValueError(
-                    f"{one!r} is neither all, available, column=value (of items.parquet) nor file:PATH (raw "
-                    "item ids)"
+                    f"{one!r} is not one of all, available, column=value or column<value (of items.parquet; "
+                    "also <=, >, >=, !=) and file:PATH (raw item ids)"
                 )
         return given
 
 
 class TrackingConfig(Part):
-    """MLflow, a mirror of `metrics.jsonl`."""
+    """The MLflow mirror of `metrics.jsonl`."""
 
     uri: str | None = None  # default: sqlite file below FINDREC_HOME
     experiment: str = "findrec"
@@ -217,16 +175,16 @@ class TrackingConfig(Part):
 
 
 class RunConfig(Part):
-    """The whole tree."""
+    """The configuration of a run."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    runs: str = "runs"  # the folder that holds run folders
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    runs: str = may_change("resume", "runs")  # the folder of all run folders
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: AnyModel = choose_model(DEFAULT)
     training: TrainingConfig = TrainingConfig()
-    cluster: ClusterConfig = ClusterConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = may_change("resume", ClusterConfig())
+    evaluation: EvaluationConfig = may_change("resume", EvaluationConfig())
+    tracking: TrackingConfig = may_change("resume", TrackingConfig())
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -238,7 +196,7 @@ class RunConfig(Part):
         if k % w:
             raise ValueError(
                 f"cluster.workers={w} must divide training.microbatches={k}: each worker runs the same "
-                "number of a step's microbatches"
+                "number of microbatches per step"
             )
         if self.cluster.offload_optimizer and self.cluster.zero_stage == 0:
             raise ValueError(
@@ -249,55 +207,126 @@ class RunConfig(Part):
             self._check_async()
         return self
 
+    @property
+    def baselines(self) -> list[BaselineConfig | ModelConfig]:
+        """`evaluation.baselines` with inherited keys, without the model of the run itself."""
+        baselines = [
+            _inherit_keys(b, self.model) if isinstance(b, ModelConfig) else b
+            for b in self.evaluation.baselines
+        ]
+        return [baseline for baseline in baselines if baseline.title != self.model.title]
+
+    @model_validator(mode="after")
+    def _check_titles(self) -> RunConfig:
+        titles = [baseline.title for baseline in self.baselines]
+        if duplicate := next((title for title in titles if titles.count(title) > 1), None):
+            raise ValueError(f"evaluation.baselines: two are named {duplicate!r}; set the `label` of one")
+        return self
+
     def _check_async(self) -> None:
         if self.training.patience:
             raise ValueError(
-                "training.patience needs evaluation.evaluator=inline: with async the epoch training ends "
-                "at would depend on how fast the evaluator is"
+                "training.patience needs evaluation.evaluator=inline: with async, the last epoch would "
+                "depend on the speed of the evaluator"
             )
         if self.training.checkpoint_store is not None:
             raise ValueError(
-                "training.checkpoint_store needs evaluation.evaluator=inline: the evaluator of async reads "
-                "the run folder, so all machines must share that anyway"
+                "training.checkpoint_store needs evaluation.evaluator=inline: the async evaluator reads the "
+                "run folder, which all machines must share anyway"
             )
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> dict[str, type[BaseModel] | None]:
+def _inherit_keys(baseline: ModelConfig, model: ModelConfig) -> ModelConfig:
+    """The baseline, with keys common to sequence models that are not set taken from `model`."""
+    shared = SequenceConfig.model_fields.keys() & type(model).model_fields.keys()
+    shared &= type(baseline).model_fields.keys() - baseline.model_fields_set - {"name", "label"}
+    tree = baseline.model_dump(exclude_unset=True) | {key: getattr(model, key) for key in shared}
+    return choose_model({"name": baseline.name, **tree})
+
+
+def _known_keys(
+    section: type[BaseModel], model: type[ModelConfig], prefix: str = ""
+) -> dict[str, type[BaseModel] | None]:
+    """The dotted keys of a section with their sections; `model` is the class of the key `model`."""
     keys: dict[str, type[BaseModel] | None] = {}
-    for name, info in model.model_fields.items():
-        annotation: Any = info.annotation
+    for name, info in section.model_fields.items():
+        annotation: Any = model if info.annotation is ModelConfig else info.annotation
         nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-        section = next((a for a in nested if issubclass(a, Part)), None)
-        keys[prefix + name] = section
-        if section is not None:
-            keys |= _known_keys(section, f"{prefix}{name}.")
+        inner = next((a for a in nested if issubclass(a, Part)), None)
+        keys[prefix + name] = inner
+        if inner is not None:
+            keys |= _known_keys(inner, model, f"{prefix}{name}.")
     return keys
+
+
+def _check_key(
+    key: str, known: Collection[str], model: type[ModelConfig], name: object, override: str
+) -> None:
+    if key in known:
+        return
+    if owner := _key_of_another_model(key, model):
+        raise FindRecError(
+            f"{override!r}: {key} is a key of model.name={owner}, but the model is {name}; leave it out"
+        )
+    raise FindRecError(f"unknown key {key!r} in {override!r}{suggest(key, known)}")
+
+
+def _key_of_another_model(key: str, model: type[ModelConfig]) -> str | None:
+    """The name of the first registered model other than `model` that has the dotted `key`."""
+    classes = ((name, other) for name, other in CONFIGS.items() if other is not model)
+    return next((name for name, other in classes if key in _known_keys(RunConfig, other)), None)
 
 
 def parse_config(tree: dict[str, Any], overrides: Sequence[str] = (), source: str = "config") -> RunConfig:
     """Validate a tree of plain values after applying `dotted.key=value` overrides (values are YAML)."""
-    known = _known_keys(RunConfig)
     tree = yaml.safe_load(yaml.safe_dump(tree))  # a deep copy of plain values
+    values = {}
     for override in overrides:
         key, sep, value = override.partition("=")
         if not sep:
-            raise FindRecError(f"{override!r} is no override: write dotted.key=value, e.g. training.epochs=3")
-        if key not in known:
-            raise FindRecError(f"unknown key {key!r} in {override!r}{suggest(key, known)}")
+            raise FindRecError(
+                f"{override!r} is not an override: write dotted.key=value, e.g. training.epochs=3"
+            )
+        values[key] = (override, parse_yaml(value, f"the value of {reprlib.repr(override)}"))
+    section = tree.get("model")
+    name = section.get("name", DEFAULT) if isinstance(section, dict) else DEFAULT
+    name = values["model.name"][1] if "model.name" in values else name
+    try:
+        model = config_class(name)
+    except ValueError as error:
+        raise FindRecError(f"{source}: {error}") from None
+    known = _known_keys(RunConfig, model)
+    for key, (override, value) in values.items():
+        _check_key(key, known, model, name, override)
         node = tree
         *parents, leaf = key.split(".")
-        for part in parents:
+        for depth, part in enumerate(parents, start=1):
             node = node.setdefault(part, {})
-        node[leaf] = yaml.safe_load(value)
-    return validate(RunConfig, tree, source, lambda place: suggest(".".join(map(str, place)), known))
+            if not isinstance(node, dict):
+                raise FindRecError(
+                    f"{override!r} cannot be set: {'.'.join(parents[:depth])} is {node!r} in {source}, not a "
+                    "section of keys. Give it keys or leave it out"
+                )
+        node[leaf] = value
+
+    def nearest(path: tuple[int | str, ...]) -> str:
+        if "baselines" in path:
+            classes = [*BASELINES.values(), *CONFIGS.values()]
+            return suggest(str(path[-1]), {key for each in classes for key in each.model_fields})
+        key = ".".join(map(str, path))
+        if owner := _key_of_another_model(key, model):
+            return f" (a key of model.name={owner}, but the model is {name}; leave it out)"
+        return suggest(key, known)
+
+    return validate(RunConfig, tree, source, nearest)
 
 
 def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run configuration by path or name (`demo` finds `configs/demo.yaml`)."""
+    """Read a run configuration by path or name (`demo` is `configs/demo.yaml`)."""
     path = find_asset(str(name), "configs")
     return parse_config(read_mapping(path), overrides, source=str(path))
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved tree as YAML; `load_config` of it gives the same tree back."""
+    """The resolved tree as YAML, which `load_config` reads back to an equal tree."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

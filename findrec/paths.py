@@ -1,9 +1,9 @@
-"""Where things are: every path becomes absolute here, never from a job's throw-away directory.
+"""Resolves the paths of data, runs and bundled files to absolute paths.
 
-`FINDREC_HOME` is the folder below which relative `data/`, `runs/` and the MLflow store lie. Without it,
-a checkout's root is the home, and an installed package uses `~/findrec`. A Ray job runs in a throw-away copy
-of the checkout, which is never a home: there the checkout that FindRec was installed from in editable mode
-(`make setup` does that) is used, so that a job finds the data and runs of the one who submitted it.
+Relative `data/`, `runs/` and MLflow paths are resolved against `FINDREC_HOME`. Without it the root of the
+source checkout is used, or `~/findrec` for an installed package. A Ray job runs in a temporary copy of the
+checkout, which is never used; instead it uses the checkout from which FindRec was installed in editable mode
+(by `make setup`), so that the job finds the data and runs of the user who submitted it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ def checkout() -> Path | None:
 
 
 def home() -> Path:
-    """The absolute folder that relative data, run and store paths are resolved against."""
-    given = os.environ.get("FINDREC_HOME")
-    if given:
-        return Path(given).expanduser().resolve()
+    """The absolute folder against which relative data, run and store paths are resolved."""
+    configured = os.environ.get("FINDREC_HOME")
+    if configured:
+        return _without_tilde(configured).resolve()
     root = checkout()
     if root is not None and RAY_COPY not in root.parts:
         return root
-    return _editable_checkout() or Path.home() / "findrec"
+    return _editable_checkout() or _without_tilde("~/findrec")
 
 
 def _editable_checkout() -> Path | None:
-    """The folder an editable install points to, from the record pip leaves (PEP 610)."""
+    """The folder of an editable install, from the record written by pip (PEP 610)."""
     try:
         record = json.loads(importlib.metadata.distribution("findrec").read_text("direct_url.json") or "{}")
     except importlib.metadata.PackageNotFoundError:
@@ -52,20 +52,31 @@ def _editable_checkout() -> Path | None:
     return root if (root / "configs").is_dir() else None
 
 
+def _without_tilde(path: str | Path) -> Path:
+    """A path with `~` replaced by the user's home; FindRecError if the system knows no home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FindRecError(
+            f"{path} cannot be found: this user has no home folder. Set FINDREC_HOME (or HOME) to a writable "
+            "folder, or give an absolute path."
+        ) from None
+
+
 def resolve(path: str | Path) -> Path:
-    """Absolute form of a path given in a configuration (relative ones lie below `home()`)."""
-    given = Path(path).expanduser()
-    return given if given.is_absolute() else home() / given
+    """The absolute form of a path from a configuration; relative paths are below `home()`."""
+    expanded = _without_tilde(path)
+    return expanded if expanded.is_absolute() else home() / expanded
 
 
 def find_run(name: str, runs: str = "runs", *, here: bool = True) -> Path:
-    """The run folder a user means, a path or a name below `runs`; FindRecError lists the known ones.
+    """The run folder for a path or a name below `runs`; FindRecError lists the known runs.
 
-    `here`: a path may be relative to the working directory (a command's, never a job's).
+    With `here`, paths may also be relative to the working directory (for commands, never for jobs).
     """
     candidates = [resolve(name), resolve(runs) / name]
     if here:
-        candidates.insert(0, Path(name).expanduser().resolve())
+        candidates.insert(0, _without_tilde(name).resolve())
     for candidate in candidates:
         if (candidate / "config.yaml").is_file():
             return candidate
@@ -77,13 +88,39 @@ def find_run(name: str, runs: str = "runs", *, here: bool = True) -> Path:
     )
 
 
-def find_asset(name: str, kind: str, suffix: str = ".yaml") -> Path:
-    """The file a user means by `name`: a path, then one in the checkout, then one in the package.
+def data_folder_candidates(name: str) -> list[Path]:
+    """Where a data folder called `name` may be: a path from here or the home, or a name below `data/`.
 
-    `kind` is the folder it belongs to (`datasets`, `configs`, ...).
+    The file name of a recipe stands for the folder that `findrec prepare` makes of it.
+    """
+    stem = name.removesuffix(".yaml")
+    given = [Path(name).expanduser().resolve(), resolve(name), resolve("data") / name]
+    return [*given, resolve("data") / Path(stem).name] if stem != name else given
+
+
+def find_data_folder(name: str) -> Path:
+    """The existing data folder for a path, a name below `data/` or a recipe's file; lists them otherwise."""
+    candidates = data_folder_candidates(name)
+    for candidate in candidates:
+        if (candidate / "manifest.json").is_file():
+            return candidate
+    if (given := next((path for path in candidates if path.is_dir()), None)) is not None:
+        return given  # its manifest is reported as missing
+    known = sorted(path.parent.name for path in resolve("data").glob("*/manifest.json"))
+    raise FindRecError(
+        f"no data folder called {name!r}: looked for {candidates[0]} and {candidates[-1]}"
+        f"{suggest(name, known)} (in {resolve('data')}: {', '.join(known) or 'none'}). "
+        "A data folder is made by `findrec prepare RECIPE`."
+    )
+
+
+def find_asset(name: str, kind: str, suffix: str = ".yaml") -> Path:
+    """The file for `name`: tried as a path, then in the checkout, then in the package.
+
+    `kind` is the folder that contains it (`datasets`, `configs`, ...). Raises FindRecError if there is none.
     """
     folders = [root / kind for root in (checkout(), home(), PACKAGE / "assets") if root is not None]
-    candidates = [Path(name).expanduser(), resolve(name)]
+    candidates = [_without_tilde(name), resolve(name)]
     if (root := checkout()) is not None:
         candidates.append(root / name)
     candidates += [folder / f"{name}{suffix}" for folder in folders]
@@ -93,17 +130,17 @@ def find_asset(name: str, kind: str, suffix: str = ".yaml") -> Path:
             return candidate.resolve()
     known = sorted({p.stem for folder in folders if folder.is_dir() for p in folder.glob(f"*{suffix}")})
     raise FindRecError(
-        f"no {kind} file called {name!r}: looked for that path and for {name}{suffix} in "
-        f"{', '.join(str(f) for f in folders)}{suggest(Path(name).stem, known)} "
+        f"no {kind} file called {name!r}: looked for that path and for {name.removesuffix(suffix)}{suffix} "
+        f"in {', '.join(str(f) for f in folders)}{suggest(Path(name).stem, known)} "
         f"(there: {', '.join(known) or 'none'}). Give one of these names or a path to a YAML file."
     )
 
 
 def drop_checkout_from_sys_path() -> None:
-    """Keep the checkout's plain `datasets/` folder from shadowing Hugging Face's package of that name.
+    """Keep the checkout's `datasets/` folder from shadowing the Hugging Face package of that name.
 
-    Started as `python -m` from the root, Python puts the root on `sys.path`, where even a plain folder
-    answers `find_spec("datasets")`. FindRec's own submodules resolve through the imported package.
+    `python -m` puts the working directory on `sys.path`, where even a folder without `__init__.py` is found
+    by `find_spec("datasets")`. FindRec's own submodules resolve through the imported package.
     """
     root = str(PACKAGE.parent)
     if checkout() is None:
@@ -113,8 +150,9 @@ def drop_checkout_from_sys_path() -> None:
 
 @contextmanager
 def checkout_hidden() -> Iterator[None]:
-    """`drop_checkout_from_sys_path` for a while: a process spawned later takes over `sys.path`, and would not
-    find an editable install of FindRec itself.
+    """Apply `drop_checkout_from_sys_path` inside the context only.
+
+    A process spawned later inherits `sys.path` and would not find an editable install of FindRec without it.
     """
     before = list(sys.path)
     drop_checkout_from_sys_path()

@@ -1,8 +1,9 @@
-"""What the user sees while something takes long: a live bar on a terminal, throttled plain lines elsewhere.
+"""Reports the progress of long operations: a live bar on a terminal, occasional plain lines elsewhere.
 
-Logs of Ray jobs, CI and redirected output are no terminals; there a bar would print thousands of lines, so
-the first line comes at once, later ones at growing distances, and the last one says how long it took.
-`FINDREC_QUIET=1` silences both. Only one process should report: others pass `show=False`.
+Logs of Ray jobs, CI and redirected output are not terminals, and a bar would print thousands of lines there.
+Instead the first line is printed at once, later ones at growing intervals, and the last one with the
+duration. `FINDREC_QUIET=1` silences both, but no warning. Only one process should report; others
+pass `show=False`.
 """
 
 from __future__ import annotations
@@ -11,30 +12,59 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
-from rich.console import Console
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.segment import Segment
+
+from findrec.text import printable
 
 FIRST_GAP_S = 5.0
 GAP_GROWTH = 1.5
 LARGEST_GAP_S = 60.0
 
 _lock = threading.RLock()
-_live: Progress | None = None  # one live display is shared by nested bars: a terminal can hold only one
+_live: Progress | None = None  # shared by nested bars, as a terminal can have only one live display
 _live_users = 0
 
 
 def quiet() -> bool:
-    """Whether the user asked for silence (`FINDREC_QUIET` set to anything but empty or 0)."""
+    """Whether output is switched off (`FINDREC_QUIET` is set to anything but an empty string or 0)."""
     return os.environ.get("FINDREC_QUIET", "") not in ("", "0")
 
 
+class Console(RichConsole):
+    """A console on which text of foreign files cannot control the terminal or show credentials."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The parts of what is printed, made printable."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(printable(part.text), part.style)
+
+
 def say(line: str) -> None:
-    """Print one line of commentary, above a live bar if there is one; flushed, as logs are read live."""
+    """Print one line unless quiet, above the live bar if there is one.
+
+    The line is flushed, as logs are read live.
+    """
+    if not quiet():
+        _print(line)
+
+
+def warn(line: str) -> None:
+    """Print a line like `say`, but to stderr when quiet: something is left out, slow or not as requested."""
     if quiet():
-        return
+        print(printable(line), file=sys.stderr, flush=True)
+    else:
+        _print(line)
+
+
+def _print(line: str) -> None:
+    line = printable(line)
     with _lock:
         if _live is not None:
             _live.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -46,12 +76,19 @@ def format_seconds(seconds: float) -> str:
     """`3.2 s`, `1:07 min` or `2:05:00 h`, whichever reads best."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
+    minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes}:{rest:02d} min"
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d} h"
+
+
+def format_utc(seconds: float, pattern: str = "%Y-%m-%d %H:%M:%S") -> str:
+    """Format a Unix time as UTC, or as a number if it is out of range (not every log uses Unix time)."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime(pattern)
+    except (OverflowError, OSError, ValueError):
+        return str(seconds)
 
 
 def _format_value(value: object) -> str:
@@ -63,7 +100,7 @@ def _format_rate(per_second: float) -> str:
 
 
 class Bar:
-    """One thing being counted. `advance` and `note` may be called from any thread."""
+    """Progress of one operation. `advance` and `note` may be called from any thread."""
 
     def __init__(self, what: str, total: int | None, unit: str, clock: Callable[[], float]) -> None:
         self.what = what
@@ -74,16 +111,16 @@ class Bar:
         self._start = clock()
         self._notes: dict[str, object] = {}
         self._shown = False
-        self.after_s = 0.0  # nothing is shown before so many seconds have passed
+        self.after_s = 0.0  # nothing is shown before this many seconds have passed
 
     def advance(self, count: int = 1) -> None:
-        """Count `count` more units as done."""
+        """Add `count` finished units."""
         with _lock:
             self.done += count
             self._update()
 
     def note(self, **values: object) -> None:
-        """Show named values beside the count (`loss=2.31`); `eta=` in seconds replaces our own estimate."""
+        """Show named values beside the count (`loss=2.31`); `eta=` in seconds replaces the estimate."""
         with _lock:
             self._notes.update(values)
             self._update()
@@ -96,9 +133,9 @@ class Bar:
         return self.done / max(self.seconds(), 1e-9)
 
     def _eta(self) -> str | None:
-        given = self._notes.get("eta")
-        if given is not None:
-            return format_seconds(float(given)) if isinstance(given, int | float) else str(given)
+        eta = self._notes.get("eta")
+        if eta is not None:
+            return format_seconds(float(eta)) if isinstance(eta, int | float) else str(eta)
         if not self.total or not self.done or self.done >= self.total:
             return None
         return format_seconds((self.total - self.done) / self._rate())
@@ -130,13 +167,13 @@ class Bar:
             self._end(failed)
 
     def _show(self) -> None:
-        """Tell the user, if it is time to; the base class is silent."""
+        """Show the current status if it is due; the base class prints nothing."""
 
     def _begin(self) -> None:
-        """Announce the start."""
+        """Show that the operation has started."""
 
     def _end(self, failed: bool) -> None:
-        """Announce the end, with the duration."""
+        """Show that the operation has ended, with its duration."""
 
     def _summary(self, failed: bool) -> str:
         took = format_seconds(self.seconds())
@@ -150,7 +187,7 @@ class Bar:
 
 
 class _PlainBar(Bar):
-    """Whole lines at growing distances."""
+    """Prints plain lines at growing intervals."""
 
     _gap = FIRST_GAP_S
     _last = 0.0
@@ -215,11 +252,12 @@ def progress(
     after_s: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Bar]:
-    """Report how far `what` has come: `with progress("encode", total=n) as bar: bar.advance(k)`.
+    """Report the progress of an operation called `what`.
 
-    `total` is the number of units expected (None when unknown: no share and no time left are shown).
-    With `show=False` (ranks other than 0) or `FINDREC_QUIET` nothing is printed, and nothing before `after_s`
-    seconds have passed: what is done by then is not worth a line. `clock` gives seconds.
+    Used as `with progress("encode", total=n) as bar: bar.advance(k)`. `total` is the expected number of
+    units; if it is None, no percentage and no remaining time are shown. With `show=False` (ranks other
+    than 0) or `FINDREC_QUIET` nothing is printed, and nothing before `after_s` seconds have passed, so
+    that short operations print no line. `clock` returns seconds.
     """
     kind = Bar if quiet() or not show else _LiveBar if sys.stdout.isatty() else _PlainBar
     with _lock:

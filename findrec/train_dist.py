@@ -3,11 +3,10 @@
     python -m findrec.train_dist --config configs/demo.yaml [dotted.key=value ...]
     ray job submit --working-dir . -- python -m findrec.train_dist --config configs/demo.yaml
 
-Prepares the data set on first use, starts Ray here if no cluster address is given (cluster.address or
-RAY_ADDRESS), trains with DeepSpeed, ranks the full catalogue, writes the run folder. Started again with the
-same name it continues from the newest checkpoint; `--fresh` deletes the run and starts anew. SIGTERM ends it
-after the step under way, saved. `--dry-run` prints what would be placed, read and kept in memory, and starts
-nothing.
+Prepares the data set on first use, starts Ray on this machine unless there is a cluster address
+(cluster.address or RAY_ADDRESS), trains with DeepSpeed, ranks the full catalogue and writes the run folder.
+Started again with the same name it resumes from the newest checkpoint; `--fresh` deletes the run first.
+SIGTERM stops it after saving the current step. `--dry-run` only prints the plan: workers, steps and memory.
 """
 
 from __future__ import annotations
@@ -19,16 +18,20 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from findrec.errors import FindRecError, Preempted
+from findrec.errors import FindRecError, Preempted, system_error
 from findrec.paths import drop_checkout_from_sys_path
+from findrec.text import printable
+
+if TYPE_CHECKING:
+    from findrec.config import RunConfig
 
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; `argv` None: that of this process."""
+    """Parse the command line; `argv` None: that of this process."""
     parser = argparse.ArgumentParser(
         prog="python -m findrec.train_dist",
         description=(__doc__ or "").split("\n\n")[0],
@@ -44,44 +47,56 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _run(arguments: argparse.Namespace) -> None:
     from findrec.config import dump_config, load_config
     from findrec.progress import say
-    from findrec.training.runs import checkpoint_folder, open_run_folder, run_folder, training_jobs
+    from findrec.training.logs.tracking import check_tracking
+    from findrec.training.runs import only_training_of
 
     config = load_config(arguments.config, arguments.overrides)
+    check_tracking(config)
     if arguments.dry_run:
-        from findrec.cluster.dry_run import dry_run
+        from findrec.cluster.plan.dry_run import dry_run
 
         dry_run(config)
         return
     say(f"resolved configuration:\n{dump_config(config)}")
+    with only_training_of(config):
+        _train(config, arguments)
 
-    from findrec.cluster.beside import Beside
-    from findrec.cluster.launch import ray_session
+
+def _train(config: RunConfig, arguments: argparse.Namespace) -> None:
+    from findrec.cluster.async_evaluation import AsyncEvaluation
     from findrec.cluster.supervise import train_on_ray
-    from findrec.datasets.prepare import open_or_prepare
+    from findrec.datasets.prepare.pipeline import open_or_prepare
+    from findrec.evaluation.check import check_run
     from findrec.evaluation.run import evaluate_run
-    from findrec.training.checkpoint import list_checkpoints
+    from findrec.progress import say
+    from findrec.ray_session import ray_session
+    from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
+    from findrec.training.runs import open_run_folder, run_folder, training_jobs
     from findrec.training.warm_start import find_warm_start
 
     data = open_or_prepare(config.data)
-    for job in training_jobs(config, run_folder(config)):  # refused here, before any worker is started
+    check_run(config, data)
+    for job in training_jobs(config, run_folder(config)):
         if arguments.fresh or not list_checkpoints(checkpoint_folder(job.folder)):
             find_warm_start(job.config, data)
     if arguments.fresh:
         shutil.rmtree(run_folder(config), ignore_errors=True)
     folder = open_run_folder(config)
     with ray_session(config), _sigterm_sets() as stop:
-        beside = Beside(config, data.location, folder) if config.evaluation.evaluator == "async" else None
-        train_on_ray(config, data.location, folder, stop, beside)
-        if beside is not None:
-            beside.finish(stop)
-    if beside is None:
+        async_evaluation = (
+            AsyncEvaluation(config, data.location, folder) if config.evaluation.evaluator == "async" else None
+        )
+        train_on_ray(config, data.location, folder, stop, async_evaluation)
+        if async_evaluation is not None:
+            async_evaluation.finish(stop)
+    if async_evaluation is None:
         evaluate_run(folder)
     say(f"done: {folder / 'report.html'}")
 
 
 @contextmanager
 def _handles_sigterm(handler: Any) -> Iterator[None]:
-    """Ours in place of what was there (Ray's, which ends the process); only a main thread has handlers."""
+    """Replace the handler of SIGTERM (Ray's ends the process); only a main thread can have handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,23 +115,24 @@ def _sigterm_sets() -> Iterator[threading.Event]:
 
 
 def _end_here(*_: object) -> None:
-    raise Preempted("training was not under way, so nothing had to be saved")
+    raise Preempted("training was not running, so nothing had to be saved")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run and return the exit code: 0 done, 2 a mistake in what was given, 75 ended by SIGTERM in order,
-    130 interrupted.
-    """
+    """Run; returns the exit code: 0 done, 2 user error, 75 stopped cleanly by SIGTERM, 130 interrupted."""
     drop_checkout_from_sys_path()
     arguments = parse_arguments(argv)
     try:
         with _handles_sigterm(_end_here):
             _run(arguments)
     except Preempted as ended:
-        print(f"stopped by SIGTERM: {ended}; the same command continues", file=sys.stderr)
+        print(printable(f"stopped by SIGTERM: {ended}; the same command continues"), file=sys.stderr)
         return EXIT_AGAIN
     except FindRecError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {system_error(error) or printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)

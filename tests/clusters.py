@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from findrec.training.checkpoint import latest_checkpoint
+from findrec.training.checkpoints.checkpoint import latest_checkpoint
 
 BIN = Path(sys.executable).parent
 UNTRACKED = "tracking.enabled=false"  # saves each run that tests something else some seconds
-# A machine that dies is found out in seconds, where Ray by default takes half a minute.
+# A dead machine is detected in seconds; by default Ray takes half a minute.
 _QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -87,10 +87,10 @@ class Cluster:
         """Have Ray announce, as an autoscaler does, that the one living node beside the head will go."""
         env = self.environment | self.join
         ask = [sys.executable, "-c", _OTHER_NODE]
-        found = subprocess.run(ask, env=env, stdout=subprocess.PIPE, text=True, check=True)
+        result = subprocess.run(ask, env=env, stdout=subprocess.PIPE, text=True, check=True)
         command = [str(BIN / "ray"), "drain-node", f"--address={self.address}", "--reason-message=a test"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds=120"]
-        subprocess.run([*command, f"--node-id={found.stdout.strip()}"], env=env, check=True)
+        subprocess.run([*command, f"--node-id={result.stdout.strip()}"], env=env, check=True)
 
 
 def _start(arguments: list[str], env: dict[str, str], log: Path) -> subprocess.Popen:
@@ -110,10 +110,10 @@ def kill_node(node: subprocess.Popen) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    found = []
+    result = []
     for child in subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True).stdout.split():
-        found += [*_descendants(int(child)), int(child)]
-    return found
+        result += [*_descendants(int(child)), int(child)]
+    return result
 
 
 @contextlib.contextmanager
@@ -216,11 +216,11 @@ class Run:
     def end(self, code: int = 0, seconds: float = 300) -> str:
         """Wait for the end; everything that was said."""
         try:
-            found = self.process.wait(seconds)
+            result = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
             raise AssertionError(f"no end after {seconds} s:\n{self.output[-6000:]}") from None
-        assert found == code, self.output[-6000:]
+        assert result == code, self.output[-6000:]
         return self.output
 
     def workers(self) -> list[int]:
@@ -237,10 +237,10 @@ def weights(run_folder: Path) -> dict[str, bytes]:
 
 def processes_of(home: Path, title: str) -> list[int]:
     """Those of the home's runs whose titles begin so."""
-    found = []
+    result = []
     for proc in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             mine = f"FINDREC_HOME={home}\0".encode() in (proc / "environ").read_bytes()
             if mine and (proc / "cmdline").read_bytes().startswith(title.encode()):
-                found.append(int(proc.name))
-    return sorted(found)
+                result.append(int(proc.name))
+    return sorted(result)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+BENCHMARKS = Path(__file__).parents[1] / "evaluation" / "benchmarks"  # pytest's own `pythonpath`
 PATIENCE_S = 300
 
 
@@ -37,9 +38,10 @@ class Workers:
         self._processes = []
 
     def __enter__(self):
-        # They meet in a file: a port found free may be taken by the time it is used.
+        # They rendezvous by a file: a free port may be taken by the time it is used.
         meeting = self.folder / f"{uuid.uuid4().hex}.meeting"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "FINDREC_QUIET": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
         for rank in range(self.world):
             self._processes.append(
                 subprocess.Popen(
@@ -104,25 +106,27 @@ def main(rank, world, meeting):
 
 
 def train(rank, world, tower, data, checkpoints, out, config):
-    """One training on this worker; what `Workers.train` is told of it."""
-    from findrec.bench.memory import peak_rss_bytes
-    from findrec.cluster.engine import DeepSpeedTower
+    """One training on this worker; returns the result of `Workers.train`."""
+    from bench.memory import peak_rss_bytes
+
+    from findrec.cluster.zero.engine import DeepSpeedTower
     from findrec.config import parse_config
-    from findrec.datasets.folder import DataFolder
+    from findrec.datasets.folder.data_folder import DataFolder
+    from findrec.evaluation.validation import validate
     from findrec.training.allocator import keep_freed_memory
-    from findrec.training.build import build_table, build_tower_model
-    from findrec.training.checkpoint import latest_checkpoint, load_checkpoint
+    from findrec.training.build import build_tables, build_tower_model
+    from findrec.training.checkpoints.checkpoint import latest_checkpoint, load_checkpoint
     from findrec.training.loop import run_training
-    from findrec.training.tower import PlainTower
+    from findrec.training.tower import PlainTower, Tower
     from findrec.training.worker import Worker
 
     keep_freed_memory()
     config = parse_config(config)
     folder = DataFolder.open(Path(data))
     torch.manual_seed(config.training.seed)
-    model, table = build_tower_model(config, folder), build_table(config, folder)
+    model, tables = build_tower_model(config, folder), build_tables(config, folder)
     if tower == "plain":
-        engine = PlainTower(model, config.training.optim)
+        engine: Tower = PlainTower(model, config.training.optim)
     else:
         engine = DeepSpeedTower(
             model,
@@ -139,7 +143,16 @@ def train(rank, world, tower, data, checkpoints, out, config):
             if "train/loss" in values:
                 losses.append([values["train/loss"], values["grad_norm/tower"], values["grad_norm/table"]])
 
-    run_training(config, folder, Path(checkpoints), engine, table, worker=Worker(rank, world), log=Log())
+    run_training(
+        config,
+        folder,
+        Path(checkpoints),
+        engine,
+        tables,
+        worker=Worker(rank, world),
+        validate=validate,
+        log=Log(),
+    )
     weights = {k: v.detach().clone() for k, v in engine.weights().items()}
     if rank == 0:  # the table of the last checkpoint: workers may hold a part each
         rows = load_checkpoint(latest_checkpoint(Path(checkpoints))).table["weight"]

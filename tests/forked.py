@@ -9,7 +9,7 @@ def forked(target, world, *arguments):
     """`target(rank, world, *arguments)` on each of `world` workers while the body runs; all must end well."""
     context = multiprocessing.get_context("forkserver")
     # By names that are installed: the server does not know where tests lie.
-    context.set_forkserver_preload(["findrec.training.build", "findrec.evaluation.sharded"])
+    context.set_forkserver_preload(["findrec.training.build", "findrec.evaluation.ranking.distributed"])
     workers = [context.Process(target=target, args=(rank, world, *arguments)) for rank in range(world)]
     for worker in workers:
         worker.start()

@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from findrec.config import dump_config, parse_config
-from findrec.datasets.memory import write_data_folder
-from findrec.training.build import build_table, build_tower_model
+from findrec.datasets.folder.in_memory import write_data_folder
+from findrec.evaluation.validation import validate
+from findrec.training.build import build_tables, build_tower_model
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -43,7 +44,7 @@ def planted_run(path, folder, model=None, training=None, log=None, **evaluation)
     """A run folder with checkpoints of a short training on a data folder, as a job leaves it."""
     tree = make_config(**{"epochs": 3} | (training or {})).model_dump(mode="json")
     tree["name"], tree["data"]["folder"] = path.name, str(folder.path)
-    tree["model"] |= model or {}
+    tree["model"] = model if model and "name" in model else tree["model"] | (model or {})
     tree["evaluation"] |= {"baselines": [], "samples": 2} | evaluation
     tree["tracking"]["enabled"] = False
     config = parse_config(tree)
@@ -56,8 +57,9 @@ def planted_run(path, folder, model=None, training=None, log=None, **evaluation)
         folder,
         path / "checkpoints",
         tower,
-        build_table(config, folder),
+        build_tables(config, folder),
         worker=Worker(),
+        validate=validate,
         log=log or Silent(),
     )
     return path

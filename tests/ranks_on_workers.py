@@ -1,5 +1,6 @@
 """What a worker does in the tests of ranks with a sharded table."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import torch
 import torch.distributed as dist
 from planted import make_config
 
-from findrec.datasets.folder import DataFolder
-from findrec.evaluation.sharded import rank_split_sharded
-from findrec.training.build import build_catalogue, build_table, build_tower_model
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.evaluation.protocol import RankingProtocol
+from findrec.evaluation.ranking.distributed import rank_split_sharded
+from findrec.tables.base import ITEMS
+from findrec.training.build import build_catalogue, build_tables, build_tower_model
 
-HOW = {"users_per_block": 16, "max_length": 16, "mask_seen": True}
+PROTOCOL = RankingProtocol(users_per_block=16, max_length=16, mask_seen=True)
 
 
 def parts(folder, features, *, placement):
@@ -25,7 +28,7 @@ def parts(folder, features, *, placement):
     torch.manual_seed(0)
     return (
         build_tower_model(config, folder).eval(),
-        build_table(config, folder),
+        build_tables(config, folder)[ITEMS],
         build_catalogue(config, folder),
     )
 
@@ -39,7 +42,9 @@ def work(rank, world, meeting, folder, features, sample, out):
     folder = DataFolder.open(Path(folder))
     model, table, catalogue = parts(folder, features, placement="sharded")
     assert len(table.weight) < folder.num_items
-    ranks = rank_split_sharded(model, table, catalogue, folder, "valid", **HOW, sample=sample, piece_rows=7)
+    ranks = rank_split_sharded(
+        model, table, catalogue, folder, "valid", replace(PROTOCOL, sample=sample), piece_rows=7
+    )
     np.save(f"{out}.{rank}", ranks.to_array())
     dist.barrier()  # else the first to exit may take the others' gloo threads down
     dist.destroy_process_group()

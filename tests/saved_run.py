@@ -6,8 +6,8 @@ import torch
 
 from findrec.config import dump_config, parse_config
 from findrec.training.build import build_tower_model
-from findrec.training.checkpoint import TrainState, save_checkpoint
-from findrec.training.runs import checkpoint_folder, training_jobs
+from findrec.training.checkpoints.checkpoint import TrainState, checkpoint_folder, save_checkpoint
+from findrec.training.runs import training_jobs
 
 MAX_LENGTH = 12
 
@@ -36,8 +36,8 @@ def save_run(path, data, *overrides, **sections):
             checkpoint_folder(job.folder),
             state,
             tower=network.state_dict(),
-            moments={},
-            table={"weight": table},
+            optimizer_state={},
+            tables={"items": {"weight": table}},
         )
     lines = [
         {"step": s, "epoch": 0, "time": 1.0 * s, "train/loss": 5.0 / s, "aux/stein": 0.1}

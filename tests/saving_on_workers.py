@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 
 from findrec.config import LossConfig, OptimConfig
-from findrec.tables.parts import TableSpec
 from findrec.tables.sharded_table import ShardedItemTable
-from findrec.training import saving
-from findrec.training.checkpoint import TrainState
+from findrec.tables.table_spec import TableSpec
+from findrec.training.checkpoints import saving
+from findrec.training.checkpoints.checkpoint import TrainState
 from findrec.training.worker import Worker
 
 SPEC = TableSpec(20, 4, seed=1, loss=LossConfig(), optim=OptimConfig())
@@ -26,7 +26,7 @@ def work(rank, world, meeting, roots, full):
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    tower = SimpleNamespace(moments=dict, weights=dict)
+    tower = SimpleNamespace(optimizer_state=dict, weights=dict)
     saving.TABLE_FILE_BYTES = 4 * 3 * 4 * 4  # four rows
     if full and rank == full - 1:
 
@@ -37,7 +37,7 @@ def work(rank, world, meeting, roots, full):
     root = Path(roots[rank])
     expected = pytest.raises(OSError, match="No space left") if full else nullcontext()
     with expected:
-        saving.save_training(root, STATE, tower, ShardedItemTable(SPEC), Worker(rank, world))
+        saving.save_training(root, STATE, tower, {"items": ShardedItemTable(SPEC)}, Worker(rank, world))
     dist.barrier()
     assert (root / "step-00000005").exists() == (not full and root.name == "disk0")
     dist.barrier()

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from findrec.config import LossConfig, OptimConfig
-from findrec.ops.linear_cross_entropy import OwnBonus
+from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.tables.item_table import ItemTable
-from findrec.tables.parts import TableSpec
 from findrec.tables.sharded_table import ShardedItemTable
+from findrec.tables.table_spec import TableSpec
 
 DIM = 8
 STEPS = 2
@@ -26,7 +26,7 @@ class Case:
     kind: str
     clip: float
     accumulation: int
-    own: bool
+    repeat: bool
     transform: bool
     only_trained: bool
     num_items: int = 30
@@ -61,7 +61,7 @@ CASES = [
 
 def train(table, case, mine, total):
     """`STEPS` steps of `total` microbatches, of which this worker has `mine`; everything worth comparing."""
-    found = {}
+    result = {}
     classes = torch.arange(1, case.num_items + 1)
     if case.only_trained:
         classes = classes[~torch.isin(classes, torch.tensor(UNTRAINED))]
@@ -70,8 +70,8 @@ def train(table, case, mine, total):
     gain = torch.linspace(0.5, 1.5, DIM, requires_grad=True)
 
     def transform(ids, rows):
-        place = torch.arange(ids.start, ids.stop) if isinstance(ids, range) else ids
-        return rows * gain + content[place]
+        index = torch.arange(ids.start, ids.stop) if isinstance(ids, range) else ids
+        return rows * gain + content[index]
 
     for step in range(STEPS):
         for m in mine:
@@ -83,10 +83,10 @@ def train(table, case, mine, total):
             mix = torch.randn(size, len(ids), generator=g)
             x = table.lookup(ids)
             h = mix @ x + torch.randn(size, DIM, generator=g)
-            own = own_items(size, m % 3 + 1, classes, g) if case.own else None
+            repeat = random_repeat_bonus(size, m % 3 + 1, classes, g) if case.repeat else None
             loss = table.catalogue_loss(
                 *(h, target, num_targets),
-                own=own,
+                repeat=repeat,
                 generator=g,
                 transform=transform if case.transform else None,
             )
@@ -97,25 +97,25 @@ def train(table, case, mine, total):
             table.push(ids, x.grad)
             if loss.scored is not None:
                 table.push(loss.scored.ids, loss.scored.rows.grad)
-            found |= {f"loss/{step}/{m}": loss.loss, f"dh/{step}/{m}": loss.dh}
-            if case.own:
-                found[f"dbonus/{step}/{m}"] = loss.dbonus
-        found[f"norm/{step}"] = torch.tensor(table.step(2e-4))
-    found |= {f"table/{name}": value for name, value in table.state().items()}
+            result |= {f"loss/{step}/{m}": loss.loss, f"dh/{step}/{m}": loss.dh}
+            if case.repeat:
+                result[f"dbonus/{step}/{m}"] = loss.dbonus
+        result[f"norm/{step}"] = torch.tensor(table.step(2e-4))
+    result |= {f"table/{name}": value for name, value in table.state().items()}
     if case.transform:
-        found["gain"] = gain.grad
-    return {name: value.detach().clone() for name, value in found.items()}
+        result["gain"] = gain.grad
+    return {name: value.detach().clone() for name, value in result.items()}
 
 
-def own_items(size, num_own, classes, g):
+def random_repeat_bonus(size, num_candidates, classes, g):
     """Bonuses for a few items of each third token's row."""
     row = torch.arange(size) // 3
     ids = torch.stack(
-        [classes[torch.randperm(len(classes), generator=g)[:num_own]] for _ in range(size // 3 + 1)]
+        [classes[torch.randperm(len(classes), generator=g)[:num_candidates]] for _ in range(size // 3 + 1)]
     )
     ids[:, -1] = 0  # not every row has as many
-    seen = (torch.rand(size, num_own, generator=g) < 0.7) & (ids[row] > 0)
-    return OwnBonus(ids, row, seen, torch.randn(size, num_own, generator=g) * seen)
+    seen = (torch.rand(size, num_candidates, generator=g) < 0.7) & (ids[row] > 0)
+    return RepeatBonus(ids, row, seen, torch.randn(size, num_candidates, generator=g) * seen)
 
 
 def work(rank, world, meeting, out):
@@ -124,13 +124,13 @@ def work(rank, world, meeting, out):
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
-    found = {}
+    result = {}
     for number, case in enumerate(CASES):
         total = world * case.accumulation
         for placement, make in TABLES.items():
             table = make(case.spec())
             values = train(table, case, range(rank, total, world), total)
-            found |= {f"{number}/{placement}/{name}": value for name, value in values.items()}
-    save_file(found, f"{out}.{rank}")
+            result |= {f"{number}/{placement}/{name}": value for name, value in values.items()}
+    save_file(result, f"{out}.{rank}")
     dist.barrier()  # else the first to exit may take the others' gloo threads down
     dist.destroy_process_group()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import time
@@ -9,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import findrec.train_dist
-from findrec import __version__, doctor
-from findrec.cli import main
-from findrec.doctor import Finding
+from findrec import __version__
+from findrec.cli import doctor
+from findrec.cli.app import main
+from findrec.cli.doctor import Finding
+from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.errors import FindRecError
 from findrec.paths import find_run
 
@@ -34,8 +39,38 @@ def make_run(home: Path, name: str = "demo") -> Path:
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["version"]) == 0
-    assert capsys.readouterr().out == f"{__version__}\n"
+    for command in ("version", "--version"):
+        assert main([command]) == 0
+        assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_help_is_also_h(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["-h"], ["stats", "-h"]):
+        assert main(arguments) == 0
+        assert "--help" in capsys.readouterr().out
+
+
+def test_shells_complete_the_commands() -> None:
+    asked = {"_FINDREC_COMPLETE": "complete_bash", "COMP_WORDS": "findrec re", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "findrec.cli"], capture_output=True, text=True, env=os.environ | asked
+    )
+    assert done.stdout.split() == ["report", "recommend"]
+
+
+def test_data_folders_are_found_by_name_and_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data" / "my-shop"
+    write_data_folder(folder, [[1, 2, 3], [2, 1, 3]], texts=["a", "b", "c"])
+    (tmp_path / "my-shop").mkdir()  # raw files in a folder of the same name
+    np.save(tmp_path / "v.npy", np.ones((3, 4), dtype=np.float32))
+    for number, name in enumerate(("my-shop", "data/my-shop", str(folder), "my-shop.yaml")):
+        assert main(["verify", name]) == 0
+        assert str(folder) in capsys.readouterr().out
+        assert main(["features", name, "--vectors", "v.npy", "--modality", f"clip{number}"]) == 0
+    assert main(["verify", "my-shp"]) == 2
+    assert re.search("no data folder called 'my-shp'.*did you mean 'my-shop'", capsys.readouterr().err)
 
 
 def test_help_names_every_command_quickly() -> None:
@@ -79,8 +114,8 @@ def test_help_names_every_command_quickly() -> None:
 def test_prepare_passes_recipe_folder_force_and_parent(
     arguments: list[str], target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import findrec.datasets.prepare as prepare
-    from findrec.datasets.engine import Limits
+    import findrec.datasets.prepare.pipeline as prepare
+    from findrec.datasets.sources.duckdb_engine import Limits
 
     calls: list[tuple[str, Path, bool, Path | None]] = []
     given: list[Limits] = []
@@ -95,7 +130,8 @@ def test_prepare_passes_recipe_folder_force_and_parent(
     assert main(["prepare", "ml-100k", *arguments]) == 0
     limits = ["--memory-gib", "1.5", "--threads", "1", "--scratch", str(tmp_path)]
     assert main(["prepare", "ml-100k", "--force", *limits, *arguments]) == 0
-    assert main(["prepare", "ml-100k", "--grow", "data/old", *arguments]) == 0
+    (tmp_path / "data/old").mkdir(parents=True)
+    assert main(["prepare", "ml-100k", "--grow", "old", *arguments]) == 0
     rest = [(False, None), (True, None), (False, tmp_path / "data/old")]
     assert calls == [("ml-100k", tmp_path / target, *how) for how in rest]
     assert given == [Limits.of(), Limits(1.5, 1, tmp_path), Limits.of()]
@@ -163,6 +199,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["verify", "nowhere"], "nowhere"),
     (["evalute", "demo"], "evaluate"),
     (["prepare"], "recipe"),
+    (["prepare", "x" * 300], "File name too long"),
+    (["train", "x" * 300], "File name too long"),
 ]
 
 
@@ -175,6 +213,11 @@ def test_mistakes_get_one_message(
     assert says in captured.err
     assert "Traceback" not in captured.err
     assert not any(tmp_path.iterdir())
+
+
+def test_the_module_ends_with_the_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "findrec.cli", "verify", "nowhere"], capture_output=True)
+    assert done.returncode == 2
 
 
 def test_missing_permission_is_told(
@@ -191,7 +234,7 @@ def test_missing_permission_is_told(
         SimpleNamespace(evaluate_run=refuse),  # type: ignore[arg-type]
     )
     assert main(["evaluate", "demo"]) == 2
-    assert f"no permission for {folder / 'metrics.json'}" in capsys.readouterr().err
+    assert f"Permission denied: {folder / 'metrics.json'}. Change its rights" in capsys.readouterr().err
 
 
 def test_doctor_looks_at_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +258,7 @@ def test_doctor_fails_when_something_needed_is_missing(
         "           -> install it",
         " ! memory  1 GB",
         "           -> tight",
-        "1 to mend before training, 1 to think about",
+        "1 to fix before training, 1 to consider",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Paths become absolute, assets are found everywhere, and the checkout shadows no package."""
+"""Resolution of paths and assets; the checkout shadows no package."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ except SystemExit as end:
     assert not end.code, end.code
 spec = importlib.util.find_spec("datasets")
 print("spec", spec.origin if spec else None)
-import findrec.datasets.batch
-print("ours", findrec.datasets.batch.__file__)
+import findrec.datasets.batches.batch
+print("ours", findrec.datasets.batches.batch.__file__)
 """
 
 
@@ -91,7 +91,7 @@ def test_checkout_does_not_shadow_hugging_face_datasets() -> None:
     outside = run(before, ROOT.parent)  # None, or Hugging Face's where it is installed
     spec, ours = run(PROBE, ROOT).splitlines()[-2:]
     assert spec == f"spec {outside}"
-    assert ours == f"ours {ROOT / 'findrec' / 'datasets' / 'batch.py'}"
+    assert ours == f"ours {ROOT / 'findrec' / 'datasets' / 'batches' / 'batch.py'}"
 
 
 def test_a_hidden_checkout_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,3 +110,12 @@ def test_entry_points_drop_the_checkout_before_anything_heavy(tmp_path: Path) ->
         check=True,
     )
     assert "torch" not in done.stderr
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FINDREC_HOME", "~nobody-of-this-name/findrec")
+    with pytest.raises(FindRecError, match=r"no home folder. Set FINDREC_HOME"):
+        home()
+    monkeypatch.setenv("FINDREC_HOME", "/tmp")
+    with pytest.raises(FindRecError, match="no home folder"):
+        resolve("~nobody-of-this-name/runs")

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from findrec.progress import format_seconds, progress, say
+from findrec.progress import format_seconds, progress, say, warn
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """A clock that is advanced by hand."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -70,7 +70,7 @@ def test_what_is_done_soon_shows_nothing(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "hash: 10 bytes in 2.0 s (5 bytes/s)\n"
 
 
-def test_failure_is_told_and_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_and_raised(capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         with progress("read", total=8, unit="shards", clock=Clock()) as bar:
             bar.advance(3)
@@ -91,7 +91,7 @@ def test_unknown_total_and_hidden_rank(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == ""
 
 
-def test_quiet_silences_everything(
+def test_quiet_silences_all_but_warnings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FINDREC_QUIET", "1")
@@ -101,7 +101,14 @@ def test_quiet_silences_everything(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+    warn("3 rows are left out")
+    warn("WARNING: the disk is full")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "3 rows are left out\nWARNING: the disk is full\n"
     monkeypatch.setenv("FINDREC_QUIET", "0")
+    warn("3 rows are left out")
+    assert capsys.readouterr().out == "3 rows are left out\n"
     say("hello")
     assert capsys.readouterr().out == "hello\n"
 
@@ -109,7 +116,8 @@ def test_quiet_silences_everything(
 def test_threads_lose_no_count() -> None:
     with progress("count", total=8000, show=False) as bar:
         threads = [
-            threading.Thread(target=lambda: [bar.advance() for _ in range(1000)] and None) for _ in range(8)
+            threading.Thread(target=lambda: [bar.advance() for _ in range(1000)])  # type: ignore[func-returns-value]
+            for _ in range(8)
         ]
         for thread in threads:
             thread.start()

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
-from findrec.cluster.deepspeed_config import deepspeed_config
+import findrec
+from findrec.cluster.zero.config import deepspeed_config
 from findrec.config import ClusterConfig, RunConfig, load_config
-from findrec.datasets.recipe import load_recipe
+from findrec.datasets.sources.recipe import load_recipe
+from findrec.models.config import ModelConfig, SequenceConfig
+from findrec.models.configs import CONFIGS
 from findrec.train_dist import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +64,8 @@ def test_benchmark_programs_are_thin() -> None:
 def test_configurations_parse(path: Path) -> None:
     config = load_config(path)
     assert config.name == path.stem  # so the run of a file is found under the file's name
-    load_recipe(config.data.recipe)
+    if path.stem != "shop":  # which is for recipes of users
+        load_recipe(config.data.recipe)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "datasets").glob("*.yaml")), ids=lambda p: p.stem)
@@ -76,7 +85,7 @@ def test_ray_cluster_file_is_valid_for_ray() -> None:
 def test_deepspeed_examples_are_what_the_engine_tells_deepspeed() -> None:
     """The settings of cluster/README.md: 12 microbatches a step on two workers, all else by default."""
     stages = get_args(ClusterConfig.model_fields["zero_stage"].annotation)
-    found = {path.name: json.loads(path.read_text()) for path in (ROOT / "cluster").glob("*.json")}
+    result = {path.name: json.loads(path.read_text()) for path in (ROOT / "cluster").glob("*.json")}
     config = RunConfig.model_validate({"training": {"microbatches": 12}, "cluster": {"workers": 2}})
     accumulation = config.training.microbatches // config.cluster.workers
     optim = config.training.optim
@@ -87,7 +96,7 @@ def test_deepspeed_examples_are_what_the_engine_tells_deepspeed() -> None:
     want["zero2-offload.json"] = deepspeed_config(
         optim, stage=2, accumulation=accumulation, offload_optimizer=True
     )
-    assert found == want
+    assert result == want
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.yaml")), ids=lambda p: p.stem)
@@ -120,13 +129,118 @@ def test_the_slurm_example_is_bash_and_runs_the_job() -> None:
     load_config(ROOT / arguments.config, arguments.overrides)
 
 
-def test_constraints_pin_each_dependency_once() -> None:
-    lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
-    pins = [line.partition("==") for line in lines if line]
-    assert all(version for _, _, version in pins)
-    names = [name.lower() for name, _, _ in pins]
-    assert len(names) == len(set(names))
-    assert {"torch", "deepspeed", "ray", "mlflow"} <= set(names)
+def pins(file: str) -> dict[str, list[Requirement]]:
+    """The exact requirements in a file, by name; some have a version for each range of Pythons."""
+    found: dict[str, list[Requirement]] = {}
+    for line in (ROOT / file).read_text().splitlines():
+        if line[:1].isalnum():
+            requirement = Requirement(line.split("#")[0].rstrip(" \\"))
+            assert str(requirement.specifier).startswith("=="), line
+            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return found
+
+
+def version(pin: Requirement) -> str:
+    return str(pin.specifier).removeprefix("==")
+
+
+def declared(extras: tuple[str, ...]) -> list[Requirement]:
+    """What `pyproject.toml` asks for with these extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    waiting = list(project["dependencies"]) + [line for extra in extras for line in optional[extra]]
+    requirements = [Requirement(line) for line in waiting]
+    own = [extra for r in requirements if r.name == "findrec" for extra in r.extras]
+    nested = [Requirement(line) for extra in own for line in optional[extra]]
+    return [r for r in requirements + nested if r.name != "findrec"]
+
+
+def model_words(name: str, config: type[ModelConfig]) -> re.Pattern[str]:
+    """What only the folder of a model may say: its modules, its classes, its name and its own keys."""
+    own = set(config.model_fields) - set(SequenceConfig.model_fields)
+    keys = [rf"\bmodel\.{key}\b(?!\()" for key in own]
+    words = [rf"models[./]{name}\b", rf"\b{config.__name__}\b", rf"\bname[:=] ?[\"']?{name}\b(?!-)", *keys]
+    if name != findrec.__name__:  # the project is called like one of its models
+        words += [rf"(?i:\b{name}\b)"]
+    return re.compile("|".join(words))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_outside_its_folder_knows_a_model(name: str) -> None:
+    words = model_words(name, CONFIGS[name])
+    package, folder = ROOT / "findrec", ROOT / "findrec" / "models" / name
+    known = {
+        path.relative_to(package).as_posix(): found.group()
+        for path in package.rglob("*.py")
+        if folder not in path.parents and (found := words.search(path.read_text()))
+    }
+    assert known.pop("models/configs.py"), "the registry names every model"
+    assert known == {}
+
+
+def test_each_version_that_is_held_says_why() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalnum()]
+    assert lines
+    assert [line for line in lines if "  # " not in line] == []
+
+
+def test_the_lock_is_what_the_project_asks_for() -> None:
+    """Fails where `make lock` was not run after a change of pyproject.toml or constraints.txt."""
+    locked, held = pins("requirements.lock"), pins("constraints.txt")
+    assert "torch" not in locked  # its build depends on the machine
+    everything = locked | {"torch": held["torch"]}
+    for requirement in declared(("cpu", "dev")):
+        found = everything[canonicalize_name(requirement.name)]
+        assert [p for p in found if not requirement.specifier.contains(version(p))] == []
+    for name, (pin,) in held.items():
+        assert [version(p) for p in everything[name]] == [version(pin)]
+    text = (ROOT / "requirements.lock").read_text()
+    assert text.count("==") <= text.count("--hash=sha256:")
+    assert "://" not in text
+
+
+def test_hosted_ci_runs_the_targets_of_ci_run_on_all_supported_pythons() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    job = workflow["jobs"]["make"]
+    entries = job["strategy"]["matrix"]["include"]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == ["make setup", "make ${{ matrix.targets }}"]
+    run = {target for entry in entries for target in entry["targets"].split()}
+    (stages,) = re.findall(r"for stage in (.*); do", (ROOT / ".ci" / "run").read_text())
+    assert run | {"setup"} == set(stages.split())
+    assert run <= targets
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    supported = SpecifierSet(project["requires-python"])
+    pythons = [f"3.{minor}" for minor in range(40) if supported.contains(f"3.{minor}")]
+    assert [entry["python"] for entry in entries if entry["targets"] == "test"] == pythons
+    assert {entry["python"] for entry in entries} == set(pythons)
+    assert f"needs Python {pythons[0]} to {pythons[-1]}" in (ROOT / ".ci" / "setup_env.py").read_text()
+    assert f"You need Python {pythons[0]} to {pythons[-1]}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")), ids=lambda p: p.stem
+)
+def test_issue_forms_parse(path: Path) -> None:
+    form = yaml.safe_load(path.read_text())
+    if path.stem == "config":
+        assert isinstance(form["blank_issues_enabled"], bool)
+        return
+    assert {"name", "description", "body"} <= set(form)
+    fields = [part for part in form["body"] if part["type"] != "markdown"]
+    assert len({part["id"] for part in fields}) == len(fields) > 0
+    assert all(part["attributes"]["label"] for part in fields)
+    assert any(part.get("validations", {}).get("required") for part in fields)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    newest = re.search(r"^## (\S+) — (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert newest is not None
+    assert (citation["version"], citation["date-released"]) == newest.groups()
+    assert citation["version"] == findrec.__version__
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +269,13 @@ def test_wheel_carries_package_and_assets_and_nothing_else(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"findrec"}
     for name in (
-        "findrec/cli.py",
+        "findrec/cli/app.py",
         "findrec/assets/datasets/ml-100k.yaml",
         "findrec/assets/configs/demo.yaml",
         "findrec/assets/cluster/README.md",
     ):
         assert name in names
-    sources = {p.relative_to(ROOT).as_posix() for p in own_files(".cpp", ".h")}
+    sources = {p.relative_to(ROOT).as_posix() for p in own_files(".cpp", ".h", ".j2")}
     assert sources
     assert sources <= set(names)
     assert not any(name.startswith("findrec/assets/evaluation/benchmarks") for name in names)
@@ -181,7 +295,7 @@ def test_installed_wheel_finds_its_assets(wheel: Path, tmp_path: Path) -> None:
         check=True,
         cwd=tmp_path,
     )
-    package, checkout, found = done.stdout.split()
+    package, checkout, result = done.stdout.split()
     assert package == str(tmp_path / "site" / "findrec")
     assert checkout == "None"
-    assert found.endswith("configs/demo.yaml")
+    assert result.endswith("configs/demo.yaml")

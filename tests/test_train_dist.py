@@ -26,8 +26,8 @@ from clusters import (
 )
 from planted import planted_folder, planted_home
 
-from findrec.datasets.folder import DataFolder
-from findrec.evaluation.load import load_streaming
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.serving.streaming import load_streaming
 from findrec.train_dist import main
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -95,11 +95,11 @@ def test_mlflow_mirrors_the_run(home):
     client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "findrec"]
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
-    found = next(r for name, r in runs.items() if name == "two")
-    assert found.info.status == "FINISHED"
-    assert found.data.params["training.epochs"] == "6"
+    result = runs["two: findrec"]
+    assert result.info.status == "FINISHED"
+    assert result.data.params["training.epochs"] == "6"
     row = metrics(home, "two")[0]
-    assert any(v == pytest.approx(row["ndcg@10"]) for k, v in found.data.metrics.items() if "test" in k)
+    assert any(v == pytest.approx(row["ndcg@10"]) for k, v in result.data.metrics.items() if "test" in k)
 
 
 @more
@@ -114,15 +114,15 @@ def test_a_warm_run_says_what_it_started_from(home):
     first = json.loads((home / "runs/warm/metrics.jsonl").read_text().splitlines()[0])
     assert first["train/loss"] < 0.6 * math.log(60)  # a cold start knows nothing: log V
     assert "the items available at the target's time" in row["protocol"]
-    told = {}
+    recorded = {}
     for part in (".", "baselines/sasrec"):
         (state,) = (home / "runs/warm" / part).glob("checkpoints/step-*/state.json")
-        told[part] = json.loads(state.read_text())["started_from"]
-        assert str(home / "runs/two" / part / "checkpoints") in told[part]
+        recorded[part] = json.loads(state.read_text())["started_from"]
+        assert str(home / "runs/two" / part / "checkpoints") in recorded[part]
     client = mlflow.MlflowClient(f"sqlite:///{home}/mlflow.db")
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
     tags = [r.data.tags["started_from"] for r in runs if "started_from" in r.data.tags]
-    assert sorted(tags) == sorted(told.values())
+    assert sorted(tags) == sorted(recorded.values())
 
 
 def test_a_start_that_cannot_be_warm_is_refused_before_ray(home, refused):
@@ -219,7 +219,7 @@ def test_no_cluster_at_the_address_is_told(refused):
 
 
 @more
-def test_a_cluster_lets_nobody_in_without_its_token(home, cluster):
+def test_a_cluster_refuses_jobs_without_its_token(home, cluster):
     wrong = home / "wrong-token"
     wrong.write_text("0" * 64)
     stranger = cluster.join | {"RAY_AUTH_TOKEN_PATH": str(wrong)}
@@ -230,7 +230,7 @@ def test_a_cluster_lets_nobody_in_without_its_token(home, cluster):
 
 
 def test_other_configuration_under_the_same_name_is_refused(refused):
-    assert "training.seed: 0 there, 5 now" in refused("name=two", "training.seed=5")
+    assert "training.seed: 0 before, 5 now" in refused("name=two", "training.seed=5")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_placement_the_cluster_cannot_fulfil_is_refused(home, cluster):
     assert "Traceback" not in done.stderr
 
 
-def test_divergence_is_told_once_and_not_retried(home, cluster):
+def test_divergence_is_reported_once_and_not_retried(home, cluster):
     overrides = ["name=diverged", "training.optim.lr=1e30", "training.optim.clip_tower=0", UNTRACKED]
     done = train(home, *overrides, check=False, **cluster.join)
     assert done.returncode == 2

@@ -1,34 +1,33 @@
-"""A training step against the published shape and by length, and trainings against other libraries.
+"""Measures a training step against the published model and by length, and training against other libraries.
 
 python evaluation/benchmarks/model.py [--json FILE] [--runs N] [--only published lengths peers]
     [--set dotted.key=value ...] [--setup-peers] [--peers PATH] [--data FOLDER] [--limit-s SECONDS]
 """
 
-import argparse
 from pathlib import Path
 
-from findrec.bench.model import bench_lengths, bench_published
-from findrec.bench.peers import Settings, bench_peers, default_peers, setup_peers
-from findrec.bench.rows import add_json_argument, make_rate_table, publish
+from bench.model import bench_lengths, bench_published
+from bench.peers import Settings, bench_peers, default_peers, setup_peers
+from bench.rows import make_parser, make_rate_table, publish
+
 from findrec.config import DataConfig
-from findrec.datasets.prepare import open_or_prepare
+from findrec.datasets.prepare.pipeline import open_or_prepare
 
 PARTS = ("published", "lengths", "peers")
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    add_json_argument(parser)
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", type=int, default=3, help="timed steps of each (default 3)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts (default all)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration of ours")
-    parser.add_argument("--setup-peers", action="store_true", help="make the peers' environment and stop")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="FindRec's configuration")
+    parser.add_argument("--setup-peers", action="store_true", help="create the peers' environment and exit")
     parser.add_argument("--peers", type=Path, default=default_peers(), help="the peers' environment")
-    parser.add_argument("--data", help="data folder for the peers (default: ml-100k, made where missing)")
-    parser.add_argument("--limit-s", type=float, default=300, help="training seconds a system gets at most")
+    parser.add_argument("--data", help="data folder for the peers (default: ml-100k, prepared if missing)")
+    parser.add_argument("--limit-s", type=float, default=300, help="maximum training seconds of a system")
     given = parser.parse_args()
     if given.setup_peers:
         raise SystemExit(setup_peers(given.peers, Path(__file__).with_name("peers.txt")))
-    if "peers" in given.only:  # before anything is measured, as it may fail
+    if "peers" in given.only:  # first, as it may fail
         data = open_or_prepare(DataConfig(recipe="ml-100k", folder=given.data))
     rows = bench_published(given.runs, given.set) if "published" in given.only else []
     rows += bench_lengths(given.runs, given.set) if "lengths" in given.only else []

@@ -1,6 +1,6 @@
-"""Mean and spread over seeds: `python evaluation/benchmarks/seeds.py runs/demo runs/demo-s1 runs/demo-s2`.
+"""Prints mean and spread over seeds: `python evaluation/benchmarks/seeds.py runs/demo runs/demo-s1 ...`.
 
-Each argument is a finished run of one configuration with another `training.seed`; prints one line a model.
+The arguments are finished runs of one configuration with different `training.seed`; prints one row per model.
 """
 
 import json
@@ -12,6 +12,7 @@ METRICS = ("ndcg@10", "recall@10", "recall@50", "mrr")
 
 
 def main(runs: list[str]) -> None:
+    """Print mean and standard deviation over `runs`, which differ in their seed only."""
     tables = [json.loads((Path(run) / "metrics.json").read_text())["test"] for run in runs]
     print(f"| model | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}")
     for row in tables[0]:

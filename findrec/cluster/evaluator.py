@@ -1,8 +1,8 @@
-"""The evaluator beside training (`evaluation.evaluator=async`), which validates committed checkpoints.
+"""The evaluator of `evaluation.evaluator=async`, which validates committed checkpoints during training.
 
-The driver asks it again and again to do what is due (`findrec.training.validations`). It takes nothing from
-the workers, so no step waits for it, and after a kill it goes on with what is still due. While nothing is, it
-ranks in full whatever is trained to the end, so that little is left when training is over.
+The driver calls it repeatedly to validate the checkpoints that are due
+(`findrec.training.checkpoints.validations`). It communicates with workers only by files, so no step waits for
+it, and after a restart it continues. When nothing is due, it runs the final evaluation of finished trainings.
 """
 
 from __future__ import annotations
@@ -16,20 +16,19 @@ from typing import Any
 
 import torch
 
-from findrec.cluster.launch import ray_session, worker_threads
 from findrec.config import parse_config
-from findrec.datasets.folder import DataFolder
+from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError
-from findrec.evaluation.evaluate import Ranked, Rows, rank_split
-from findrec.evaluation.load import load_scorer
+from findrec.evaluation.metrics.metrics import summarise
+from findrec.evaluation.protocol import RankingProtocol
+from findrec.evaluation.ranking.evaluate import Ranked, Rows, rank_split
 from findrec.evaluation.run import evaluate_run, rank_scorers, scorer_names
-from findrec.evaluation.shards import sharded
-from findrec.progress import say
-from findrec.training.checkpoint import list_checkpoints, read_state
-from findrec.training.runs import TrainingJob, checkpoint_folder, training_jobs
-from findrec.training.tracking import Tracker
-from findrec.training.validation import describe_row, ranking_settings, validation_row
-from findrec.training.validations import (
+from findrec.evaluation.scoring.load import load_ranker
+from findrec.evaluation.validation import describe_row
+from findrec.progress import say, warn
+from findrec.ray_session import ray_session, worker_threads
+from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints, read_state
+from findrec.training.checkpoints.validations import (
     METRICS,
     Validation,
     best_checkpoint_path,
@@ -38,13 +37,15 @@ from findrec.training.validations import (
     read_validations,
     record_validation,
 )
+from findrec.training.logs.tracking import Tracker
+from findrec.training.runs import TrainingJob, training_jobs
 
-_TRIES = 3  # of a checkpoint that cannot be read: it may be about to be saved anew
-_YIELDS = 10  # to the workers of its machine: of Unix's 19 levels of being nice
+_TRIES = 3  # for a checkpoint that cannot be read, as it may be being replaced
+_NICENESS = 10  # of 19
 
 
 class Evaluator:
-    """What the actor does, one piece at a time; a plain object does the same."""
+    """Validates and evaluates, one task per call of `work`; used as a Ray actor or as a plain object."""
 
     def __init__(
         self,
@@ -55,9 +56,10 @@ class Evaluator:
         *,
         gpu: bool,
     ) -> None:
-        """Raises `FindRecError` where the run folder cannot be seen. `ranking_threads` are those of a full
-        ranking; a validation takes as many as a worker does. Without `gpu` those of this machine are left to
-        the workers.
+        """Raises `FindRecError` if the run folder is not visible on this machine.
+
+        `ranking_threads` is the number of threads of a final evaluation; a validation uses as many as a
+        worker. Without `gpu` the GPUs of this machine are left to the workers.
         """
         if not gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -65,8 +67,8 @@ class Evaluator:
         self._run = Path(run_folder)
         if not (self._run / "config.yaml").is_file():
             raise FindRecError(
-                f"the evaluator runs on {os.uname().nodename} and cannot see the run folder {run_folder} "
-                "there. Set `runs` to a folder that all machines share, or evaluation.evaluator=inline"
+                f"the evaluator runs on {os.uname().nodename}, where there is no run folder {run_folder}. "
+                "Set `runs` to a folder that all machines share, or evaluation.evaluator=inline"
             )
         cache_bytes = self._config.data.cache_bytes
         self._folder = DataFolder.open(data_folder, verify=False, cache_bytes=cache_bytes)
@@ -79,13 +81,11 @@ class Evaluator:
         self._trackers: dict[str, Tracker] = {}
 
     def yield_to_others(self) -> None:
-        """Let the workers of this machine go first wherever they could run."""
-        os.nice(_YIELDS)
+        """Give the workers of this machine priority."""
+        os.nice(_NICENESS)
 
     def work(self) -> bool:
-        """Validate one checkpoint that is due, else rank one that has been trained to the end; False when
-        there is neither.
-        """
+        """Validate a checkpoint that is due, else evaluate a finished training; False if there is neither."""
         jobs = training_jobs(self._config, self._run)
         for job in jobs:
             for path in due_checkpoints(job.config, job.folder):
@@ -97,8 +97,8 @@ class Evaluator:
         for name in scorer_names(self._config):
             if name not in self._known and (name in ready or name not in trained):
                 torch.set_num_threads(self._threads)
-                mark, shards = self._mark(name), self._config.evaluation.shards
-                self._known[name] = (mark, rank_scorers(self._run, self._folder, [name], shards=shards))
+                digest, shards = self._digest(name), self._config.evaluation.shards
+                self._known[name] = (digest, rank_scorers(self._run, self._folder, [name], shards=shards))
                 return True
         return False
 
@@ -106,54 +106,56 @@ class Evaluator:
         torch.set_num_threads(worker_threads(self._config))
         try:
             digest, state = checkpoint_digest(path), read_state(path)
-            scorer = load_scorer(job, self._folder, self._device, checkpoint=path)
+            scorer = load_ranker(job, self._folder, self._device, checkpoint=path)
         except (FindRecError, OSError) as error:
             self._failures[str(path)] += 1
             if self._failures[str(path)] == _TRIES:
-                say(f"WARNING: no validation of {job.name} at {path.name}: {error}")
+                warn(f"WARNING: no validation of {job.name} at {path.name}: {error}")
             return
         shards = self._config.evaluation.shards
+        protocol = RankingProtocol.of_validation(job.config, self._folder)
         with (
             ray_session(self._config) if shards else nullcontext(),
-            sharded(scorer.items_Vd, self._run, shards) if shards else nullcontext() as spread,
+            scorer.distributed(self._run, shards) as ranker,
         ):
-            settings = ranking_settings(job.config, self._folder)
-            ranks = rank_split(scorer, self._folder, "valid", **settings, shards=spread)
-        row = validation_row(ranks, job.config, self._folder)
+            ranks = rank_split(ranker, self._folder, "valid", protocol)
+        row = summarise(ranks, self._folder, "valid", protocol, model=job.config.model.name)
         if digest is None or digest != checkpoint_digest(path):
-            return  # replaced meanwhile: due again
+            return  # replaced meanwhile, so it is due again
         values = {name: row[name] for name in METRICS}
-        found = Validation(state.step, state.epoch, digest, values)
-        record_validation(job.folder, found)
-        self._mirror(job, found)
+        validation = Validation(state.step, state.epoch, digest, values)
+        record_validation(job.folder, validation)
+        self._mirror(job, validation)
         say(f"  validation of {job.name}, epoch {state.epoch}: {describe_row(row)}")
 
-    def _mirror(self, job: TrainingJob, found: Validation) -> None:
-        """To MLflow; at first all there are, as an evaluator that was killed may have kept some to itself."""
-        news = [found]
+    def _mirror(self, job: TrainingJob, validation: Validation) -> None:
+        """Log to MLflow; at first all validations, as an earlier evaluator may not have sent some."""
+        validations = [validation]
         if job.name not in self._trackers:
             self._trackers[job.name] = Tracker.join(job.config, job.folder)
-            news = read_validations(job.folder)
-        for one in news:
+            validations = read_validations(job.folder)
+        for one in validations:
             self._trackers[job.name].log(one.step, one.logged)
 
-    def _mark(self, name: str) -> str | None:
-        """Which weights a result is of; None for a baseline that is not trained."""
+    def _digest(self, name: str) -> str | None:
+        """The digest of the checkpoint that is evaluated; None for an untrained baseline."""
         for job in training_jobs(self._config, self._run):
             if job.name == name and (best := best_checkpoint_path(checkpoint_folder(job.folder))) is not None:
                 return checkpoint_digest(best)
         return None
 
     def finish(self) -> Rows:
-        """`evaluate_run`, of which much may be done already; the metrics rows by split."""
+        """Finish the evaluation of the run (`evaluate_run`); returns the metrics rows by split."""
         for tracker in self._trackers.values():
             tracker.finish()
         torch.set_num_threads(self._threads)
-        known = {name: found for name, (mark, found) in self._known.items() if mark == self._mark(name)}
+        known = {
+            name: ranked for name, (digest, ranked) in self._known.items() if digest == self._digest(name)
+        }
         return evaluate_run(self._run, known=known, show=False)
 
 
 def _is_trained(job: TrainingJob) -> bool:
-    """Whether a training is at its end, and its best checkpoint therefore known once nothing is due."""
+    """Whether a training has finished, so that its best checkpoint is known when nothing is due."""
     saved = [p for p in list_checkpoints(checkpoint_folder(job.folder)) if checkpoint_digest(p) is not None]
     return bool(saved) and read_state(saved[-1]).epoch >= job.config.training.epochs

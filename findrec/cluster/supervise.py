@@ -1,8 +1,8 @@
-"""The driver's side of a training: place the workers, watch them, start them again, end them in order.
+"""Supervises a distributed training on the driver: places, watches, restarts and stops the workers.
 
-Ray Train runs one group of workers at a time; that it may fail is decided here, not there, because the number
-of workers must divide a step's microbatches, a stop must wait for a checkpoint, and a mistake in the data
-must not be tried again. Everything the workers need travels as plain values; checkpoints are files.
+Ray Train runs one group of workers at a time. Failures are handled here instead of in Ray Train because the
+number of workers must divide the microbatches of a step, a stop must wait for a checkpoint, and errors in the
+data must not be retried. The workers receive plain values only; checkpoints are files.
 """
 
 from __future__ import annotations
@@ -12,56 +12,55 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from findrec.cluster.board import Board, Seen
-from findrec.cluster.launch import worker_threads
-from findrec.cluster.machines import Machine, cluster_machines, has_gpus, place_workers
-from findrec.cluster.placement import (
-    least,
-    leaving_machines,
-    room,
+from findrec.cluster.heartbeat import find_hung, kill_worker
+from findrec.cluster.heartbeat_registry import RESULT_ERROR, RESULT_STOPPED, HeartbeatRegistry, ObservedStatus
+from findrec.cluster.plan.machines import Machine, cluster_machines, has_gpus, place_workers
+from findrec.cluster.plan.placement import (
+    draining_machines,
+    fitting_workers,
+    min_workers,
     shareable,
     wait_for_room,
     worker_resources,
 )
-from findrec.cluster.pulse import find_hung, kill_worker
 from findrec.config import RunConfig
-from findrec.errors import DivergedError, FindRecError, Preempted, find_mistake
-from findrec.progress import say
-from findrec.training.checkpoint import latest_checkpoint, list_checkpoints
-from findrec.training.runs import checkpoint_folder, training_jobs
-from findrec.training.tracking import refuse_split_tracking
+from findrec.errors import DivergedError, FindRecError, Preempted, system_error, unwrap_user_error
+from findrec.progress import say, warn
+from findrec.ray_session import worker_threads
+from findrec.training.checkpoints.checkpoint import checkpoint_folder, latest_checkpoint, list_checkpoints
+from findrec.training.logs.tracking import refuse_split_tracking
+from findrec.training.runs import training_jobs
 
 if TYPE_CHECKING:
-    from findrec.cluster.beside import Beside  # which imports what no worker needs
+    from findrec.cluster.async_evaluation import AsyncEvaluation  # imports modules that no worker needs
 
-RESULT_ERROR, RESULT_STOPPED = "error", "stopped"  # what `train_worker` may return, beside nothing
 
-_LOOK_S = 1.0
-_GROW_LOOK_S = 10.0  # between looks for machines that a smaller group could grow onto
-_ROOM_S = 20.0  # that the places of lost workers may take to become free
-_SETTLE_S = 3.0  # for a hang to be seen twice before somebody is killed
-_PLACINGS = 5  # in a row that may fail: a machine that has just died is still listed for a while
+_POLL_S = 1.0
+_GROW_POLL_S = 10.0  # between checks for machines onto which a smaller group could grow
+_RELEASE_S = 20.0  # for Ray to release the resources of lost workers
+_CONFIRM_S = 3.0  # for which a hang must persist before a worker is killed
+_MAX_PLACEMENTS = 5  # failed ones in a row: Ray still lists a machine for a while after it died
 
 
 @dataclass(frozen=True)
 class _Stopped:
-    """A group of workers that was asked to end before its time."""
+    """A group of workers that stopped early on request."""
 
-    where: str
-    drained: bool  # whether it was since a machine of its is taken away
+    message: str
+    drained: bool  # whether it stopped because one of its machines will be taken away
 
 
 @dataclass(frozen=True)
 class _Lost:
-    """A group of workers that did not end by itself."""
+    """A group of workers that failed."""
 
-    why: str
-    placed: bool  # whether it got as far as running
+    reason: str
+    placed: bool  # whether the workers were running
     error: BaseException
 
 
@@ -70,72 +69,76 @@ def train_on_ray(
     data_folder: str,
     run_folder: Path,
     stop: threading.Event,
-    beside: Beside | None = None,
+    async_evaluation: AsyncEvaluation | None = None,
 ) -> None:
-    """Train on all workers to the end; lost or hung ones are replaced, from the newest checkpoint.
+    """Train on all workers to the end; lost or hung workers are restarted from the newest checkpoint.
 
-    Restarts are counted until a new checkpoint is there, `cluster.max_failures` of them are taken. Between
-    `cluster.min_workers` and `cluster.workers` as many run as there is room for. `stop` being set ends the
-    training at the next step with `Preempted`. `beside` is looked at while they run. Raises `FindRecError`
-    for what no restart would mend.
+    At most `cluster.max_failures` restarts are made without a new checkpoint in between. Between
+    `cluster.min_workers` and `cluster.workers` workers run, as many as fit into the cluster. Setting `stop`
+    ends the training after the current step with `Preempted`. `async_evaluation` is polled while workers run.
+    Raises `FindRecError` for errors that a restart would not fix.
     """
     machines = cluster_machines()
     gpu = has_gpus(config, machines)
     _refuse_split_tracking(config, machines, gpu)
-    failures = placings = 0
-    committed = _committed(config, run_folder)
+    failures = failed_placements = 0
+    committed = _newest_checkpoints(config, run_folder)
     wait_s = config.cluster.wait_s
     while True:
         workers = wait_for_room(config, gpu=gpu, wait_s=wait_s)
         cluster = config.cluster.model_copy(update={"workers": workers})
-        group = _Group(config.model_copy(update={"cluster": cluster}), config, gpu, stop, beside)
+        group = _Group(config.model_copy(update={"cluster": cluster}), config, gpu, stop, async_evaluation)
         ended = group.run(data_folder, run_folder)
         if ended is None:
             return
-        if beside is not None:
-            beside.pause()
+        if async_evaluation is not None:
+            async_evaluation.pause()
         if isinstance(ended, _Stopped):
             if stop.is_set():
-                raise Preempted(ended.where)
-            wait_s = _patience(config) if ended.drained else 0.0
+                raise Preempted(ended.message)
+            wait_s = _replacement_wait_s(config) if ended.drained else 0.0
             continue
-        now = _committed(config, run_folder)
+        now = _newest_checkpoints(config, run_folder)
         if now != committed:
             committed, failures = now, 0
-        failures, placings = (failures + 1, 0) if ended.placed else (failures, placings + 1)
+        failures, failed_placements = (failures + 1, 0) if ended.placed else (failures, failed_placements + 1)
         if stop.is_set():
-            raise Preempted(f"the last checkpoint is {_newest(config, run_folder)}")
-        if failures > config.cluster.max_failures or placings > _PLACINGS:
-            say(f"{ended.why}; cluster.max_failures={config.cluster.max_failures} restarts did not help")
+            raise Preempted(f"the last checkpoint is {_describe_newest_checkpoint(config, run_folder)}")
+        if failures > config.cluster.max_failures or failed_placements > _MAX_PLACEMENTS:
+            say(f"{ended.reason}; cluster.max_failures={config.cluster.max_failures} restarts did not help")
             raise ended.error
         count = f"restart {failures} of {config.cluster.max_failures}" if failures else "placing them again"
-        say(f"{ended.why}: {count}, from {_newest(config, run_folder)}")
-        wait_s = _patience(config)
+        say(f"{ended.reason}: {count}, from {_describe_newest_checkpoint(config, run_folder)}")
+        wait_s = _replacement_wait_s(config)
 
 
-def _patience(config: RunConfig) -> float:
-    """Seconds that another machine may take to come in place of one that went."""
-    return _ROOM_S if least(config) < config.cluster.workers else max(_ROOM_S, config.cluster.timeout_s)
+def _replacement_wait_s(config: RunConfig) -> float:
+    """Seconds to wait for a machine that replaces a lost one."""
+    return (
+        _RELEASE_S
+        if min_workers(config) < config.cluster.workers
+        else max(_RELEASE_S, config.cluster.timeout_s)
+    )
 
 
 def _refuse_split_tracking(config: RunConfig, machines: Sequence[Machine], gpu: bool) -> None:
     try:
-        nodes = len(place_workers(config, machines, gpu=gpu))
+        num_nodes = len(place_workers(config, machines, gpu=gpu))
     except FindRecError:
-        return  # there is no room yet, and who will come is not known
-    refuse_split_tracking(config, nodes)
+        return  # no room yet, and the machines to come are not known
+    refuse_split_tracking(config, num_nodes)
 
 
-def _committed(config: RunConfig, run_folder: Path) -> list[str]:
-    """Names of the newest checkpoints: whether a group got anywhere."""
+def _newest_checkpoints(config: RunConfig, run_folder: Path) -> list[str]:
+    """The newest checkpoint of each training; a change shows that a group made progress."""
     return [
-        str(path[-1])
+        str(paths[-1])
         for job in training_jobs(config, run_folder)
-        if (path := list_checkpoints(checkpoint_folder(job.folder)))
+        if (paths := list_checkpoints(checkpoint_folder(job.folder)))
     ]
 
 
-def _newest(config: RunConfig, run_folder: Path) -> str:
+def _describe_newest_checkpoint(config: RunConfig, run_folder: Path) -> str:
     for job in reversed(training_jobs(config, run_folder)):
         newest = latest_checkpoint(checkpoint_folder(job.folder))
         if newest is not None:
@@ -149,37 +152,37 @@ class _Group:
     def __init__(
         self,
         config: RunConfig,
-        wanted: RunConfig,
+        requested: RunConfig,
         gpu: bool,
         stop: threading.Event,
-        beside: Beside | None,
+        async_evaluation: AsyncEvaluation | None,
     ) -> None:
         import ray
 
-        self._config, self._wanted, self._gpu, self._stop = config, wanted, gpu, stop
-        self._beside = beside
-        self._board: Any = ray.remote(num_cpus=0, max_restarts=0)(Board).remote()
-        self._blamed = ""
+        self._config, self._requested, self._gpu, self._stop = config, requested, gpu, stop
+        self._async_evaluation = async_evaluation
+        self._registry: Any = ray.remote(num_cpus=0, max_restarts=0)(HeartbeatRegistry).remote()
+        self._hung = ""
         self._suspects: tuple[float, set[int]] | None = None
-        self._asked = self._drained = False
-        self._looked = time.monotonic()
+        self._stop_requested = self._drained = False
+        self._last_grow_check = time.monotonic()
 
     def run(self, data_folder: str, run_folder: Path) -> _Stopped | _Lost | None:
-        """Train; None when done."""
+        """Train to the end; returns None on success."""
         import ray
 
         outcome = self._start(data_folder, run_folder)
         try:
             while True:
                 try:
-                    returned = outcome.result(timeout=_LOOK_S)
+                    returned = outcome.result(timeout=_POLL_S)
                     break
-                except NotYet:
-                    self._look()
+                except StillRunning:
+                    self._poll()
         except Exception as error:
-            return self._lost(error)
+            return self._describe_failure(error)
         finally:
-            ray.kill(self._board)
+            ray.kill(self._registry)
         result: Mapping[str, Any] = returned or {}
         if RESULT_ERROR in result:
             raise DivergedError(result[RESULT_ERROR])
@@ -188,23 +191,22 @@ class _Group:
         return None
 
     def _start(self, data_folder: str, run_folder: Path) -> Future[Any]:
-        """`trainer.fit()` in a thread of its own; interrupting the wait leaves its end to `ray.shutdown`.
+        """Run `trainer.fit()` in a thread; if the wait is interrupted, `ray.shutdown` ends it.
 
-        Called from the main thread it would handle Ctrl-C itself: end with exit code 1 or, once training is
-        over, swallow it.
+        In the main thread it would handle Ctrl-C itself: exit with code 1 or, after the end of training,
+        ignore it.
         """
         from ray.train import FailureConfig, LoggingConfig, ScalingConfig
         from ray.train import RunConfig as RayRunConfig
-        from ray.train.torch import TorchConfig
 
-        from findrec.cluster.trainer import Trainer
+        from findrec.cluster.trainer import Trainer, WorkerConfig
         from findrec.cluster.worker import train_worker
 
         config = self._config
         backend = "nccl" if self._gpu else "gloo"
-        share = "1 GPU" if self._gpu else f"{worker_threads(config)} CPU threads"
+        resources = "1 GPU" if self._gpu else f"{worker_threads(config)} CPU threads"
         say(
-            f"placing {config.cluster.workers} workers ({share} each, {backend}), "
+            f"placing {config.cluster.workers} workers ({resources} each, {backend}), "
             f"ZeRO stage {config.cluster.zero_stage}, python {sys.executable}"
         )
         trainer = Trainer(
@@ -213,14 +215,14 @@ class _Group:
                 "config": config.model_dump(mode="json"),
                 "data_folder": data_folder,
                 "run_folder": str(run_folder),
-                "board": self._board,
+                "heartbeats": self._registry,
             },
             scaling_config=ScalingConfig(
                 num_workers=config.cluster.workers,
                 use_gpu=self._gpu,
                 resources_per_worker=worker_resources(config, gpu=self._gpu),
             ),
-            torch_config=TorchConfig(backend=backend, timeout_s=int(config.cluster.timeout_s)),
+            torch_config=WorkerConfig(backend=backend, timeout_s=int(config.cluster.timeout_s)),
             run_config=RayRunConfig(
                 name="ray",
                 storage_path=str(run_folder),
@@ -232,71 +234,75 @@ class _Group:
 
         def fit() -> None:
             try:
-                outcome.set_result(trainer.fit().return_value)  # rank 0's; all return the same
+                outcome.set_result(trainer.fit().return_value)  # that of rank 0; all return the same
             except BaseException as error:
                 outcome.set_exception(error)
 
         threading.Thread(target=fit, name="ray-train", daemon=True).start()
         return outcome
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         import ray
 
-        if self._beside is not None:
-            self._beside.look()
+        if self._async_evaluation is not None:
+            self._async_evaluation.poll()
         now = time.monotonic()
-        if not self._asked and (self._stop.is_set() or self._could_grow(now)):
+        if not self._stop_requested and (self._stop.is_set() or self._could_grow(now)):
             if self._stop.is_set():
                 say("stopping: the step under way is finished and saved")
             self._ask_to_stop()
         cluster = self._config.cluster
         try:
-            seen: list[Seen] = ray.get(self._board.look.remote(), timeout=10)
-            gone = leaving_machines()
-        except Exception:  # the machine is overloaded, or the board went with its machine: Ray sees the loss
+            statuses: list[ObservedStatus] = ray.get(self._registry.statuses.remote(), timeout=10)
+            draining = draining_machines()
+        except Exception:  # an overloaded machine, or the registry is lost, which Ray detects
             return
-        hosts = {s.sign.host for s in seen if s.sign.node in gone}
-        if hosts and not self._asked:
+        hosts = {s.status.host for s in statuses if s.status.node in draining}
+        if hosts and not self._stop_requested:
             self._drained = True
             say(f"{', '.join(sorted(hosts))} will be taken away: the workers stop at the next step and move")
             self._ask_to_stop()
-        hung = find_hung(seen, hang_s=cluster.hang_s, timeout_s=cluster.timeout_s)
-        ranks = {s.sign.rank for s in hung}
+        hung = find_hung(statuses, hang_s=cluster.hang_s, timeout_s=cluster.timeout_s)
+        ranks = {s.status.rank for s in hung}
         if not hung or self._suspects is None or self._suspects[1] != ranks:
             self._suspects = (now, ranks) if hung else None
             return
-        if now - self._suspects[0] < _SETTLE_S:
+        if now - self._suspects[0] < _CONFIRM_S:
             return
         self._suspects = None
-        still = max(max(s.silent_s, s.still_s) for s in hung)
-        self._blamed = f"{'; '.join(str(s.sign) for s in hung)}: no progress for {still:.0f} s"
-        say(f"WARNING: hung: {self._blamed}. It is killed")
+        still_s = max(max(s.silent_s, s.still_s) for s in hung)
+        self._hung = f"{'; '.join(str(s.status) for s in hung)}: no progress for {still_s:.0f} s"
+        warn(f"WARNING: hung: {self._hung}. It is killed")
         for s in hung:
-            kill_worker(s.sign)
+            kill_worker(s.status)
 
     def _ask_to_stop(self) -> None:
-        self._asked = True
-        self._board.ask_to_stop.remote()
+        self._stop_requested = True
+        self._registry.request_stop.remote()
 
     def _could_grow(self, now: float) -> bool:
-        have = self._config.cluster.workers
-        if have == self._wanted.cluster.workers or now - self._looked < _GROW_LOOK_S:
+        """Whether the cluster has room for more workers than this group has."""
+        current = self._config.cluster.workers
+        if current == self._requested.cluster.workers or now - self._last_grow_check < _GROW_POLL_S:
             return False
-        self._looked = now
-        more = shareable(self._wanted, room(self._wanted, gpu=self._gpu, held=have))
-        if more > have:
-            say(f"there is room for {more} workers: the {have} that run stop at the next step and make way")
-        return more > have
+        self._last_grow_check = now
+        larger = shareable(self._requested, fitting_workers(self._requested, gpu=self._gpu, running=current))
+        if larger > current:
+            say(
+                f"there is room for {larger} workers: the {current} that run stop at the next step and are "
+                "placed again"
+            )
+        return larger > current
 
-    def _lost(self, error: Exception) -> _Lost:
-        """What a group ended with, in words; raises what a restart would not mend."""
+    def _describe_failure(self, error: Exception) -> _Lost:
+        """The reason of a failure; raises the error instead if a restart would not fix it."""
         failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
         for failure in [*failures.values(), error.__cause__, error]:
-            if (mistake := find_mistake(failure)) is not None:
-                raise mistake from error
+            if (user_error := unwrap_user_error(failure) or system_error(failure)) is not None:
+                raise user_error from error
         dead = [rank for rank, failure in failures.items() if _is_lost(failure)]
-        if self._blamed:
-            return _Lost(f"a hung worker was killed ({self._blamed})", True, error)
+        if self._hung:
+            return _Lost(f"a hung worker was killed ({self._hung})", True, error)
         if dead:
             names = ", ".join(map(str, sorted(dead)))
             return _Lost(f"worker {names} of {self._config.cluster.workers} was lost", True, error)
@@ -306,7 +312,7 @@ class _Group:
             if not isinstance(failure, RuntimeError | OSError) or "out of memory" in str(failure).lower():
                 raise failure from error
         first = str(next(iter(failures.values()))).splitlines()[0]
-        if "by peer" in first:  # the one that went is not told of when its whole machine did
+        if "by peer" in first:  # Ray does not name the lost worker if its machine was lost
             return _Lost("the connection to a worker was lost", True, error)
         return _Lost(f"workers failed ({first[:200]})", True, error)
 

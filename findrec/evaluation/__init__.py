@@ -1,0 +1,1 @@
+"""Exact full-catalogue evaluation of models and baselines."""

@@ -1,49 +1,48 @@
-"""From a run folder to its results: the best checkpoints and the baselines ranked, tables and report written.
+"""Evaluates a run: ranks its best checkpoints and its baselines, and writes metrics, ranks and report.
 
-`python -m findrec.train_dist` ends with this, and `findrec evaluate RUN` does the same again: one code path,
-so the digits are the same.
+Used at the end of `python -m findrec.train_dist` and by `findrec evaluate RUN`, with identical results.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
-
-from findrec.cluster.launch import ray_session
+from findrec.baseline_configs import BaselineConfig
 from findrec.config import RunConfig
-from findrec.datasets.folder import DataFolder
-from findrec.datasets.prepare import open_data_folder
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError
-from findrec.evaluation.baselines import make_baseline
-from findrec.evaluation.candidates import describe_rule
-from findrec.evaluation.evaluate import Ranked, Rows, evaluate_scorers, write_results
-from findrec.evaluation.inspect import inspect_user
-from findrec.evaluation.load import load_scorer, set_up
-from findrec.evaluation.metrics import seen_filter
-from findrec.evaluation.plots import PLOTS, save_plot
-from findrec.evaluation.report import draw_users, format_table, sample_recommendations
-from findrec.evaluation.report_page import write_report
-from findrec.evaluation.scorers import Scorer
-from findrec.evaluation.suites import run_suite, write_suite
-from findrec.evaluation.suites_show import print_suite, suite_figure
-from findrec.evaluation.thumbnails import thumbnails
-from findrec.models.findrec import FindRec
-from findrec.progress import say
-from findrec.training.runs import TRAINED_BASELINES, checkpoint_folder, read_run_config, training_jobs
-from findrec.training.tracking import Tracker
-from findrec.training.validations import best_checkpoint
+from findrec.evaluation.check import check_test_split
+from findrec.evaluation.display.plots import PLOTS, save_plot
+from findrec.evaluation.display.thumbnails import thumbnails
+from findrec.evaluation.display.wording import draw_users, format_table, sample_recommendations
+from findrec.evaluation.inspect.inspect import alignment_curves, inspect_user
+from findrec.evaluation.protocol import RankingProtocol
+from findrec.evaluation.ranking.evaluate import Ranked, Rows, evaluate_scorers, write_results
+from findrec.evaluation.report.page import write_report
+from findrec.evaluation.scoring.base import Scorer
+from findrec.evaluation.scoring.baselines import make_baseline
+from findrec.evaluation.scoring.inner_product import ModelScorer
+from findrec.evaluation.scoring.load import check_run_data, load_ranker, set_up
+from findrec.evaluation.suites.display import print_suite, suite_figure
+from findrec.evaluation.suites.suites import run_suite, write_suite
+from findrec.models.capabilities import Explains
+from findrec.progress import Console, say
+from findrec.ray_session import ray_session
+from findrec.training.checkpoints.checkpoint import checkpoint_folder, read_state
+from findrec.training.checkpoints.validations import best_checkpoint_path
+from findrec.training.logs.tracking import Tracker
+from findrec.training.runs import BASELINES, main_job, read_run_config, training_jobs
 
-INSPECTED = 20  # positions of a sample user in the report
+INSPECTED_POSITIONS = 20  # of the sample user in the report
 
 
 def scorer_names(config: RunConfig) -> list[str]:
-    """Who is ranked: trained models first, then the other baselines, in the order of the configuration."""
-    trained = [job.name for job in training_jobs(config, Path())]
-    return [*trained, *(name for name in config.evaluation.baselines if name not in TRAINED_BASELINES)]
+    """Names of all ranked scorers: trained models, then the other baselines, in the configured order."""
+    trained = [job.name for job in training_jobs(config, Path()) if job.ranked]
+    return [*trained, *(b.title for b in config.baselines if isinstance(b, BaselineConfig))]
 
 
 def rank_scorers(
@@ -54,12 +53,14 @@ def rank_scorers(
     shards: int,
     known: Mapping[str, Ranked] | None = None,
 ) -> Ranked:
-    """Rank the full catalogue with some of `scorer_names`, trained ones at their best checkpoint; `known` are
-    those ranked before.
+    """Evaluate some of `scorer_names`, trained models at their best checkpoint.
+
+    Results in `known`, by name, are reused.
     """
     config = read_run_config(run)
     device = set_up(config)
     jobs = {job.name: job for job in training_jobs(config, run)}
+    untrained = {b.title: b for b in config.baselines if isinstance(b, BaselineConfig)}
 
     def scorers() -> Iterator[Scorer | Ranked]:
         for name in names:
@@ -67,21 +68,14 @@ def rank_scorers(
                 yield known[name]
                 continue
             say(f"ranking {name}")
-            yield load_scorer(jobs[name], folder, device) if name in jobs else make_baseline(name, folder)
+            if name in jobs:
+                yield load_ranker(jobs[name], folder, device)
+            else:
+                yield make_baseline(untrained[name], folder)
 
     with ray_session(config) if shards else nullcontext():
-        return evaluate_scorers(
-            scorers(),
-            folder,
-            ks=config.evaluation.ks,
-            users_per_block=config.evaluation.users_per_block,
-            max_length=config.data.max_length,
-            mask_seen=seen_filter(config.evaluation.mask_seen, folder),
-            candidates=config.evaluation.candidates,
-            sampled=config.evaluation.sampled,
-            shards=shards,
-            scratch=run,
-        )
+        protocol = RankingProtocol.of(config, folder)
+        return evaluate_scorers(scorers(), folder, protocol, shards=shards, scratch=run)
 
 
 def evaluate_run(
@@ -91,38 +85,35 @@ def evaluate_run(
     known: Mapping[str, Ranked] | None = None,
     show: bool = True,
 ) -> Rows:
-    """Rank the full catalogue with the run's best checkpoint and its baselines, but for the `known` ones;
-    write all results.
+    """Evaluate the run's best checkpoint and its baselines, and write all results.
 
-    Writes `metrics.json`, `ranks.parquet` and `report.html`, mirrors the test row to MLflow, prints the table
-    (if it is to `show` it) and returns the metrics rows by split.
+    Writes `metrics.json`, `ranks.parquet` and `report.html`, logs the test metrics to MLflow and, with
+    `show`, prints the test table. Results in `known`, by name, are reused. Returns the metrics rows by split.
+
+    Raises:
+        FindRecError: if no user can be tested.
     """
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
     shards = config.evaluation.shards if shards is None else shards
+    check_test_split(config, folder)
+    check_run_data(config, run_folder, folder)  # `known` results were made earlier
     results = rank_scorers(run_folder, folder, scorer_names(config), shards=shards, known=known)
-    if "test" not in results.rows:
-        raise FindRecError(
-            f"nobody in {folder.path} can be tested: no user has an event in the test split, one before it, "
-            f"and a target among evaluation.candidates ({describe_rule(config.evaluation.candidates)}). "
-            "Prepare the data with a split that leaves test events, or change evaluation.candidates in "
-            f"{run_folder / 'config.yaml'}"
-        )
     write_results(run_folder, *results, folder)
     rebuild_report(run_folder)
-    _mirror(config, run_folder, results.rows)
+    _log_test_metrics(config, run_folder, results.rows)
     if show:
         print_table(results.rows)
     return results.rows
 
 
 def run_suites(run_folder: Path, kinds: Sequence[str], levels: Sequence[int] = ()) -> list[Path]:
-    """Run robustness suites (`findrec.evaluation.suites`), print their tables and put them into the report.
+    """Run robustness suites (see `run_suite`), print their tables and update the report.
 
-    Returns the files written: `suites/<kind>.json` and the pictures in `plots/`.
+    Returns the files written: `suites/<kind>.json`, the plots and the report.
     """
     if not kinds:
-        raise FindRecError("--level is for a suite: name one with --suite noise, missing or length")
+        raise FindRecError("--level needs a suite: add --suite noise, missing or length")
     written = []
     for kind in kinds:
         suite = run_suite(run_folder, kind, levels=levels)
@@ -134,47 +125,51 @@ def run_suites(run_folder: Path, kinds: Sequence[str], levels: Sequence[int] = (
 
 
 def rebuild_report(run_folder: Path) -> Path:
-    """Write `report.html` and `plots/` anew from what the run folder holds; returns the page's path."""
+    """Rewrite `report.html` and `plots/` from the files of the run folder; returns the report's path."""
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
-    job = training_jobs(config, run_folder)[0]
-    scorer = load_scorer(job, folder)
+    scorer = load_ranker(main_job(config, run_folder), folder)
     users = draw_users(folder, "test", config.evaluation.samples, seed=config.training.seed)
-    samples = sample_recommendations(
-        scorer,
-        folder,
-        "test",
-        users,
-        max_length=config.data.max_length,
-        mask_seen=seen_filter(config.evaluation.mask_seen, folder),
-        candidates=config.evaluation.candidates,
-    )
+    samples = sample_recommendations(scorer, folder, "test", users, RankingProtocol.of(config, folder))
     shown = [named.item for s in samples for named in (*s.history, *s.target, *s.recommended)]
     inspection = None
-    if len(users) and isinstance(scorer.model, FindRec) and scorer.catalogue.modalities:
-        inspection = inspect_user(scorer, folder, int(users[0]), INSPECTED)
+    model = None
+    if isinstance(scorer, ModelScorer):
+        model = scorer.model
+        if len(users) and isinstance(model, Explains) and scorer.catalogue.modalities:
+            inspection = inspect_user(scorer, folder, int(users[0]), INSPECTED_POSITIONS)
     return write_report(
         run_folder,
         folder=folder,
         samples=samples,
         thumbnails=thumbnails(config, folder, shown),
         inspection=inspection,
+        alignment=alignment_curves(run_folder, model),
     )
 
 
 def print_table(rows: Rows) -> None:
-    """The test table on standard output."""
+    """Print the test table to standard output."""
     Console(width=None if Console().is_terminal else 120).print(format_table(rows["test"], title="test"))
 
 
-def _mirror(config: RunConfig, run_folder: Path, rows: Rows) -> None:
-    for job in training_jobs(config, run_folder):
-        tracker = Tracker.start(job.config, job.folder)
-        row = next(r for r in rows["test"] if r["model"] == job.name)
-        saved = best_checkpoint(checkpoint_folder(job.folder))
-        values = {f"test/{k}": v for k, v in row.items() if isinstance(v, float)}
-        step = json.loads((saved.path / "state.json").read_text())["step"] if saved else 0
-        tracker.log(step, values)
-        if saved is not None:
-            tracker.tag("checkpoint", str(saved.path))
+def _log_test_metrics(config: RunConfig, run_folder: Path, rows: Rows) -> None:
+    for job in (job for job in training_jobs(config, run_folder) if job.ranked):
+        tracker = Tracker.add_results(job.config, job.folder)
+        path = best_checkpoint_path(checkpoint_folder(job.folder))
+        tracker.log(0 if path is None else read_state(path).step, _test_values(rows, job.name))
+        if path is not None:
+            tracker.tag("checkpoint", str(path))
         tracker.finish("FINISHED")
+    for baseline in config.baselines:
+        if config.tracking.enabled and isinstance(baseline, BaselineConfig):
+            folder = run_folder / BASELINES / baseline.title
+            folder.mkdir(parents=True, exist_ok=True)
+            tracker = Tracker.add_results(config, folder, baseline)
+            tracker.log(0, _test_values(rows, baseline.title))
+            tracker.finish("FINISHED")
+
+
+def _test_values(rows: Rows, model: str) -> dict[str, float]:
+    row = next(row for row in rows["test"] if row["model"] == model)
+    return {f"test/{key}": value for key, value in row.items() if isinstance(value, float)}

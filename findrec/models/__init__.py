@@ -1,0 +1,1 @@
+"""Models: their interface, and one folder per model."""

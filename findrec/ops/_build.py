@@ -1,36 +1,37 @@
-"""Build a C++ source of `csrc/` into a shared library at first use, and keep it.
+"""Compile a C++ source of `csrc/` into a shared library at first use, and cache it.
 
-The sources have a plain C interface, so they need nothing but a compiler: a build takes seconds and does not
-depend on torch's headers. Libraries live below `TORCH_EXTENSIONS_DIR`, else `~/.cache/findrec`, under a name
-that changes with the source, the flags, the compiler and the CPU. A lock lets workers that start at once
-build only once; the library appears by a rename, so a killed build leaves nothing half-written behind.
+The sources have a plain C interface and do not use torch's headers: a build needs only a compiler and takes
+seconds. Libraries are cached below `TORCH_EXTENSIONS_DIR`, else `~/.cache/findrec`, under a name derived from
+the source, the flags, the compiler and the CPU. A file lock makes concurrent workers build only once; an
+atomic rename ensures that a killed build leaves no partial library.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock
+
+from findrec.files import replacing
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-march=native")
-BUILD_SECONDS = 300  # a compiler that takes longer hangs
+BUILD_SECONDS = 300  # time limit of a compiler run
 
 
 class BuildError(RuntimeError):
-    """The library cannot be had; the message says why and how to mend it."""
+    """The library cannot be built or loaded; the message says why and how to fix it."""
 
 
 def load_library(name: str) -> ctypes.CDLL:
-    """The library made of `csrc/<name>.cpp`. Raises `BuildError`."""
+    """Build (or take from the cache) and load `csrc/<name>.cpp`. Raises `BuildError`."""
     compiler = find_compiler()
     source = SOURCES / f"{name}.cpp"
     key = _key(source, compiler)
@@ -39,7 +40,7 @@ def load_library(name: str) -> ctypes.CDLL:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not target.is_file():
-            with _locked(folder / f"{name}-{key}.lock"):
+            with FileLock(folder / f"{name}-{key}.lock"):
                 if not target.is_file():  # another worker may have built it meanwhile
                     _compile(compiler, source, target)
         return ctypes.CDLL(str(target))
@@ -51,7 +52,7 @@ def load_library(name: str) -> ctypes.CDLL:
 
 
 def find_compiler() -> str:
-    """The C++ compiler: `CXX` when set, else g++, else clang++. Raises `BuildError`."""
+    """Path of the C++ compiler: `CXX` when set, else g++, else clang++. Raises `BuildError`."""
     for candidate in (os.environ.get("CXX"), "g++", "clang++"):
         if candidate and (path := shutil.which(candidate)):
             return path
@@ -59,16 +60,16 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept."""
-    given = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if given:
-        return Path(given).expanduser() / "findrec"
+    """Folder of the built libraries."""
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if extensions:
+        return Path(extensions).expanduser() / "findrec"
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "findrec"
 
 
 def _key(source: Path, compiler: str) -> str:
-    """-march=native makes a library fit one kind of CPU: its name must say which."""
+    """Hash of all that decides the binary; with -march=native that includes the CPU."""
     digest = hashlib.blake2b(source.read_bytes(), digest_size=8)
     for header in sorted(source.parent.glob("*.h")):  # any of them may be included
         digest.update(header.read_bytes())
@@ -86,17 +87,9 @@ def _cpu_flags() -> str:
     return platform.processor()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # released when the process ends, however it ends
-        yield
-
-
 def _compile(compiler: str, source: Path, target: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / target.name
-        command = [compiler, *FLAGS, str(source), "-o", str(built)]
+    with replacing(target) as part:
+        command = [compiler, *FLAGS, str(source), "-o", str(part)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)
         except subprocess.TimeoutExpired:
@@ -104,4 +97,3 @@ def _compile(compiler: str, source: Path, target: Path) -> None:
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-5:])
             raise BuildError(f"{compiler} could not build {source}:\n{last}")
-        os.replace(built, target)

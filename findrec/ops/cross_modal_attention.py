@@ -1,14 +1,14 @@
 """Causal attention between the ID stream and each modality, all directions and heads in one call.
 
-For every modality m two attentions run: its latents ask the ID stream (what does the history say about this
-content), and the ID stream asks its latents (which content speaks to this history). Modalities reach each
-other through the ID stream, which keeps the cost linear in their number. Each is causal over time inside one
-user's history; users never see each other, and right padding is never seen by a step before it.
+For every modality two attentions are computed: its latents are the queries over the ID stream, and the ID
+stream holds the queries over its latents. Modalities exchange information through the ID stream only, so the
+cost is linear in their number. Attention is causal within one user's history and never crosses users; right
+padding is invisible to all steps before it.
 
-A step sees all steps up to itself, or with `window` w the last w of them, itself included. The window slides
-exactly: what a step sees depends neither on the length nor on where blocks of the computation begin.
-Windowed queries go in blocks of w/2 with the 3w/2 keys they may need, under one mask that all blocks share
-(on CPU two thirds of the time of blocks of w): time and memory are O(L w), nothing of size L x L exists.
+A step attends to all steps up to itself or, with `window` w, to the last w of them, itself included. The
+window is exact: it depends neither on the length nor on block boundaries. Windowed queries are processed in
+blocks of w/2 with the 3w/2 keys they may need, under one shared mask (on CPU two thirds of the time of blocks
+of w), so time and memory are O(L w).
 
 Shape letters: M modalities, B rows, L steps, H heads, h width of a head, X = 2 M B, N blocks, b their steps.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Impl = Literal["auto", "reference", "sdpa"]
-_SMALLEST_BLOCK = 32  # steps; below, the time goes into the number of blocks
+_SMALLEST_BLOCK = 32  # steps; smaller blocks spend their time on overhead
 
 
 def cross_modal_attention(
@@ -31,7 +31,7 @@ def cross_modal_attention(
     """Attend in both directions between the ID stream and M modalities.
 
     `id_qkv` is `[B, L, 3, H, h]`, `modal_qkv` is `[M, B, L, 3, H, h]`: queries, keys, values. Logits are
-    scaled once, by h^-0.5. `window` is how many of the latest steps one sees, itself included; None: all.
+    scaled once, by h^-0.5. `window` is the number of latest steps that a step attends to; None: all.
     `impl="reference"` forms all L x L weights in float64; `auto` is `sdpa`, torch's fused attention.
     Returns `(modal_reads_id, id_reads_modal)`, both `[M, B, L, H, h]`.
     Raises `ValueError` for shapes that do not fit, a window below 1 or an unknown `impl`.
@@ -42,7 +42,9 @@ def cross_modal_attention(
             f"and {tuple(modal_qkv.shape)}"
         )
     if window is not None and window < 1:
-        raise ValueError(f"window={window}: a step sees at least itself, so 1 is the least; None for all")
+        raise ValueError(
+            f"window={window}: must be at least 1 (a step attends to itself), or None for all steps"
+        )
     if impl not in ("auto", "reference", "sdpa"):
         raise ValueError(f"implementation {impl!r} is unknown: 'auto', 'reference' or 'sdpa'")
     num_modal, b, length, _, heads, width = modal_qkv.shape
@@ -52,7 +54,7 @@ def cross_modal_attention(
     k, v = (torch.stack([id_parts[part], modal_parts[part]]) for part in (1, 2))
     q, k, v = (x.view(-1, length, heads, width) for x in (q, k, v))
     if impl == "reference":
-        mixed = _whole_weights(q, k, v, window or length)
+        mixed = _dense_attention(q, k, v, window or length)
     elif window is None or window >= length:
         mixed = _attend(q, k, v, None)
     else:
@@ -72,8 +74,8 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Exact sliding window over `[X, L, H, h]`, L > window."""
     x, length, heads, width = q.shape
     block = max(window // 2, _SMALLEST_BLOCK)
-    back = -(-(window - 1) // block)  # blocks before its own that a query may see into
-    head = min(back * block, length)  # the first queries have no whole look-back: they go by themselves
+    back = -(-(window - 1) // block)  # earlier blocks that a query may attend to
+    head = min(back * block, length)  # the first queries have a shorter look-back: computed separately
     parts = (
         [_attend(q[:, :head], k[:, :head], v[:, :head], _band(head, head, window, q.device))] if head else []
     )
@@ -83,7 +85,7 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         num_blocks = q.shape[1] // block
         q_blocks = q.reshape(x * num_blocks, block, heads, width)
         k_blocks, v_blocks = (
-            # Copies, each key `back + 1` times: overlapping views are slower, forward and backward.
+            # Copies each key `back + 1` times: overlapping views are slower, forward and backward.
             torch.cat([part[:, i : i + num_blocks] for i in range(back + 1)], dim=2).flatten(0, 1)
             for part in (y.reshape(x, num_blocks + back, block, heads, width) for y in (k, v))
         )
@@ -94,13 +96,13 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Which of `keys` steps the last `queries` of them see: True for the `window` latest up to their own."""
+    """Mask `[queries, keys]` of the last `queries` of `keys` steps: True for the latest `window` keys."""
     own = torch.arange(keys - queries, keys, device=device)[:, None]
     other = torch.arange(keys, device=device)[None]
     return (other <= own) & (other > own - window)
 
 
-def _whole_weights(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     length, width = q.shape[1], q.shape[3]
     logits = torch.einsum("xlhc,xmhc->xhlm", q.double(), k.double()) * width**-0.5
     weights = logits.masked_fill(~_band(length, length, window, q.device), -torch.inf).softmax(-1)

@@ -1,4 +1,4 @@
-"""Mixture of experts inside each head's subspace: every head sends its vector through experts of its own.
+"""Mixture of experts per head: each head routes its vector to its own set of experts.
 
 The balance term is that of the Switch Transformer (Fedus et al. 2021, eq. 4), the z term that of ST-MoE
 (Zoph et al. 2022, eq. 5). No implementation loops over heads or experts:
@@ -7,7 +7,7 @@ The balance term is that of the Switch Transformer (Fedus et al. 2021, eq. 4), t
 |-------------|---------------------------------------------------------------------------------------|
 | `reference` | two einsums in float64                                                                |
 | `dense`     | every expert for every position: batched products and gate-weighted sums, in chunks   |
-| `sparse`    | only the `top_k` chosen: rows grouped by head and expert, filled to the fullest group  |
+| `sparse`    | only the `top_k` chosen experts: rows grouped by head and expert, padded to one size   |
 
 `auto` is `sparse` when at most a quarter of the experts is chosen, else `dense`. On a CPU, both directions
 with top_k = 2, `dense` is the faster at 4 experts; at 16 `sparse` takes half its time or less.
@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Impl = Literal["auto", "reference", "dense", "sparse"]
-_CHUNK_ELEMENTS = 2**18  # of the hidden activations at once: they stay in the processor's cache
+_CHUNK_ELEMENTS = 2**18  # of the hidden activations per chunk: they stay in the CPU cache
 
 
 class Routed(NamedTuple):
-    """What came out of the experts, and how evenly they were used."""
+    """The experts' output, and the two auxiliary terms that keep routing balanced."""
 
     out_THo: Tensor
     gates_THE: Tensor  # non-negative, sum to 1 over experts; at least float32, as the two terms are
     balance: Tensor  # [] mean over heads of E * sum_e f_e P_e: 1 when even, E when one expert takes all
-    z: Tensor  # [] mean squared log-sum-exp of the logits: keeps them small
+    z: Tensor  # [] mean squared log-sum-exp of the logits: penalises large logits
 
 
 def expert_routing(
@@ -107,18 +107,18 @@ def _all_experts(x_THi: Tensor, gates_THE: Tensor, weight_HEio: Tensor, bias_HEo
 def _chosen_experts(
     x_THi: Tensor, gates_THk: Tensor, chosen_THk: Tensor, weight_HEio: Tensor, bias_HEo: Tensor
 ) -> Tensor:
-    """The fullest group decides the work: at most that of all experts, when everybody chooses the same."""
+    """Groups are padded to the largest; with equal choices everywhere this costs as much as `dense`."""
     t, heads, chosen = chosen_THk.shape
     _, num_experts, width, out_width = weight_HEio.shape
     num_groups = heads * num_experts
-    taken_THE = torch.zeros(t, heads, num_experts, dtype=torch.int64, device=x_THi.device)
-    taken_THE.scatter_(-1, chosen_THk, 1)
-    nth_THE = taken_THE.cumsum(0) - 1  # the place of a position within its group
-    capacity = int(taken_THE.sum(0).max())
+    chosen_mask_THE = torch.zeros(t, heads, num_experts, dtype=torch.int64, device=x_THi.device)
+    chosen_mask_THE.scatter_(-1, chosen_THk, 1)
+    index_THE = chosen_mask_THE.cumsum(0) - 1  # index of a position within its group
+    capacity = int(chosen_mask_THE.sum(0).max())
     group_THk = chosen_THk + num_experts * torch.arange(heads, device=x_THi.device)[:, None]
-    slot_R = (group_THk * capacity + nth_THE.gather(-1, chosen_THk)).flatten()
+    slot_R = (group_THk * capacity + index_THE.gather(-1, chosen_THk)).flatten()
 
-    # Slots are distinct, so these copies and their gradients add nothing up: the same bits on every run.
+    # Slots are distinct, so these copies and their gradients never accumulate: runs are bit-identical.
     rows_Ri = x_THi.unsqueeze(2).expand(t, heads, chosen, width).reshape(-1, width)
     slots = rows_Ri.new_zeros(num_groups * capacity, width).index_copy(0, slot_R, rows_Ri)
     hidden_Gco = torch.baddbmm(

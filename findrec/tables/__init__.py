@@ -1,0 +1,1 @@
+"""Embedding tables, replicated or sharded by rows."""

@@ -1,4 +1,4 @@
-"""What an item table looks like from the outside, whichever way its rows are placed."""
+"""The interface of embedding tables, which is the same for replicated and sharded rows."""
 
 from __future__ import annotations
 
@@ -9,30 +9,32 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from findrec.ops.linear_cross_entropy import OwnBonus
+from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 
-# How rows become the vectors that are scored: `transform(ids, rows)`, ids as a tensor or as a range of them.
+ITEMS = "items"  # name of the item table
+
+# `transform(ids, rows)` returns the vectors that items are scored by; `ids` is a tensor or a range.
 Transform = Callable[[Tensor | range, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Vectors made of table rows by a `Transform`, and what the loss says about them."""
+    """Vectors computed from table rows by a `Transform`, with the gradient of the loss in them."""
 
-    ids: Tensor | None  # [n] distinct; None: all rows this worker holds
-    rows: Tensor  # [n, d] leaf; after the backward pass its gradient goes to `push`
+    ids: Tensor | None  # [n] distinct; None: all local rows
+    rows: Tensor  # [n, d] leaf; its gradient is passed to `push` after the backward pass
     vectors: Tensor  # [n, d]
     gradient: Tensor  # [n, d] of the loss in `vectors`
 
 
 @dataclass(frozen=True)
 class CatalogueLoss:
-    """Loss of one microbatch and what flows back into the tower."""
+    """Loss of one microbatch with its gradients in the inputs."""
 
     loss: Tensor  # [] sum of token losses divided by the step's global target count
     dh: Tensor  # [T, d]
-    dbonus: Tensor | None  # [T, N], when a bonus was given
-    scored: Scored | None  # when a transform was given
+    dbonus: Tensor | None  # [T, N], if a bonus was given
+    scored: Scored | None  # if a transform was given
 
 
 class SavedRows(Protocol):
@@ -44,7 +46,7 @@ class SavedRows(Protocol):
 
     @property
     def width(self) -> int:
-        """d."""
+        """The width d of a row."""
 
     def rows(self, name: str, first: int, end: int) -> Tensor:
         """Rows `first` to `end - 1`, `[end - first, d]`."""
@@ -53,22 +55,22 @@ class SavedRows(Protocol):
 class Table(Protocol):
     """Rows, catalogue loss and optimizer of `V` items; row 0 (padding) is zero and stays zero.
 
-    Where several workers train, `lookup`, `catalogue_loss`, `push` of ids and `step` may be collectives:
-    every worker calls them in the same order, the n-th call on one meets the n-th on the others.
+    With several workers, `lookup`, `catalogue_loss`, `push` with ids and `step` may be collective calls,
+    which all workers must make in the same order.
     """
 
-    sharded: bool  # workers hold different rows, and each saves its own
-    weight: Tensor  # [n, d] the rows this worker holds
+    sharded: bool  # whether workers hold different rows, which each of them saves
+    weight: Tensor  # [n, d] the local rows
 
     @property
     def first_row(self) -> int:
-        """Id of the first of them."""
+        """The id of the first local row."""
 
     def lookup(self, ids_U: Tensor) -> Tensor:
-        """Rows `[U, d]` of distinct ids as a leaf that collects a gradient; hand that to `push`."""
+        """Rows `[U, d]` of distinct ids, as a leaf; pass its gradient to `push`."""
 
     def push(self, ids_U: Tensor | None, grad_Ud: Tensor) -> None:
-        """Add the gradient of rows of distinct ids, or of all rows this worker holds (None)."""
+        """Accumulate the gradient of the rows of distinct ids, or of all local rows (None)."""
 
     def catalogue_loss(
         self,
@@ -76,25 +78,31 @@ class Table(Protocol):
         target_T: Tensor,
         num_targets: int,
         *,
-        own: OwnBonus | None = None,
+        repeat: RepeatBonus | None = None,
         generator: torch.Generator | None = None,
         transform: Transform | None = None,
     ) -> CatalogueLoss:
-        """Cross-entropy of a microbatch, over `num_targets` = all targets of the step on all workers.
+        """Summed cross-entropy of a microbatch, divided by `num_targets`, with its gradients.
 
-        `h_Td` and `own.bonus_TN` are taken detached; their gradients are returned. The table's own
-        gradient is added here, or, with a `transform`, returned on its way there (`Scored`).
-        `generator` draws the sampled negatives (CPU).
+        The gradient in the table's rows is accumulated, or returned in `Scored` if there is a `transform`.
+
+        Args:
+            h_Td: user vectors; detached, their gradient is returned.
+            target_T: target ids.
+            num_targets: number of targets of the step on all workers.
+            repeat: bonuses added to scores; detached, the gradient of `bonus_TN` is returned.
+            generator: draws the sampled negatives (CPU).
+            transform: computes the vectors that items are scored by from their rows.
         """
 
     def step(self, lr: float) -> float:
-        """One AdamW step with what all workers pushed; returns the norm of that gradient before clipping."""
+        """One AdamW step with the gradient summed over workers; returns its norm before clipping."""
 
     def state(self) -> Mapping[str, Tensor]:
-        """Weights and moments of the rows this worker holds, for a checkpoint."""
+        """Weights and optimizer moments of the local rows, for a checkpoint."""
 
-    def start_from(self, saved: SavedRows) -> None:
-        """Take over the rows of the first items; later ones and the optimizer stay as new."""
+    def load_weights(self, saved: SavedRows) -> None:
+        """Load the weights of the first items; rows of later items and the optimizer are unchanged."""
 
     def load_state(self, saved: SavedRows, steps: int) -> None:
-        """Take over weights and moments of a checkpoint; raises `ValueError` on another shape."""
+        """Load the weights and moments of a checkpoint; raises `ValueError` if shapes differ."""

@@ -1,11 +1,11 @@
-"""Which worker holds which rows of a table, and the exchanges between them.
+"""Assigns the rows of a table to workers, and exchanges data between them.
 
-Ranges are contiguous: a worker then saves, initialises and reads features of one piece, and a checkpoint is
-row-range files that any other number of workers reads its own ranges from. Dealing rows round robin would
-spread frequent items more evenly, but their lookups are a small part of a step: the catalogue loss costs the
-same for every row.
+Each worker holds a contiguous range of rows. So it saves, initialises and reads features of one range, and a
+checkpoint consists of row range files from which any number of workers can read their ranges. A round-robin
+assignment would distribute frequent items more evenly, but lookups are a small part of a step: the catalogue
+loss costs the same for every row.
 
-Shape letters: U ids that are asked for, R rows that are asked for here, W workers.
+Shape letters: U ids requested by this worker, R local rows requested by all workers, W workers.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch import Tensor
 
 
 def row_range(num_rows: int, rank: int, world: int) -> range:
-    """The rows of `num_rows` that worker `rank` of `world` holds; sizes differ by one at most."""
+    """The range of rows that worker `rank` of `world` holds; sizes differ by one at most."""
     return range(rank * num_rows // world, (rank + 1) * num_rows // world)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Rows 0..num_rows - 1 in one range for each worker of a group (`row_range`)."""
+    """Rows 0..num_rows - 1, split over the workers of a group by `row_range`."""
 
     num_rows: int
     group: dist.ProcessGroup | None = None  # None: all workers
@@ -36,21 +36,21 @@ class Shards:
 
     @property
     def rank(self) -> int:
-        """This worker's place among them."""
+        """The rank of this worker in the group."""
         return dist.get_rank(self.group) if dist.is_initialized() else 0
 
     @property
-    def own(self) -> range:
-        """This worker's rows."""
+    def local(self) -> range:
+        """The rows this worker holds."""
         return row_range(self.num_rows, self.rank, self.world)
 
     def owner(self, ids: Tensor) -> Tensor:
-        """The rank that holds each row."""
-        # r holds id where r <= ((id + 1) W - 1) / num_rows < r + 1: `row_range`, solved for the rank.
+        """The rank of the worker that holds each row."""
+        # Rank r holds the id if r <= ((id + 1) W - 1) / num_rows < r + 1: `row_range` solved for the rank.
         return torch.div((ids + 1) * self.world - 1, self.num_rows, rounding_mode="floor")
 
     def exchange(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """All-to-all of slices of `x`: `sent[r]` go to rank r, `received[r]` come from it, in rank order."""
+        """All-to-all of slices of `x` in rank order: `sent[r]` rows to rank r, `received[r]` rows from it."""
         if self.world == 1:
             return x
         result = x.new_empty(sum(received), *x.shape[1:])
@@ -58,7 +58,7 @@ class Shards:
         return result
 
     def gather(self, x: Tensor) -> Tensor:
-        """`[W, *x.shape]` from tensors of one shape."""
+        """All-gather of tensors of equal shape: `[W, *x.shape]`."""
         if self.world == 1:
             return x[None]
         result = x.new_empty(self.world, *x.shape)
@@ -66,18 +66,18 @@ class Shards:
         return result
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-        """`x` of all workers put together, in its place; a ring adds in the same order every time."""
+        """All-reduce `x` in place and return it; the ring adds in the same order every time."""
         if self.world > 1:
             dist.all_reduce(x, op, group=self.group)
         return x
 
-    def lengths(self, *own: int, device: torch.device) -> list[list[int]]:
-        """For each number given here, what it is on every worker."""
-        found: list[list[int]] = self.gather(torch.tensor(own, device=device)).t().tolist()
-        return found
+    def lengths(self, *local: int, device: torch.device) -> list[list[int]]:
+        """For each of the numbers, its values on all workers in rank order."""
+        values: list[list[int]] = self.gather(torch.tensor(local, device=device)).t().tolist()
+        return values
 
     def gather_uneven(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """`[sum(lengths), ...]` in rank order, where rank r gives `lengths[r]`."""
+        """All-gather of `lengths[r]` rows from each rank r: `[sum(lengths), ...]` in rank order."""
         if self.world == 1:
             return x
         padded = x.new_zeros(max(lengths), *x.shape[1:])
@@ -86,21 +86,21 @@ class Shards:
         return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def scatter_sum(self, x: Tensor, lengths: list[int]) -> Tensor:
-        """The own part `[lengths[rank], ...]` of the sum of all workers' `x` `[sum(lengths), ...]`.
+        """Reduce-scatter of uneven parts, from `[sum(lengths), ...]` to `[lengths[rank], ...]`.
 
-        A reduce-scatter of uneven parts that adds up in rank order, so that bits repeat.
+        Adds in rank order, so that results are reproducible bit for bit.
         """
-        own = lengths[self.rank]
-        parts = self.exchange(x, lengths, [own] * self.world)
-        return parts.view(self.world, own, *x.shape[1:]).sum(0)
+        length = lengths[self.rank]
+        parts = self.exchange(x, lengths, [length] * self.world)
+        return parts.view(self.world, length, *x.shape[1:]).sum(0)
 
     def total(self, value: float, device: torch.device) -> float:
-        """The sum of a number over workers."""
+        """The sum of `value` over all workers."""
         return float(self.gather(torch.tensor(value, dtype=torch.float64, device=device)).sum())
 
 
 class Route:
-    """Where the rows of distinct ids lie: made by all workers together, each for ids of its own."""
+    """Routes requests for rows to the workers that hold them; construction is a collective call."""
 
     def __init__(self, shards: Shards, ids_U: Tensor) -> None:
         self._shards = shards
@@ -110,15 +110,15 @@ class Route:
         each = [1] * shards.world
         self._sent: list[int] = sent.tolist()
         self._received: list[int] = shards.exchange(sent, each, each).tolist()
-        self.place_R = self.to_owners(ids_U) - shards.own.start  # rows of this worker that are asked for
+        self.index_R = self.to_owners(ids_U) - shards.local.start  # local indices of the requested rows
 
     def to_owners(self, x_U: Tensor) -> Tensor:
-        """`[R, ...]`: what belongs to the rows this worker holds, by rank of the asker."""
+        """Send values `[U, ...]` of the requested ids to their owners; receive `[R, ...]` in rank order."""
         return self._shards.exchange(x_U[self._order_U], self._sent, self._received)
 
-    def to_askers(self, x_R: Tensor) -> Tensor:
-        """`[U, ...]`: what the holders of the asked-for ids say of them."""
-        answer = self._shards.exchange(x_R, self._received, self._sent)
-        result = torch.empty_like(answer)
-        result[self._order_U] = answer
+    def to_requesters(self, x_R: Tensor) -> Tensor:
+        """Send values `[R, ...]` of local rows to the workers that requested them; receive `[U, ...]`."""
+        received = self._shards.exchange(x_R, self._received, self._sent)
+        result = torch.empty_like(received)
+        result[self._order_U] = received
         return result

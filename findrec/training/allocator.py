@@ -1,8 +1,8 @@
-"""Freed memory is kept for the next tensor instead of being given back to the system.
+"""Makes the C library keep freed memory for later allocations instead of returning it to the system.
 
-A training step frees and asks for the same few hundred megabytes again and again. glibc hands larger pieces
-back each time, and getting them anew costs a page fault for every 4 KiB: up to a sixth of a step on a CPU.
-The price is that the process stays as large as its largest step.
+A training step allocates and frees the same few hundred megabytes every time. By default glibc returns large
+blocks to the system, and allocating them again costs a page fault per 4 KiB: up to a sixth of a step on a
+CPU. The cost is that the process stays as large as its largest step.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20  # glibc allows no more
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library so, for this process; returns whether it is one that can be told (glibc)."""
+    """Configure glibc's `malloc` for this process; returns False where the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False
     try:
-        tell = ctypes.CDLL(None).mallopt
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # musl has no mallopt
         return False
     settings = {
@@ -27,4 +27,4 @@ def keep_freed_memory() -> bool:
         _TRIM_THRESHOLD: (1 << 31) - 1,
         _TOP_PAD: 64 << 20,
     }
-    return all(tell(name, value) == 1 for name, value in settings.items())
+    return all(mallopt(name, value) == 1 for name, value in settings.items())

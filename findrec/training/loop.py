@@ -1,9 +1,8 @@
-"""The training loop: load, then for each planned step run this worker's microbatches, update, log; after each
-epoch validate and save.
+"""The training loop: run the microbatches of each planned step, update, log; validate and save after epochs.
 
-All state that resuming needs is the number of steps done, in all and of the epoch; batches, dropout, noise
-and negatives follow from it (the epoch plan and `microbatch_seed`), so the same run comes out whatever the
-number of workers, and wherever it was cut short.
+Resuming needs only the numbers of completed steps, in total and of the epoch. Batches, dropout, noise and
+negatives follow from them (by the epoch plan and `microbatch_seed`), so results do not depend on the number
+of workers or on interruptions.
 """
 
 from __future__ import annotations
@@ -14,37 +13,52 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from findrec.config import RunConfig
-from findrec.datasets.batch import Batch
-from findrec.datasets.batches import TrainLoader
-from findrec.datasets.folder import DataFolder
-from findrec.datasets.plan import Windows, plan_epoch
-from findrec.datasets.splits import Int64Array
+from findrec.datasets.batches.catalogue import Catalogue
+from findrec.datasets.batches.examples import ExampleLoader, ExampleSource
+from findrec.datasets.batches.plan import microbatch_seed
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.datasets.folder.splits import Int64Array
+from findrec.models.base import Microbatch
 from findrec.progress import Bar, progress
-from findrec.tables.base import Table
-from findrec.training.alarms import Alarms
-from findrec.training.build import build_catalogue, build_windows
-from findrec.training.checkpoint import TrainState
-from findrec.training.keeper import Keeper
+from findrec.tables.base import ITEMS, Table
+from findrec.training.build import build_catalogue
+from findrec.training.checkpoints.checkpoint import TrainState
+from findrec.training.checkpoints.manager import CheckpointManager
+from findrec.training.checkpoints.validations import METRICS, SELECTS, is_due
+from findrec.training.logs.one_time_warnings import OneTimeWarnings
+from findrec.training.logs.step_trace import StepTrace
 from findrec.training.memory import memory_values
-from findrec.training.objectives import microbatch_loss, microbatch_seed
+from findrec.training.objectives import run_microbatch
 from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
-from findrec.training.step_trace import StepTrace
-from findrec.training.step_values import refuse_not_finite, sum_over_workers
+from findrec.training.step_values import check_finite, sum_over_workers
 from findrec.training.tower import Tower
-from findrec.training.validation import validate
-from findrec.training.validations import METRICS, SELECTS, is_due
 from findrec.training.worker import StopRequested, Worker
 
 
 class StepLog(Protocol):
-    """Takes the metrics of a step (rank 0 only)."""
+    """Receives the metrics of steps (rank 0 only)."""
 
     def log(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Record `values` at `step`."""
+
+
+class Validate(Protocol):
+    """Ranks the validation targets with the current weights (a collective call)."""
+
+    def __call__(
+        self,
+        config: RunConfig,
+        folder: DataFolder,
+        tower: Tower,
+        tables: Mapping[str, Table],
+        catalogue: Catalogue,
+        worker: Worker,
+    ) -> Mapping[str, float]:
+        """The metrics, equal on every worker, including those in `validations.METRICS`."""
 
 
 def run_training(
@@ -52,49 +66,52 @@ def run_training(
     folder: DataFolder,
     checkpoints: Path,
     tower: Tower,
-    table: Table,
+    tables: Mapping[str, Table],
     *,
     worker: Worker,
+    validate: Validate,
     log: StepLog | None = None,
     on_start: Callable[[TrainState], None] | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainState:
-    """Train to the end, from the newest checkpoint in `checkpoints`, else from the run that
-    `training.warm_start` names, else from the start.
+    """Train to the end, from the newest checkpoint, else from `training.warm_start`, else from scratch.
 
     `on_start(state)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
-    Raises `StopRequested` when a worker's `pulse` was asked to stop, `DivergedError` on values not finite.
+
+    Raises:
+        StopRequested: if the `heartbeat` of a worker has a stop request.
+        DivergedError: if losses or gradients are not finite.
     """
     training = config.training
-    windows = build_windows(config, folder)
-    state = restore(config, folder, checkpoints, tower, table, plan_digest(config, folder, windows))
-    if worker.leads and on_start is not None:
+    source: ExampleSource[Any] = tower.model.examples(config, folder)
+    state = restore(config, folder, checkpoints, tower, tables, plan_digest(config, folder, source))
+    if worker.is_rank_zero and on_start is not None:
         on_start(state)
-    left = int(windows.targets.sum()) * (training.epochs - state.epoch) - state.epoch_targets
-    num_traced = training.profile_steps if worker.leads else 0
+    left = source.num_targets * (training.epochs - state.epoch) - state.epoch_targets
+    num_traced = training.profile_steps if worker.is_rank_zero else 0
     with (
         ExitStack() as stack,
-        progress(config.model.name, left, "targets", show=worker.leads) as bar,
+        progress(config.model.title, left, "targets", show=worker.is_rank_zero) as bar,
         StepTrace(checkpoints.parent, num_traced, worker.device) as trace,
     ):
-        run = _Run(config, folder, windows, checkpoints, tower, table, worker, log, bar, trace)
-        stack.callback(run.keeper.close)
+        run = _Run(config, folder, source, checkpoints, tower, tables, worker, log, bar, trace)
+        stack.callback(run.checkpoint_manager.close)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
             due = is_due(config, state)
             if due and config.evaluation.evaluator == "inline":
-                with worker.pulse.busy("validating"):
-                    metrics = validate(config, folder, tower, table, run.catalogue, worker)
-                state = _judge(state, metrics[SELECTS])
-                found = {f"valid/{name}": metrics[name] for name in METRICS}
-                values |= found
+                with worker.heartbeat.busy("validating"):
+                    metrics = validate(config, folder, tower, tables, run.catalogue, worker)
+                state = _update_best(state, metrics[SELECTS])
+                validation = {f"valid/{name}": metrics[name] for name in METRICS}
+                values |= validation
                 bar.note(valid_ndcg=f"{metrics[SELECTS]:.4f}")
-                run.write(state.step, state.epoch, found)
+                run.write(state.step, state.epoch, validation)
                 due = state.best_step == state.step  # to be saved
             ends = state.epoch == training.epochs or _out_of_patience(config, state)
             saved = False
             if state.epoch % training.save_every == 0 or due or ends or run.stop:
-                saved = run.keeper.save(state, must=ends, wait=run.stop)
+                saved = run.checkpoint_manager.save(state, must=ends, wait=run.stop)
             if after_epoch is not None:
                 after_epoch(values)
             if run.stop and not ends:
@@ -102,60 +119,53 @@ def run_training(
     return state
 
 
-def _judge(state: TrainState, ndcg: float) -> TrainState:
-    """The state after a validation: a new best, or one more without."""
+def _update_best(state: TrainState, ndcg: float) -> TrainState:
+    """The state after a validation."""
     if ndcg > state.best:
         return replace(state, best=ndcg, best_step=state.step, stale=0)
     return replace(state, stale=state.stale + 1)
 
 
 class _Run:
-    """One training on one worker: its parts, and what is done with them epoch by epoch and step by step."""
+    """One training on one worker: its components, and the work of an epoch and of a step."""
 
     def __init__(
         self,
         config: RunConfig,
         folder: DataFolder,
-        windows: Windows,
+        source: ExampleSource[Any],
         checkpoints: Path,
         tower: Tower,
-        table: Table,
+        tables: Mapping[str, Table],
         worker: Worker,
         log: StepLog | None,
         bar: Bar,
         trace: StepTrace,
     ) -> None:
         self.trace = trace
-        self.config, self.folder, self.windows = config, folder, windows
-        self.tower, self.table, self.worker, self.log, self.bar = tower, table, worker, log, bar
+        self.config, self.source = config, source
+        self.tower, self.tables, self.worker, self.log, self.bar = tower, tables, worker, log, bar
         self.catalogue = build_catalogue(config, folder)
-        self.alarms = Alarms()
-        self.keeper = Keeper(config, checkpoints, tower, table, worker)
-        self.stop = False  # somebody asked for it
+        self.warnings = OneTimeWarnings()
+        self.checkpoint_manager = CheckpointManager(config, checkpoints, tower, tables, worker)
+        self.stop = False  # whether a stop was requested
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """Train what is left of an epoch; the state after it and the epoch's values."""
+        """Train the rest of an epoch; returns the state after it and the values of the epoch."""
         config, worker, bar = self.config, self.worker, self.bar
         training = config.training
-        plan = plan_epoch(
-            self.windows,
-            seed=training.seed,
-            epoch=state.epoch,
-            microbatches=training.microbatches,
-            tokens=training.tokens,
-        )
-        num_steps = training.epochs * len(plan.steps)  # epochs may differ by a step; only the rate uses it
-        loader = TrainLoader(
-            self.folder,
-            self.windows,
+        plan = self.source.plan(state.epoch)
+        num_steps = training.epochs * len(plan.steps)  # for the learning rate only: epochs may differ
+        loader = ExampleLoader(
+            self.source,
             plan,
+            epoch=state.epoch,
             rank=worker.rank,
             world=worker.world,
             first_step=state.epoch_step,
-            tie_seed=microbatch_seed(training.seed, state.epoch, -1) if config.data.shuffle_ties else None,
         )
         self.tower.model.train()
-        seconds_trained = seconds_waited = targets_here = 0.0
+        train_seconds = wait_seconds = num_trained = 0.0
         mark = time.perf_counter()
         with loader:
             for index, microbatches in loader:
@@ -175,28 +185,28 @@ class _Run:
                     epoch_loss=state.epoch_loss + values["train/loss"] * num_targets,
                     epoch_targets=state.epoch_targets + num_targets,
                 )
-                seconds_trained, seconds_waited = seconds_trained + seconds, seconds_waited + waited
-                targets_here += num_targets
-                worker.pulse.tick(state.step)
+                train_seconds, wait_seconds = train_seconds + seconds, wait_seconds + waited
+                num_trained += num_targets
+                worker.heartbeat.tick(state.step)
                 bar.advance(num_targets)
                 bar.note(
                     epoch=f"{state.epoch + 1}/{training.epochs}",
                     loss=f"{values['train/loss']:.4f}",
-                    data_wait=f"{seconds_waited / seconds_trained:.1%}",
+                    data_wait=f"{wait_seconds / train_seconds:.1%}",
                 )
-                if worker.leads:
-                    self.alarms.check(state.step, values)
+                if worker.is_rank_zero:
+                    self.warnings.show(state.step, self.tower.model.warnings(values))
                 self.write(state.step, state.epoch, values)
                 self.trace.done(state.step)
                 if index + 1 == len(plan.steps):
-                    continue  # an epoch's end is saved after its validation
+                    continue  # the end of an epoch is saved after its validation
                 if self.stop:
-                    raise StopRequested(state.step, saved=self.keeper.save(state, wait=True))
+                    raise StopRequested(state.step, saved=self.checkpoint_manager.save(state, wait=True))
                 if training.save_steps > 0 and state.step % training.save_steps == 0:
-                    self.keeper.save(state)
+                    self.checkpoint_manager.save(state)
         epoch_values = {
             "train/epoch_loss": state.epoch_loss / state.epoch_targets,
-            "train/epoch_targets_per_s": targets_here / seconds_trained,
+            "train/epoch_targets_per_s": num_trained / train_seconds,
             "train/padding": plan.padding,
             **memory_values(worker),
         }
@@ -209,48 +219,47 @@ class _Run:
         state: TrainState,
         num_steps: int,
         num_targets: int,
-        microbatches: list[tuple[int, Batch]],
-        chosen: list[Int64Array],
+        microbatches: list[tuple[int, Any]],
+        planned: list[Int64Array],
     ) -> dict[str, float]:
-        """This worker's microbatches of a step, then the update; the values of the whole step.
+        """Run this worker's microbatches of a step and update; returns the values of the whole step.
 
-        `chosen` are the windows of all microbatches, to name those that go wrong.
+        `planned` are the examples of all microbatches, for error messages.
         """
-        config, training = self.config, self.config.training
-        every = config.model.align.diagnose_every
-        self.tower.model.diagnosing = every > 0 and state.step % every == 0
+        training = self.config.training
+        self.tower.model.start_step(state.step)
         shares = {}
-        for microbatch, batch in microbatches:
-            shares[microbatch] = microbatch_loss(
-                self.tower,
-                self.table,
-                batch.to(self.worker.device),
+        for index, examples in microbatches:
+            microbatch = Microbatch(
+                examples.to(self.worker.device),
                 self.catalogue,
                 num_targets=num_targets,
                 num_microbatches=training.microbatches,
-                seed=microbatch_seed(training.seed, state.step, microbatch),
+                seed=microbatch_seed(training.seed, state.step, index),
             )
-            self.worker.pulse.tick()
-        found = sum_over_workers(shares, training.microbatches, self.worker)
-        self.stop |= found.stop
-        refuse = partial(
-            refuse_not_finite,
-            found,
+            shares[index] = run_microbatch(self.tower, self.tables, microbatch)
+            self.worker.heartbeat.tick()
+        reduced = sum_over_workers(shares, training.microbatches, self.worker)
+        self.stop |= reduced.stop
+        check = partial(
+            check_finite,
+            reduced,
             step=state.step,
             epoch=state.epoch,
-            chosen=chosen,
-            windows=self.windows,
-            folder=self.folder,
+            examples=planned,
+            describe=self.source.describe,
         )
-        refuse({})
+        check({})
         rate = learning_rate(state.step, num_steps, training.optim)
-        norms = {"grad_norm/tower": self.tower.step(rate), "grad_norm/table": self.table.step(rate)}
-        refuse(norms)
-        return found.values | norms | {"train/lr": rate}
+        norms = {"grad_norm/tower": self.tower.step(rate)}
+        for name, table in self.tables.items():
+            norms["grad_norm/table" if name == ITEMS else f"grad_norm/{name}"] = table.step(rate)
+        check(norms)
+        return reduced.values | norms | {"train/lr": rate}
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log values (rank 0)."""
-        if self.worker.leads and self.log is not None:
+        if self.worker.is_rank_zero and self.log is not None:
             self.log.log(step, epoch, values)
 
 

@@ -1,4 +1,4 @@
-"""What the workers of a training hold in memory."""
+"""Measures the memory use of the workers of a training."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from findrec.training.worker import Worker
 
 
 def memory_values(worker: Worker) -> dict[str, float]:
-    """GiB of the worker that holds most now, and of GPU memory at its peak (collective)."""
+    """Current memory and peak GPU memory in GiB, of the worker that uses most (a collective call)."""
     values = {"memory/worker_gib": float(psutil.Process().memory_info().rss)}
     if worker.device.type == "cuda":
         values["memory/gpu_peak_gib"] = float(torch.cuda.max_memory_allocated(worker.device))
-    held = torch.tensor(list(values.values()), dtype=torch.float64, device=worker.device)
+    largest = torch.tensor(list(values.values()), dtype=torch.float64, device=worker.device)
     if worker.world > 1:
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-    return {name: value / 2**30 for name, value in zip(values, held.tolist(), strict=True)}
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return {name: value / 2**30 for name, value in zip(values, largest.tolist(), strict=True)}

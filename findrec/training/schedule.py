@@ -8,7 +8,7 @@ from findrec.config import OptimConfig
 
 
 def learning_rate(step: int, num_steps: int, optim: OptimConfig) -> float:
-    """Rate of step `step` (0-based) of `num_steps`."""
+    """The learning rate of step `step` (from 0) of `num_steps`."""
     warmup = max(1, round(optim.warmup * num_steps))
     if step < warmup:
         return optim.lr * (step + 1) / warmup

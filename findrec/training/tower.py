@@ -1,74 +1,98 @@
-"""The trained network (the tower) behind one small interface, with and without DeepSpeed.
+"""The interface of the training engine that holds the model (the tower) and its optimizer.
 
-The loop knows only `Tower`. `PlainTower` is the single-process reference: it needs no process group and
-says what every distributed engine must reproduce. `findrec.cluster.engine` has the DeepSpeed one.
+`PlainTower` is the single-process reference: it needs no process group, and distributed engines must
+reproduce its results. `findrec.cluster.zero.engine` implements the interface with DeepSpeed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from findrec.config import OptimConfig
-from findrec.datasets.batch import Batch, ModalRows
-from findrec.models.base import Out, SequenceModel
+from findrec.errors import FindRecError
+from findrec.models.base import Microbatch, Model, StepLoss
+from findrec.tables.view import Tables
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
+Shape = tuple[int, ...]
 
 
 class Tower(Protocol):
-    """A model with its optimizer. Gradients of microbatches add up until `step`."""
+    """A model with its optimizer. Gradients of microbatches are accumulated until `step`."""
 
-    model: SequenceModel
-    backward_factor: float  # what `backward` multiplies every gradient by on the way to the table rows
+    model: Model[Any]
+    backward_factor: float  # the factor by which `backward` scales the gradients of table rows
 
-    def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
-        """Run the model in whatever mode it is in."""
-
-    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
-        """`SequenceModel.item_transform`; its graph goes into the same `backward` as the forward pass."""
+    def loss(self, microbatch: Microbatch[Any], tables: Tables) -> StepLoss:
+        """The model's loss of a microbatch (possibly a collective call)."""
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagate one microbatch's share of the step's loss."""
+        """Backpropagate the loss of one microbatch."""
 
     def step(self, lr: float) -> float:
-        """Clip, update all weights, clear gradients; returns the gradient norm before clipping."""
+        """Clip gradients, update weights, reset gradients; returns the gradient norm before clipping."""
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and buffers by name on every rank (a collective call)."""
 
-    def whole_model(self) -> SequenceModel:
-        """The model to evaluate with: `model`, or a copy where weights are split (a collective call)."""
+    def whole_model(self) -> Model[Any]:
+        """The model for evaluation: `model`, or a copy if its weights are sharded (a collective call)."""
 
-    def moments(self) -> dict[str, Tensor]:
-        """Optimizer moments `<parameter>.<moment>` on every rank (a collective call)."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Optimizer state `<parameter>.<name in OPTIMIZER_STATE>` on every rank (a collective call)."""
 
-    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
-        """Take over the weights and moments of a checkpoint (a collective call)."""
+    def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], steps: int) -> None:
+        """Load the weights and the optimizer state of a checkpoint (a collective call)."""
+
+
+def check_weights(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: Path) -> None:
+    """Raise `FindRecError` if the names or shapes of saved `weights` are not those of `model`."""
+    need = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for name, p in model.named_parameters(remove_duplicate=False):  # in ZeRO stage 3 they are split
+        need[name] = tuple(getattr(p, "ds_shape", p.shape))
+    if difference := shape_difference(need, {name: tuple(value.shape) for name, value in weights.items()}):
+        raise FindRecError(
+            f"{checkpoint} was saved by another model, or with other data or another data.max_length: "
+            f"{difference}. Give this run another name (name=...), or pass --fresh to delete the old one"
+        )
+
+
+def shape_difference(need: Mapping[str, Shape], saved: Mapping[str, Shape]) -> str | None:
+    """Describe the first weights that are missing or differ in shape; None if there are none."""
+    for name in sorted(need.keys() | saved.keys()):
+        if need.get(name) != saved.get(name):
+            return (
+                f"the weights {name!r} have the shape {saved.get(name)} there, but this run needs "
+                f"{need.get(name)}"
+            )
+    return None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Weight decay for matrices only: biases, gains, scan parameters and single vectors are left alone."""
+    """Parameter groups with weight decay for matrices only, not for biases, gains and scan parameters."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or name.endswith("A_log")
+    for parameter in model.parameters():
+        plain = parameter.ndim < 2 or getattr(parameter, "no_weight_decay", False)
         (rest if plain else decay).append(parameter)
     groups = [(decay, weight_decay), (rest, 0.0)]
     return [{"params": params, "weight_decay": wd, "lr": 0.0} for params, wd in groups if params]
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """AdamW whose learning rate the loop sets anew for every step."""
-    groups = parameter_groups(model, optim.weight_decay)
+    """AdamW; the learning rate is set before every step."""
+    # A model may have no weights besides its tables; torch accepts an empty group, but not an empty list.
+    groups = parameter_groups(model, optim.weight_decay) or [{"params": []}]
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=1e-8, fused=True)
 
 
 def set_lr(groups: Iterable[dict[str, object]], lr: float) -> None:
-    """Give all parameter groups this step's learning rate."""
+    """Set the learning rate of all parameter groups."""
     for group in groups:
         group["lr"] = lr
 
@@ -78,19 +102,14 @@ class PlainTower:
 
     backward_factor = 1.0
 
-    def __init__(self, model: SequenceModel, optim: OptimConfig) -> None:
+    def __init__(self, model: Model[Any], optim: OptimConfig) -> None:
         self.model = model
         self._clip = optim.clip_tower
         self._optimizer = make_optimizer(model, optim)
 
-    def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
+    def loss(self, microbatch: Microbatch[Any], tables: Tables) -> StepLoss:
         """See `Tower`."""
-        out: Out = self.model(batch, x_items, features)
-        return out
-
-    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
-        """See `Tower`."""
-        return self.model.item_transform(rows, features)
+        return self.model.loss(microbatch, tables)
 
     def backward(self, loss: Tensor) -> None:
         """See `Tower`."""
@@ -99,7 +118,7 @@ class PlainTower:
     def step(self, lr: float) -> float:
         """See `Tower`."""
         limit = self._clip if self._clip > 0 else float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(list(self.model.parameters()), limit)
         set_lr(self._optimizer.param_groups, lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -109,24 +128,24 @@ class PlainTower:
         """See `Tower`."""
         return dict(self.model.state_dict())
 
-    def whole_model(self) -> SequenceModel:
+    def whole_model(self) -> Model[Any]:
         """See `Tower`."""
         return self.model
 
-    def moments(self) -> dict[str, Tensor]:
+    def optimizer_state(self) -> dict[str, Tensor]:
         """See `Tower`."""
         state = self._optimizer.state
         return {
             f"{name}.{moment}": state[p][moment] if p in state else torch.zeros_like(p)
             for name, p in self.model.named_parameters()
-            for moment in MOMENTS
+            for moment in OPTIMIZER_STATE
         }
 
-    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], steps: int) -> None:
+    def load(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor], steps: int) -> None:
         """See `Tower`."""
         self.model.load_state_dict(dict(weights))
         for name, p in self.model.named_parameters():
             self._optimizer.state[p] = {
                 "step": torch.tensor(float(steps)),
-                **{moment: moments[f"{name}.{moment}"].clone() for moment in MOMENTS},
+                **{moment: optimizer_state[f"{name}.{moment}"].clone() for moment in OPTIMIZER_STATE},
             }

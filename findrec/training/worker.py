@@ -1,6 +1,4 @@
-"""Who a process is among the workers of a training, what they tell each other, and how one is watched and
-asked to stop.
-"""
+"""A worker of a training: its rank and device, its heartbeat, and the exchange of text between workers."""
 
 from __future__ import annotations
 
@@ -12,27 +10,27 @@ import torch
 
 from findrec.tables.exchange import Shards
 
-STARTING, TRAINING = "starting", "training"  # what a worker does; other words for what takes its own time
+STARTING, TRAINING = "starting", "training"  # activities of a worker; work between steps has names of its own
 
 
-class Pulse:
-    """What a worker shows of its progress, for somebody to watch from outside (`findrec.cluster.pulse`)."""
+class Heartbeat:
+    """The progress a worker reports, watched from outside (see `findrec.cluster.heartbeat`)."""
 
     def __init__(self) -> None:
         self.step = 0
         self.ticks = 0
         self.doing = STARTING
-        self.stop_asked = False  # finish the step, save, end
+        self.stop_requested = False  # finish the current step, save, and stop
 
     def tick(self, step: int | None = None) -> None:
-        """One more piece of a step is done, or with `step` a whole one."""
+        """Count a finished microbatch, or with `step` a finished step."""
         if step is not None:
             self.step, self.doing = step, TRAINING
         self.ticks += 1
 
     @contextmanager
     def busy(self, doing: str) -> Iterator[None]:
-        """Something between steps that may take long, such as validating."""
+        """Report `doing` inside the context: work between steps that may take long, such as validating."""
         before, self.doing = self.doing, doing
         try:
             yield
@@ -41,8 +39,8 @@ class Pulse:
             self.ticks += 1
 
 
-class StopRequested(Exception):  # noqa: N818 - no error: training ends early because somebody asked for it
-    """All workers have finished the step and saved it, if it could be."""
+class StopRequested(Exception):  # noqa: N818 - not an error: the stop was requested
+    """Training ends early: all workers have finished the step and tried to save it."""
 
     def __init__(self, step: int, *, saved: bool) -> None:
         super().__init__(f"step {step} is done and {'saved' if saved else 'could not be saved'}")
@@ -50,23 +48,26 @@ class StopRequested(Exception):  # noqa: N818 - no error: training ends early be
 
 @dataclass(frozen=True)
 class Worker:
-    """Who this process is among the workers."""
+    """The rank, world size, device and heartbeat of this process."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    pulse: Pulse = field(default_factory=Pulse)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)
 
     @property
-    def leads(self) -> bool:
-        """Rank 0 prints, logs and saves."""
+    def is_rank_zero(self) -> bool:
+        """Whether this worker prints, logs and saves."""
         return self.rank == 0
 
 
 def share_text(text: str, device: torch.device) -> list[str]:
-    """What each worker says, in rank order (collective, unless there is no process group); unpickled."""
+    """Gather a text from every worker, in rank order, without pickling.
+
+    A collective call, unless there is no process group.
+    """
     shards = Shards(0)
     own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
     (lengths,) = shards.lengths(len(own), device=device)
-    said = torch.split(shards.gather_uneven(own, lengths).cpu(), lengths)
-    return [bytes(part.tolist()).decode() for part in said]
+    texts = torch.split(shards.gather_uneven(own, lengths).cpu(), lengths)
+    return [bytes(part.tolist()).decode() for part in texts]

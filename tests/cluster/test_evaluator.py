@@ -9,9 +9,14 @@ from planted import planted_folder, planted_run
 from findrec.cluster.evaluator import Evaluator
 from findrec.errors import FindRecError
 from findrec.evaluation.run import evaluate_run
-from findrec.training.checkpoint import list_checkpoints
+from findrec.training.checkpoints.checkpoint import list_checkpoints
+from findrec.training.checkpoints.validations import (
+    METRICS,
+    best_checkpoint_path,
+    due_checkpoints,
+    read_validations,
+)
 from findrec.training.runs import read_run_config
-from findrec.training.validations import METRICS, best_checkpoint_path, due_checkpoints, read_validations
 
 KEEP_ONE = {"keep": 1, "epochs": 4}
 
@@ -34,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory, folder):
-    """The same training with and without an evaluator beside it, and what the workers of the second found."""
+    """The same training with an inline and with an asynchronous evaluator."""
     home, kept = tmp_path_factory.mktemp("runs"), Kept()
     common = {"training": KEEP_ONE, "baselines": ["popularity"], "valid_users": 40}
     beside = planted_run(home / "beside", folder, evaluator="async", **common)
@@ -60,9 +65,9 @@ def test_it_finds_what_workers_find(pair, folder, capsys):
     assert (
         best_checkpoint_path(beside / "checkpoints").name == best_checkpoint_path(inline / "checkpoints").name
     )
-    said = capsys.readouterr().out
-    assert said.count("validation of findrec, epoch ") == 4
-    assert said.count("ranking ") == 2  # the model and popularity, before training is said to be over
+    output = capsys.readouterr().out
+    assert output.count("validation of findrec, epoch ") == 4
+    assert output.count("ranking ") == 2  # the model and popularity, before training is said to be over
     rows = here.finish()
     assert {row["users"] for part in ("valid", "test") for row in rows[part]} == {60}  # no longer a sample
     assert capsys.readouterr().out.count("ranking ") == 0
@@ -94,14 +99,14 @@ def test_a_checkpoint_that_cannot_be_read_is_given_up_loudly(pair, folder, tmp_p
     here = evaluator_of(run, folder)
     while here.work():
         continue
-    said = capsys.readouterr().out
-    assert said.count("WARNING") == 1
-    assert f"no validation of findrec at {first.name}" in said
+    output = capsys.readouterr().out
+    assert output.count("WARNING") == 1
+    assert f"no validation of findrec at {first.name}" in output
     assert due_checkpoints(read_run_config(run), run) == [first]
     assert len(read_validations(run)) == 3
 
 
 def test_a_machine_without_the_run_folder_is_told(folder, pair, tmp_path):
     config = read_run_config(pair[0]).model_dump(mode="json")
-    with pytest.raises(FindRecError, match=r"cannot see the run folder .*evaluation.evaluator=inline"):
+    with pytest.raises(FindRecError, match=r"there is no run folder .*evaluation.evaluator=inline"):
         Evaluator(config, str(folder.path), str(tmp_path), 1, gpu=True)

@@ -17,9 +17,10 @@ from clusters import UNTRACKED, Run, free_port, kill_node, running_cluster, weig
 from planted import planted_folder, planted_home
 
 from findrec.config import load_config
-from findrec.datasets.folder import DataFolder
-from findrec.training.build import build_table, build_tower_model
-from findrec.training.checkpoint import latest_checkpoint
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.evaluation.validation import validate
+from findrec.training.build import build_tables, build_tower_model
+from findrec.training.checkpoints.checkpoint import latest_checkpoint
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -54,8 +55,8 @@ def test_a_killed_worker_is_replaced(cluster, calm):
     run = Run(cluster, "killed")
     run.reach(12)
     os.kill(run.workers()[0], signal.SIGKILL)
-    said = run.end()
-    assert "of 2 was lost: restart 1 of 3, from the checkpoint step-000000" in said
+    output = run.end()
+    assert "of 2 was lost: restart 1 of 3, from the checkpoint step-000000" in output
     assert weights(run.folder) == calm
     assert steps(run) == list(range(1, len(steps(run)) + 1))
 
@@ -69,24 +70,31 @@ def test_a_hung_worker_is_named_and_replaced(cluster, calm):
     os.kill(victim, signal.SIGSTOP)
     run.wait_for("WARNING: hung: rank ", 40)
     assert time.monotonic() - begun < 40
-    said = run.end()
-    assert f"(process {victim} on " in said
-    assert "restart 1 of 3" in said
+    output = run.end()
+    assert f"(process {victim} on " in output
+    assert "restart 1 of 3" in output
     assert weights(run.folder) == calm
 
 
 @more
-def test_terminated_it_saves_the_step_and_continues(cluster, calm):
-    run = Run(cluster, "terminated", "training.save_steps=0", "training.save_every=6")
+def test_terminated_it_saves_the_step_and_continues(cluster):
+    options = [
+        "training.save_steps=0",
+        "training.save_every=30",
+        "training.epochs=30",
+    ]  # longer than a stop takes
+    undisturbed = Run(cluster, "undisturbed", *options)
+    undisturbed.end()
+    run = Run(cluster, "terminated", *options)
     run.reach(12)
     run.process.send_signal(signal.SIGTERM)
-    said = run.end(code=75)
+    output = run.end(code=75)
     step = latest_checkpoint(run.folder / "checkpoints").name.removeprefix("step-").lstrip("0")
-    assert f"stopped by SIGTERM: step {step} is done and saved; the same command continues" in said
+    assert f"stopped by SIGTERM: step {step} is done and saved; the same command continues" in output
     assert int(step) == steps(run)[-1]
-    again = Run(cluster, "terminated", "training.save_steps=0", "training.save_every=6")
+    again = Run(cluster, "terminated", *options)
     again.end()
-    assert weights(again.folder) == calm
+    assert weights(again.folder) == weights(undisturbed.folder)
 
 
 @more
@@ -112,8 +120,8 @@ def test_a_machine_is_lost_another_comes_and_is_taken_away(cluster, calm):
         reached = run.step()
         run.reach(reached + 5)
         run.process.send_signal(signal.SIGTERM)
-        said = run.end(code=75)
-    assert said.count(": restart ") == 1  # after the loss; who is told before loses no step
+        output = run.end(code=75)
+    assert output.count(": restart ") == 1  # after the loss; a drained machine loses no step
     assert steps(run) == list(range(1, len(steps(run)) + 1))
     want = reference_losses(cluster.home, ["training.epochs=60"], len(steps(run)))
     got = losses(run)
@@ -122,14 +130,14 @@ def test_a_machine_is_lost_another_comes_and_is_taken_away(cluster, calm):
 
 
 @more
-def test_a_full_disk_is_told_and_outlived(cluster, calm):
+def test_a_full_disk_gives_a_warning_and_training_resumes(cluster, calm):
     run_folder = cluster.home / "runs" / "full"
     with tiny_disk(run_folder / "checkpoints", mib=1):
         run = Run(cluster, "full")
         run.wait_for("WARNING: the checkpoint of step 10 could not be written")
-        said = run.end(code=2)
-        assert "No space left on device" in said
-        assert "Make room there, then start the same command again" in said
+        output = run.end(code=2)
+        assert "No space left on device" in output
+        assert "Make room there, then start the same command again" in output
         assert latest_checkpoint(run_folder / "checkpoints").name == "step-00000005"
         subprocess.run(["mount", "-o", "remount,size=64m", str(run_folder / "checkpoints")], check=True)
         again = Run(cluster, "full")
@@ -145,16 +153,16 @@ def test_a_shard_that_breaks_under_way_is_named(cluster):
     run.reach(3)
     shard = sorted((folder / "shards").glob("*.tar"))[0]
     os.truncate(shard, 1000)
-    said = run.end(code=2)
-    assert f"{shard.name} was altered" in said.splitlines()[-1]
+    output = run.end(code=2)
+    assert f"{shard.name} was altered" in output.splitlines()[-1]
 
 
 @more
 def test_a_dead_tracking_server_stops_nothing(cluster, calm):
     server = f"http://127.0.0.1:{free_port()}"
     run = Run(cluster, "untold", "tracking.enabled=true", f"tracking.uri={server}")
-    said = run.end()
-    assert said.count(f"MLflow at {server} cannot be written") >= 1
+    output = run.end()
+    assert output.count(f"MLflow at {server} cannot be written") >= 1
     assert weights(run.folder) == calm
 
 
@@ -194,7 +202,7 @@ def tiny_disk(path, mib):
 
 def losses(run):
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    return [found["train/loss"] for line in lines if "train/loss" in (found := json.loads(line))]
+    return [result["train/loss"] for line in lines if "train/loss" in (result := json.loads(line))]
 
 
 class EnoughError(Exception):
@@ -205,21 +213,26 @@ def reference_losses(home, overrides, count):
     """Those of the first steps in one process, without Ray or DeepSpeed."""
     config = load_config(home / "run.yaml", overrides)
     folder = DataFolder.open(home / "data" / "planted")
-    found = []
+    result = []
 
     class Log:
         def log(self, step, epoch, values):
             if "train/loss" in values:
-                found.append(values["train/loss"])
-            if len(found) == count:
+                result.append(values["train/loss"])
+            if len(result) == count:
                 raise EnoughError
 
     torch.manual_seed(config.training.seed)
     tower = PlainTower(build_tower_model(config, folder), config.training.optim)
     with pytest.raises(EnoughError):
         run_training(
-            *(config, folder, home / "reference", tower, build_table(config, folder)),
+            config,
+            folder,
+            home / "reference",
+            tower,
+            build_tables(config, folder),
             worker=Worker(),
+            validate=validate,
             log=Log(),
         )
-    return found
+    return result

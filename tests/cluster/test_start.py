@@ -10,8 +10,8 @@ from findrec.cluster.trainer import Trainer
 
 IMPORT = """
 import sys
-from findrec.cluster.engine import _import_deepspeed
-_import_deepspeed()
+from findrec.cluster.zero.deepspeed_patches import import_deepspeed
+import_deepspeed()
 assert "mlflow" not in sys.modules, "MLflow"
 assert "torch._inductor.compile_fx" not in sys.modules, "Inductor"
 import mlflow

@@ -1,9 +1,9 @@
-"""What the driver refuses before it places workers; how it mends what fails is in test_failures.py."""
+"""Errors raised before workers are placed; failures of workers are in test_failures.py."""
 
 import pytest
 from planted import make_config
 
-from findrec.cluster.machines import Machine
+from findrec.cluster.plan.machines import Machine
 from findrec.cluster.supervise import _refuse_split_tracking
 from findrec.config import parse_config
 from findrec.errors import FindRecError

@@ -79,11 +79,11 @@ def test_two_machines_train_one_run(machines, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
-        said, _ = run.communicate(timeout=400)
+        output, _ = run.communicate(timeout=400)
     finally:
         for node in reversed(nodes):
             kill_node(node)
-    assert run.returncode == 0, said[-6000:]
+    assert run.returncode == 0, output[-6000:]
     (row, _) = json.loads((disks[0] / "runs" / "far" / "metrics.json").read_text())["test"]
     assert row["ndcg@10"] > 0.9
     assert os.listdir(store / "far")

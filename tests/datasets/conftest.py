@@ -1,4 +1,4 @@
-"""Cut-down inputs in the true formats of both recipes, written below the test's own folder."""
+"""Small inputs in the real formats of two recipes, written to the test's folder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_recipe import local_recipe
 
-from findrec.datasets import encode_images
-from findrec.datasets.recipe import Features, Recipe, load_recipe
+from findrec.datasets.encoders import image_encoder
+from findrec.datasets.sources.recipe import Recipe, load_recipe
 
 FILMS = [
     (1, "Café Noir, Le", "1995", ["Drama", "Film-Noir"]),
@@ -34,26 +35,15 @@ def ratings(users: int = 12, seed: int = 0) -> list[tuple[int, int, int, int]]:
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-def local(recipe: Recipe, place: int, folder: Path) -> Recipe:
-    """The recipe with one of its places, read from a local folder, and no text features."""
-    sources = {}
-    for name, places in recipe.sources.items():
-        chosen = places[place]
-        files = {k: file.model_copy(update={"sha256": None}) for k, file in chosen.files.items()}
-        away = {"url": None, "package": None, "version": None, "path": str(folder), "files": files}
-        sources[name] = [chosen.model_copy(update=away)]
-    return recipe.model_copy(update={"sources": sources, "features": Features()})
-
-
 @pytest.fixture
 def ml_rows() -> list[tuple[int, int, int, int]]:
-    """The rows of the cut-down ml-100k in the order of its file."""
+    """The rows of the small ml-100k in the order of its file."""
     return ratings()
 
 
 @pytest.fixture
 def publisher_ml(tmp_path: Path) -> Recipe:
-    """ml-100k as GroupLens writes it: tab-separated u.data, latin-1 u.item with genre flags."""
+    """ml-100k as published by GroupLens: tab-separated u.data, latin-1 u.item with genre flags."""
     folder = tmp_path / "publisher"
     (folder / "ml-100k").mkdir(parents=True)
     lines = ["\t".join(str(v) for v in row) for row in ratings()]
@@ -63,12 +53,12 @@ def publisher_ml(tmp_path: Path) -> Recipe:
         flags = "|".join(str(int(genre in genres)) for genre in GENRES.split())
         films.append(f"{film}|{name} ({year})|01-Jan-{year}||http://us.imdb.com/{film}|{flags}")
     (folder / "ml-100k/u.item").write_bytes(("\n".join(films) + "\n").encode("latin-1"))
-    return local(load_recipe("ml-100k"), 0, folder)
+    return local_recipe(load_recipe("ml-100k"), folder)
 
 
 @pytest.fixture
 def package_ml(tmp_path: Path) -> Recipe:
-    """ml-100k as the package holds it: typed headers, UTF-8."""
+    """ml-100k as in the package: typed headers, UTF-8."""
     folder = tmp_path / "package"
     inside = folder / "recbole/dataset_example/ml-100k"
     inside.mkdir(parents=True)
@@ -78,7 +68,7 @@ def package_ml(tmp_path: Path) -> Recipe:
     films = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
     films += [f"{film}\t{name}\t{year}\t{' '.join(genres)}" for film, name, year, genres in FILMS]
     (inside / "ml-100k.item").write_text("\n".join(films) + "\n", encoding="utf-8")
-    return local(load_recipe("ml-100k"), 1, folder)
+    return local_recipe(load_recipe("ml-100k"), folder, 1)
 
 
 @pytest.fixture
@@ -90,8 +80,8 @@ def journey(tmp_path: Path) -> Recipe:
     rows = []
     for household in range(1, 21):
         for basket in range(1 if household == 20 else 6):
-            products = np.sort(rng.choice(40, size=8, replace=False)) + 1000
-            rows += [f"({household}, {p}, TIMESTAMP '2017-01-0{basket + 1} 10:00:00')" for p in products]
+            bought = np.sort(rng.choice(40, size=8, replace=False)) + 1000
+            rows += [f"({household}, {p}, TIMESTAMP '2017-01-0{basket + 1} 10:00:00')" for p in bought]
     columns = "(household_id, product_id, transaction_timestamp)"
     duckdb.sql(f"SELECT * FROM (VALUES {', '.join(rows)}) AS t{columns}").write_parquet(
         str(inside / "transactions.parquet")
@@ -101,20 +91,20 @@ def journey(tmp_path: Path) -> Recipe:
     duckdb.sql(f"SELECT * FROM (VALUES {', '.join(products)}) AS t{columns}").write_parquet(
         str(inside / "products.parquet")
     )
-    return local(load_recipe("complete-journey"), 0, tmp_path / "journey")
+    return local_recipe(load_recipe("complete-journey"), tmp_path / "journey")
 
 
 @pytest.fixture
 def toy_encoders(monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoders `toy:1` and `toy:2`: mean colours of quarters, times the number."""
 
-    def make(name: str, device: torch.device) -> encode_images._Network:
+    def make(name: str, device: torch.device) -> image_encoder._Network:
         def pixels(image: Image.Image) -> torch.Tensor:
             return torch.tensor(np.array(image.resize((4, 4)))).permute(2, 0, 1).float() / 255
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.avg_pool2d(x, 2) * int(name[0])
 
-        return encode_images._Network("r" + name[0], (name * 64)[:64], pixels, forward)
+        return image_encoder._Network("r" + name[0], (name * 64)[:64], pixels, forward)
 
-    monkeypatch.setitem(encode_images._LIBRARIES, "toy", make)
+    monkeypatch.setitem(image_encoder._LIBRARIES, "toy", make)

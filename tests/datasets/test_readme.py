@@ -1,4 +1,4 @@
-"""The recipes that the guides show are whole and work as printed."""
+"""The recipes in the guides work as printed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from findrec.datasets.prepare import prepare
-from findrec.datasets.recipe import Features, load_recipe, parse_recipe
+from findrec.datasets.prepare.pipeline import prepare
+from findrec.datasets.sources.recipe import Features, load_recipe, parse_recipe
 from findrec.paths import PACKAGE
 
 GUIDES = PACKAGE.parent / "datasets"
@@ -20,7 +20,7 @@ def shown(page: str, number: int = 0) -> str:
     return re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[number]
 
 
-def test_the_shop_of_the_how_to(tmp_path: Path) -> None:
+def test_the_shop_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "sales.csv").write_text(
         "customer,sku,bought_at\n"
         "ann,milk,2024-01-05 10:00:00\nann,bread,2024-01-06 10:00:00\nann,milk,2024-01-07 10:00:00\n"
@@ -35,7 +35,7 @@ def test_the_shop_of_the_how_to(tmp_path: Path) -> None:
     assert made.histories([0]).item.tolist() == [2, 1, 2]
 
 
-def test_pairs_a_line(tmp_path: Path) -> None:
+def test_one_pair_per_line(tmp_path: Path) -> None:
     (tmp_path / "pairs.txt").write_text("7 12\n7 11\n3 11\n7 12\n")
     given = yaml.safe_load("place:\n" + shown("sequence-files.md"))
     template = load_recipe("sequence-files").model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""What every model promises (findrec/models/base.py), for each registered model."""
+"""The contract of models (findrec/models/base.py), tested for each registered model."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from small_models import make_model
 from torch import Tensor
 
-from findrec.config import ModelConfig
-from findrec.datasets.batch import Batch, ModalRows
+from findrec.config import LossConfig, OptimConfig
+from findrec.datasets.batches.batch import Batch
+from findrec.datasets.folder.features import ModalRows
 from findrec.errors import FindRecError
-from findrec.models.base import Out, SequenceModel
-from findrec.models.layers import Dropout
-from findrec.models.registry import MODELS, build_model
-from findrec.ops.own_bonus import NUM_REPEAT_FEATURES
+from findrec.models.base import Microbatch, Out, SequenceModel
+from findrec.models.configs import CONFIGS
+from findrec.models.parts.layers import Dropout
+from findrec.models.parts.repeat import repeat_candidates
+from findrec.ops.repeat_bonus import NUM_REPEAT_FEATURES
+from findrec.tables.base import ITEMS
+from findrec.tables.item_table import ItemTable
+from findrec.tables.table_spec import TableSpec
+from findrec.training.objectives import run_microbatch
+from findrec.training.tower import PlainTower
 
 DIM, NUM_ITEMS, WIDTHS = 16, 30, {"text": 12, "image": 7}
 CHANGES: dict[str, dict[str, object]] = {  # of the model's configuration, beyond what all cases have
@@ -28,7 +36,7 @@ CHANGES: dict[str, dict[str, object]] = {  # of the model's configuration, beyon
 }
 VARIANTS = [
     (name, modalities, repeat, "")
-    for name in sorted(MODELS)
+    for name in sorted(CONFIGS)
     for modalities in (("text",), ("text", "image"))
     for repeat in (False, True)
 ] + [("findrec", ("text", "image"), False, change) for change in CHANGES if change]
@@ -46,18 +54,24 @@ class Case:
         for m in modalities:
             self.present[m][0] = False
             self.values[m][~self.present[m]] = 0
-        sizes = {"name": name, "dim": DIM, "dropout": 0.2, "gaps": True}
-        config = ModelConfig.model_validate(sizes | CHANGES[change])
+        sizes = {"name": name, "dim": DIM, "dropout": 0.2, "gaps": True, "repeat": repeat}
         dims = {m: WIDTHS[m] for m in modalities}
-        self.model: SequenceModel = build_model(config, feature_dims=dims, repeat=repeat, max_length=64)
+        self.model: SequenceModel = make_model(sizes | CHANGES[change], dims, max_length=64)
         for p in self.model.parameters():  # away from zeros and ones, so that every path matters
             p.data += 0.05 * torch.randn_like(p)
         self.repeat = repeat
 
+    def features(self, ids: Tensor) -> Mapping[str, ModalRows]:
+        """See `ItemFeatures`."""
+        return {m: ModalRows(v[ids], self.present[m][ids]) for m, v in self.values.items()}
+
+    def all_features(self, device: object, part: range | None = None) -> Mapping[str, ModalRows]:
+        """See `ItemFeatures`."""
+        return self.features(torch.arange(NUM_ITEMS + 1) if part is None else torch.tensor(list(part)))
+
     def inputs(self, batch: Batch) -> tuple[Tensor, Mapping[str, ModalRows]]:
         rows = self.table[batch.ids].clone().requires_grad_()
-        features = {m: ModalRows(v[batch.ids], self.present[m][batch.ids]) for m, v in self.values.items()}
-        return rows, features
+        return rows, self.features(batch.ids)
 
     def run(self, batch: Batch) -> Out:
         rows, features = self.inputs(batch)
@@ -79,7 +93,7 @@ def histories(lengths: list[int], seed: int = 1) -> list[tuple[Tensor, Tensor]]:
 
 
 def as_batch(users: list[tuple[Tensor, Tensor]], width: int | None = None) -> Batch:
-    """Every position of every user is asked for."""
+    """Every position of every user is a target position."""
     lengths = torch.tensor([len(items) for items, _ in users])
     width = int(lengths.max()) if width is None else width
     item, gap = (torch.zeros(len(users), width, dtype=torch.int64) for _ in range(2))
@@ -119,7 +133,7 @@ def test_the_future_changes_nothing(case: Case) -> None:
     assert not torch.allclose(before.h[cut:], after.h[cut:], atol=1e-3)
 
 
-def test_padding_and_company_change_nothing(case: Case) -> None:
+def test_padding_and_other_users_change_nothing(case: Case) -> None:
     case.model.eval()
     users = histories([17, 1, 38])
     together = case.run(as_batch(users))
@@ -131,13 +145,13 @@ def test_padding_and_company_change_nothing(case: Case) -> None:
         start = end
 
 
-def test_only_asked_positions_are_returned(case: Case) -> None:
+def test_only_target_positions_are_returned(case: Case) -> None:
     case.model.eval()
     whole = as_batch(histories([12, 6]))
     last = Batch(**{**vars(whole), "position": torch.tensor([11, 17]), "target": torch.zeros(0).long()})
-    few, all_of_them = case.run(last), case.run(whole)
-    assert_same(few, all_of_them, slice(0, 1), slice(11, 12))
-    assert_same(few, all_of_them, slice(1, 2), slice(17, 18))
+    some, every = case.run(last), case.run(whole)
+    assert_same(some, every, slice(0, 1), slice(11, 12))
+    assert_same(some, every, slice(1, 2), slice(17, 18))
 
 
 def test_gradient_reaches_every_parameter_and_the_rows(case: Case) -> None:
@@ -247,12 +261,50 @@ def test_low_precision_rounds_products_and_nothing_else(case: Case) -> None:
 
 
 def test_wrong_configurations_are_explained() -> None:
-    config = ModelConfig(name="sasrec", dim=10, heads=4)
     with pytest.raises(FindRecError, match=r"multiple of model\.heads"):
-        build_model(config, feature_dims={}, repeat=False, max_length=8)
-    config = ModelConfig(name="findrec", dim=10)
+        make_model({"name": "sasrec", "dim": 10, "heads": 4})
     with pytest.raises(FindRecError, match=r"multiple of model\.routing\.heads"):
-        build_model(config, feature_dims={"text": 3}, repeat=False, max_length=8)
-    config = config.model_copy(update={"name": "findrek"})
-    with pytest.raises(FindRecError, match="did you mean 'findrec'"):
-        build_model(config, feature_dims={}, repeat=False, max_length=8)
+        make_model({"name": "findrec", "dim": 10}, {"text": 3})
+    with pytest.raises(ValueError, match="did you mean 'findrec'"):
+        make_model({"name": "findrek"})
+
+
+@pytest.mark.parametrize("num_targets", [100, 10**12])  # the second leaves the auxiliary terms alone
+def test_the_loss_and_its_gradients_are_those_of_the_formula(case: Case, num_targets: int) -> None:
+    """One microbatch of the default objective, against softmax over the catalogue in plain torch."""
+    torch.manual_seed(3)
+    item = torch.randint(1, NUM_ITEMS + 1, (3, 9))
+    target = torch.randint(1, NUM_ITEMS + 1, (27,))
+    batch = Batch.build(
+        item, torch.full((3,), 9), torch.arange(3), torch.arange(27), target, torch.ones_like(item)
+    )
+    optim = OptimConfig()
+    table = ItemTable(TableSpec(NUM_ITEMS, DIM, seed=0, loss=LossConfig(), optim=optim))
+    table.weight.copy_(case.table)
+    tower = PlainTower(case.model.train(), optim)
+    microbatch = Microbatch(batch, case, num_targets=num_targets, num_microbatches=4, seed=7)
+    loss = run_microbatch(tower, {ITEMS: table}, microbatch)
+    ours = {name: p.grad.clone() for name, p in case.model.named_parameters() if p.grad is not None}
+    case.model.zero_grad()
+    torch.manual_seed(7)
+    weight = case.table.clone().requires_grad_()
+    out = case.model(batch, weight[batch.ids], case.features(batch.ids))
+    scores = out.h @ case.model.item_transform(weight, case.all_features("cpu")).T
+    if out.repeat is not None:
+        bonus = repeat_candidates(batch).bonus(out.repeat)
+        candidate = torch.where(bonus.seen_TN, bonus.ids_BN[bonus.row_T], 0)
+        scores = scores.scatter_add(1, candidate, torch.where(bonus.seen_TN, bonus.bonus_TN, 0.0))
+    entropy = torch.nn.functional.cross_entropy(scores[:, 1:], target - 1, reduction="sum") / num_targets
+    total = entropy + sum(term.value / 4 for term in out.aux.values())
+    total.backward()
+    torch.testing.assert_close(loss.loss, entropy.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss.total, total.detach(), rtol=1e-5, atol=1e-6)
+    assert dict(loss.aux) == {name: term.reported / 4 for name, term in out.aux.items()}
+    for name, parameter in case.model.named_parameters():
+        want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(
+            ours.get(name, torch.zeros_like(want)), want, rtol=1e-3, atol=1e-6, msg=name
+        )
+    index, gradient = table._local.gradient()
+    assert index is None
+    torch.testing.assert_close(gradient[1:], weight.grad[1:], rtol=1e-3, atol=1e-6)

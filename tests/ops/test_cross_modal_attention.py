@@ -6,10 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+from bench.attention import make_run
+from bench.memory import peak_bytes
 from torch import Tensor
 
-from findrec.bench.attention import make_run
-from findrec.bench.memory import peak_bytes
 from findrec.ops.cross_modal_attention import cross_modal_attention
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-11, torch.bfloat16: 3e-2}  # of the largest value
@@ -30,12 +30,12 @@ def test_reference_equals_a_loop_over_steps(window: int | None) -> None:
             seen = slice(0 if window is None else max(0, t - window + 1), t + 1)
             for h in range(2):
                 for m in range(2):
-                    for found, asks, tells in (
+                    for result, asks, tells in (
                         (reads_id, modal[m, b], ids[b]),
                         (reads_modal, ids[b], modal[m, b]),
                     ):
                         weights = (tells[seen, 1, h] @ asks[t, 0, h] / 2).softmax(0)  # 2: root of the width
-                        assert torch.allclose(found[m, b, t, h], weights @ tells[seen, 2, h])
+                        assert torch.allclose(result[m, b, t, h], weights @ tells[seen, 2, h])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -53,9 +53,9 @@ def test_implementations_agree(
     expected = cross_modal_attention(*exact, window=window, impl="reference")
     mix = [torch.randn_like(x) for x in expected]
     expected_grads = torch.autograd.grad(expected, exact, mix)
-    found = cross_modal_attention(ids, modal, window=window)
-    grads = torch.autograd.grad(found, (ids, modal), [x.to(dtype) for x in mix])
-    for ours, theirs in zip((*found, *grads), (*expected, *expected_grads), strict=True):
+    result = cross_modal_attention(ids, modal, window=window)
+    grads = torch.autograd.grad(result, (ids, modal), [x.to(dtype) for x in mix])
+    for ours, theirs in zip((*result, *grads), (*expected, *expected_grads), strict=True):
         assert ours.dtype == dtype
         assert (ours.double() - theirs).abs().max() <= TOLERANCE[dtype] * theirs.abs().max()
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from findrec.config import LossConfig, OptimConfig
 from findrec.tables.exchange import row_range
-from findrec.tables.initial import initial_rows
+from findrec.tables.initial_rows import initial_rows
 from findrec.tables.item_table import ItemTable
-from findrec.tables.parts import TableSpec
+from findrec.tables.table_spec import TableSpec
 
 
 def make(*, only_trained=False, train_count=None, **kwargs):
@@ -93,7 +93,7 @@ def test_sampled_losses_are_keyed_and_reach_the_targets_rows(kind):
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
 def test_a_sampled_loss_steps_the_rows_it_looked_up_and_no_others(clip):
-    """Like a `torch.optim.AdamW` whose parameter, moments and decay are those of the rows a step has met."""
+    """Like a `torch.optim.AdamW` whose parameter, moments and decay are those of the looked-up rows."""
     table = make(kind="sampled", negatives=2, clip=clip)
     optim = torch.optim.AdamW(
         [torch.nn.Parameter(table.weight.clone())], lr=0.05, betas=(0.9, 0.98), weight_decay=0.1
@@ -121,8 +121,8 @@ def test_a_sampled_loss_steps_the_rows_it_looked_up_and_no_others(clip):
         with torch.no_grad():
             weight.copy_(before)
         torch.testing.assert_close(table.weight, before)
-        met = step + 8  # the first row that no step has looked up yet, but for the lower ones
-        assert torch.equal(table.weight[met:], make().weight[met:])
+        untouched = step + 8  # the first row that no step has looked up yet, but for the lower ones
+        assert torch.equal(table.weight[untouched:], make().weight[untouched:])
     assert torch.count_nonzero(table.weight[0]) == 0
 
 
@@ -163,7 +163,7 @@ def test_state_round_trip_and_shape_check():
         t.catalogue_loss(torch.ones(3, 4), torch.tensor([4, 5, 6]), 3)
         t.step(0.1)
     assert torch.equal(table.weight, other.weight)
-    with pytest.raises(ValueError, match="the checkpoint holds"):
+    with pytest.raises(ValueError, match="the checkpoint has"):
         other.load_state(Saved({k: v[:-1] for k, v in table.state().items()}), 1)
 
 

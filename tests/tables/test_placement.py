@@ -1,4 +1,4 @@
-"""Which placement a configuration gets, and that one is told why."""
+"""The placement of a table for a configuration, with its reason."""
 
 import pytest
 
@@ -24,7 +24,7 @@ LIMIT = SHARD_ABOVE_BYTES // (4 * 4 * 64)  # rows of width 64 with gradient and 
     ],
 )
 def test_auto_shards_what_is_large_and_can_be(overrides, rows, workers, mode, held):
-    place = place_table(parse_config({}, overrides), rows - 1, workers, content=True)
+    place = place_table(parse_config({}, overrides), rows - 1, 64, workers, content=True)
     assert (place.mode, place.rows) == (mode, held)
     assert place.bytes == held * 4 * 64 * (3 if "loss.kind" in str(overrides) else 4)
     assert "GiB" in place.why
@@ -32,9 +32,9 @@ def test_auto_shards_what_is_large_and_can_be(overrides, rows, workers, mode, he
 
 @pytest.mark.parametrize(
     ("override", "items", "problem"),
-    [("model.items.id_dropout=0.1", 100, "id_dropout"), ("model.dim=64", 2, "too few")],
+    [("model.items.id_dropout=0.1", 100, "dropout of ids"), ("model.dim=64", 2, "too few")],
 )
 def test_what_cannot_be_sharded_is_refused(override, items, problem):
     config = parse_config({}, ["training.table=sharded", override])
     with pytest.raises(FindRecError, match=problem):
-        place_table(config, items, 4, content=True)
+        place_table(config, items, 64, 4, content=True)

@@ -14,7 +14,7 @@ assert keep_freed_memory()
 def use():
     for _ in range(3):
         torch.ones(4 << 20).add_(1)  # 16 MiB
-for _ in range(5):  # until the buffers have found their places
+for _ in range(5):  # until buffers are reused
     use()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):

@@ -5,13 +5,17 @@ import pytest
 import torch
 from planted import make_config, planted_folder
 
-from findrec.datasets.memory import write_data_folder
+from findrec.baseline_configs import BASELINES
+from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.errors import DivergedError, FindRecError
-from findrec.evaluation.baselines import make_baseline
-from findrec.evaluation.evaluate import rank_split, summarise
-from findrec.evaluation.scorers import ModelScorer
-from findrec.training.build import build_catalogue, build_table, build_tower_model
-from findrec.training.checkpoint import latest_checkpoint, load_checkpoint
+from findrec.evaluation.protocol import RankingProtocol
+from findrec.evaluation.ranking.evaluate import rank_split, summarise
+from findrec.evaluation.scoring.baselines import make_baseline
+from findrec.evaluation.scoring.inner_product import ModelScorer
+from findrec.evaluation.validation import validate
+from findrec.tables.base import ITEMS
+from findrec.training.build import build_catalogue, build_tables, build_tower_model
+from findrec.training.checkpoints.checkpoint import latest_checkpoint, load_checkpoint
 from findrec.training.loop import run_training
 from findrec.training.tower import PlainTower
 from findrec.training.worker import Worker
@@ -34,15 +38,16 @@ class Log:
 def train(config, folder, checkpoints, after_epoch=None, log=None):
     torch.manual_seed(config.training.seed)
     model = build_tower_model(config, folder)
-    table = build_table(config, folder)
+    table = build_tables(config, folder)[ITEMS]
     log = log or Log()
     run_training(
         config,
         folder,
         checkpoints,
         PlainTower(model, config.training.optim),
-        table,
+        {ITEMS: table},
         worker=Worker(),
+        validate=validate,
         log=log,
         after_epoch=after_epoch,
     )
@@ -61,12 +66,14 @@ def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name,
     config = make_config(precision=precision)
     config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
     model, table, log = train(config, folder, tmp_path)
-    how = {"users_per_block": 64, "max_length": 16, "mask_seen": False}
-    scorer = ModelScorer(model, table.weight, build_catalogue(config, folder), max_length=16, device="cpu")
-    learnt = summarise(rank_split(scorer, folder, "test", **how), folder, "test", ks=[10], model=name)
-    popular = make_baseline("popularity", folder)
+    protocol = RankingProtocol(users_per_block=64, max_length=16, ks=[10])
+    scorer = ModelScorer(
+        model, table.weight, build_catalogue(config, folder), max_length=16, device="cpu", name="model"
+    )
+    learnt = summarise(rank_split(scorer, folder, "test", protocol), folder, "test", protocol, model=name)
+    popular = make_baseline(BASELINES["popularity"](name="popularity"), folder)
     chance = summarise(
-        rank_split(popular, folder, "test", **how), folder, "test", ks=[10], model="popularity"
+        rank_split(popular, folder, "test", protocol), folder, "test", protocol, model="popularity"
     )
     assert learnt["ndcg@10"] > 0.9
     assert chance["ndcg@10"] < 0.25
@@ -139,7 +146,7 @@ def test_divergence_stops_with_a_plain_message(folder, tmp_path):
 
 @pytest.mark.parametrize("switch", ["events", "gaps"])
 def test_types_of_events_and_time_gaps_are_read_when_switched_on(tmp_path, switch):
-    """The next item is told by the type of the last event, or by the gap before it, and by nothing else."""
+    """The next item depends only on the type of the last event, or on the gap before it."""
     rng = np.random.default_rng(0)
     histories, times, events = [], [], []
     for _ in range(120):

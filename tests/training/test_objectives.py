@@ -5,9 +5,10 @@ import pytest
 import torch
 from planted import make_config, planted_folder
 
-from findrec.datasets.batches import train_batch
-from findrec.datasets.plan import cut_prefixes, cut_windows
-from findrec.training.build import build_catalogue, build_table, build_tower_model
+from findrec.datasets.batches.plan import cut_prefixes, cut_windows
+from findrec.datasets.batches.windows import train_batch
+from findrec.tables.base import ITEMS
+from findrec.training.build import build_catalogue, build_tables, build_tower_model
 
 
 @pytest.mark.parametrize("kind", ["mamba", "gru", "transformer"])
@@ -22,7 +23,7 @@ def test_both_objectives_see_the_same_user_vector_for_the_same_history(tmp_path,
         }
     )
     torch.manual_seed(0)
-    model, table = build_tower_model(config, folder).eval(), build_table(config, folder)
+    model, table = build_tower_model(config, folder).eval(), build_tables(config, folder)[ITEMS]
     catalogue = build_catalogue(config, folder)
 
     def vectors(windows):

@@ -10,16 +10,19 @@ import torch
 from planted import NUM_ITEMS, make_config
 
 from findrec.config import parse_config
-from findrec.datasets.folder import DataFolder
-from findrec.datasets.memory import write_data_folder
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.errors import FindRecError
-from findrec.training.build import build_table, build_tower_model
-from findrec.training.checkpoint import latest_checkpoint, read_state
+from findrec.evaluation.validation import validate
+from findrec.tables.base import ITEMS
+from findrec.training.build import build_tables, build_tower_model
+from findrec.training.checkpoints.checkpoint import checkpoint_folder, latest_checkpoint, read_state
+from findrec.training.checkpoints.validations import best_checkpoint
+from findrec.training.identity import catalogue_fingerprint
 from findrec.training.loop import run_training
-from findrec.training.runs import checkpoint_folder, open_run_folder, training_jobs
+from findrec.training.runs import open_run_folder, training_jobs
 from findrec.training.tower import PlainTower
-from findrec.training.validations import best_checkpoint
-from findrec.training.warm_start import find_warm_start, mark_catalogue
+from findrec.training.warm_start import find_warm_start
 from findrec.training.worker import Worker
 
 NEW = 5  # items that the grown catalogue has beside
@@ -76,14 +79,18 @@ class Log:
 
 def parts(config, data):
     torch.manual_seed(config.training.seed)
-    return PlainTower(build_tower_model(config, data), config.training.optim), build_table(config, data)
+    return PlainTower(build_tower_model(config, data), config.training.optim), build_tables(config, data)[
+        ITEMS
+    ]
 
 
 def train(config, data):
     folder = open_run_folder(config)
     (job, *_) = training_jobs(config, folder)
     tower, table = parts(job.config, data)
-    run_training(job.config, data, checkpoint_folder(folder), tower, table, worker=Worker())
+    run_training(
+        job.config, data, checkpoint_folder(folder), tower, {ITEMS: table}, worker=Worker(), validate=validate
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +111,18 @@ def test_known_rows_and_weights_are_taken_over(home, new_data, tmp_path):
         captured["state"] = state
         captured["tower"] = {k: v.clone() for k, v in tower.model.state_dict().items()}
         captured["table"] = {k: v.clone() for k, v in table.state().items()}
-        captured["moments"] = {k: v.clone() for k, v in tower.moments().items()}
+        captured["optimizer_state"] = {k: v.clone() for k, v in tower.optimizer_state().items()}
 
     tower, table = parts(config, new_data)
     log = Log()
     run_training(
-        *(config, new_data, tmp_path / "checkpoints", tower, table),
+        config,
+        new_data,
+        tmp_path / "checkpoints",
+        tower,
+        {ITEMS: table},
         worker=Worker(),
+        validate=validate,
         log=log,
         on_start=capture,
     )
@@ -120,11 +132,18 @@ def test_known_rows_and_weights_are_taken_over(home, new_data, tmp_path):
     assert torch.equal(rows[NUM_ITEMS + 1 :], fresh_table.weight[NUM_ITEMS + 1 :])
     assert rows[NUM_ITEMS + 1 :].abs().sum() > 0
     assert not captured["table"]["exp_avg"].any()
-    assert not any(value.any() for value in captured["moments"].values())
+    assert not any(value.any() for value in captured["optimizer_state"].values())
     cold_log = Log()
     cold_config = config_in(home, "cold")
     run_training(
-        *(cold_config, new_data, tmp_path / "cold", fresh_tower, fresh_table), worker=Worker(), log=cold_log
+        cold_config,
+        new_data,
+        tmp_path / "cold",
+        fresh_tower,
+        {ITEMS: fresh_table},
+        worker=Worker(),
+        validate=validate,
+        log=cold_log,
     )
     assert log.losses[0] < 0.7 * cold_log.losses[0]  # it knows what follows what
     written = read_state(latest_checkpoint(tmp_path / "checkpoints"))
@@ -138,26 +157,30 @@ def test_a_fresh_optimizer_is_one_that_never_stepped(home, new_data, tmp_path):
     """Loading zero moments at step 0 trains bit for bit as a new optimizer with the same weights does."""
     config = config_in(home, "zero", warm_start="yesterday")
     warm, warm_table = parts(config, new_data)
-    run_training(config, new_data, tmp_path / "warm", warm, warm_table, worker=Worker())
+    run_training(
+        config, new_data, tmp_path / "warm", warm, {ITEMS: warm_table}, worker=Worker(), validate=validate
+    )
     saved = best_checkpoint(home / "yesterday/checkpoints")
     plain, plain_table = parts(config, new_data)
     plain.model.load_state_dict(saved.tower)
     plain_table.weight[: NUM_ITEMS + 1] = saved.table["weight"]
     cold = config_in(home, "zero2")
-    run_training(cold, new_data, tmp_path / "plain", plain, plain_table, worker=Worker())
+    run_training(
+        cold, new_data, tmp_path / "plain", plain, {ITEMS: plain_table}, worker=Worker(), validate=validate
+    )
     assert torch.equal(warm_table.weight, plain_table.weight)
 
 
 def test_an_interrupted_warm_run_goes_on_from_its_own_checkpoint(home, new_data, tmp_path):
     config = config_in(home, "resumed", warm_start="yesterday", epochs=2)
     whole, table = parts(config, new_data)
-    run_training(config, new_data, tmp_path / "a", whole, table, worker=Worker())
+    run_training(config, new_data, tmp_path / "a", whole, {ITEMS: table}, worker=Worker(), validate=validate)
     newest = latest_checkpoint(tmp_path / "a")
     shutil.rmtree(newest)
     away = config_in(tmp_path / "nowhere", "resumed", warm_start="yesterday", epochs=2)
     again, table_again = parts(away, new_data)
     run_training(
-        away, new_data, tmp_path / "a", again, table_again, worker=Worker()
+        away, new_data, tmp_path / "a", again, {ITEMS: table_again}, worker=Worker(), validate=validate
     )  # the source is not needed
     assert torch.equal(table.weight, table_again.weight)
     assert "yesterday" in read_state(latest_checkpoint(tmp_path / "a")).started_from
@@ -175,7 +198,15 @@ def test_baselines_start_from_their_own_kind(home, old_data, new_data):
     open_run_folder(config_in(home, "both"))
     before = sasrec("both")
     tower, table = parts(before.config, old_data)
-    run_training(before.config, old_data, checkpoint_folder(before.folder), tower, table, worker=Worker())
+    run_training(
+        before.config,
+        old_data,
+        checkpoint_folder(before.folder),
+        tower,
+        {ITEMS: table},
+        worker=Worker(),
+        validate=validate,
+    )
     start = find_warm_start(sasrec("next", warm_start="both").config, new_data)
     assert start is not None
     assert "both/baselines/sasrec/checkpoints" in start.title
@@ -212,8 +243,8 @@ def test_refusals(home, old_data, new_data, tmp_path):
     refused("have the shape", write_data_folder(tmp_path / "wide", histories(NUM_ITEMS, 9), features=wide))
     later = renamed(new_data, tmp_path / "later", [*names[:NUM_ITEMS], "a", "b", "c", "d", "e"])
     config = config_in(home, "fine", {"dropout": 0.5}, warm_start="yesterday")
-    assert find_warm_start(config, later) is not None  # what comes after is nobody's business
-    marks = [mark_catalogue(config, data, NUM_ITEMS)["items"] for data in (old_data, new_data, later)]
+    assert find_warm_start(config, later) is not None  # later items do not matter
+    marks = [catalogue_fingerprint(config, data, NUM_ITEMS)["items"] for data in (old_data, new_data, later)]
     assert marks[0] == marks[1] == marks[2]
 
 

@@ -1,10 +1,10 @@
-"""RecBole's full-sort evaluation of given vectors, inside the peers' environment; times are taken outside.
+"""Runs RecBole's full-sort evaluation of given vectors in the peers' environment.
 
     .venv-peers/bin/python ranking.py FOLDER USERS THREADS
 
-FOLDER holds `users.npy`, `items.npy` (row 0 is padding) and `half.npy` (targets). For each line on standard
-input the first USERS users are scored against all items in one batch, as a model's `full_sort_predict` does,
-and go through RecBole's collector and metrics; the answer is the memory it took in bytes.
+FOLDER has `users.npy`, `items.npy` (row 0 is padding) and `half.npy` (targets). For each line on standard
+input, the first USERS users are scored against all items in one batch, as by a model's `full_sort_predict`,
+and evaluated by RecBole's collector and metrics; the peak memory in bytes is printed.
 """
 
 import sys
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from recbole.evaluator import Collector, Evaluator
 
-vars(np)["float"] = float  # RecBole 1.2.1 still uses the name that numpy dropped
+vars(np)["float"] = float  # RecBole 1.2.1 uses this name, which numpy has removed
 METRICS = {
     "metrics": ["Recall", "MRR", "NDCG"],
     "topk": [100],
@@ -31,6 +31,7 @@ def peak():
 
 
 def main(folder, num_users, threads):
+    """Rank the users' targets once for each line on standard input."""
     torch.set_num_threads(int(threads))
     users, items, target = (
         torch.from_numpy(np.load(Path(folder) / f"{n}.npy")) for n in ("users", "items", "half")

@@ -1,10 +1,10 @@
-"""Trains a peer's SASRec inside the peers' environment and writes what it measured as JSON.
+"""Trains a peer's SASRec in the peers' environment and writes the measurements as JSON.
 
     .venv-peers/bin/python worker.py {rectools,recbole} FOLDER RESULT --settings JSON
 
-FOLDER holds `events.csv` (user, item, place: every event in order; a user's last two are the test and the
-validation target). Nothing of FindRec is imported. The clock runs while an epoch trains, not while it is
-evaluated: full-catalogue ranks of the validation targets, ties at their expected rank.
+FOLDER has `events.csv` (user, item, position; a user's last two events are the validation and the test
+target). Nothing of FindRec is imported. Only training is timed, not the evaluation after each epoch:
+full-catalogue ranks of the validation targets, ties at their expected rank.
 """
 
 import argparse
@@ -28,16 +28,19 @@ class Stopwatch:
         self._start, self._targets = 0.0, 0
 
     def begin(self):
+        """Start the clock of an epoch."""
         self._start, self._targets = time.perf_counter(), 0
 
     def count(self, targets):
+        """Add the targets of one batch to the running epoch."""
         self._targets += targets
 
     def seconds(self):
-        """Training time so far, the running epoch included."""
+        """Training time so far, including the running epoch."""
         return sum(e["seconds"] for e in self.epochs) + time.perf_counter() - self._start
 
     def late(self):
+        """Whether the time limit is over."""
         return self.seconds() > self.limit_s
 
     def end(self, evaluate):
@@ -51,7 +54,7 @@ class Stopwatch:
 
 
 def ndcg_at_10(scores_UV, target_U):
-    """Mean over users; `target_U` is a column of the scores, -1 for an item that cannot be recommended."""
+    """Mean over users; `target_U` is the target's column, -1 for an item that cannot be recommended."""
     known = target_U >= 0
     own = scores_UV[np.arange(len(target_U)), np.maximum(target_U, 0)][:, None]
     rank = 1 + (scores_UV > own).sum(1) + ((scores_UV == own).sum(1) - 1) / 2
@@ -59,8 +62,9 @@ def ndcg_at_10(scores_UV, target_U):
 
 
 def read_events(folder):
+    """Events by user and place, with their distance from the user's last one (1) as `from_end`."""
     events = pd.read_csv(folder / "events.csv")
-    events["from_end"] = events.groupby("user")["place"].rank(ascending=False, method="first").astype(int)
+    events["from_end"] = events.groupby("user")["position"].rank(ascending=False, method="first").astype(int)
     return events
 
 
@@ -100,8 +104,8 @@ def rectools(folder, settings, watch):
             some = sessions.iloc[begin : begin + 128]
             x = np.zeros((len(some), length), dtype=np.int64)
             for row, history in enumerate(some):
-                shown = ids[history[-length:]].to_numpy()
-                x[row, -len(shown) :] = shown
+                inputs = ids[history[-length:]].to_numpy()
+                x[row, -len(inputs) :] = inputs
             users = module.torch_model.encode_sessions({"x": torch.from_numpy(x)}, items)[:, -1]
             scores.append((users @ items.T)[:, 1:].numpy())  # column 0 is padding
         module.torch_model.train()
@@ -136,7 +140,7 @@ def rectools(folder, settings, watch):
             Columns.User: train.user,
             Columns.Item: train.item,
             Columns.Weight: 1.0,
-            Columns.Datetime: pd.to_datetime(train.place, unit="s"),
+            Columns.Datetime: pd.to_datetime(train.position, unit="s"),
         }
     )
     lightning.seed_everything(0, verbose=False)
@@ -153,7 +157,7 @@ def recbole(folder, settings, watch):
 
     events = read_events(folder)
     (folder / "peer").mkdir(exist_ok=True)
-    events[["user", "item", "place"]].to_csv(
+    events[["user", "item", "position"]].to_csv(
         folder / "peer" / "peer.inter",
         sep="\t",
         index=False,
@@ -188,7 +192,7 @@ def recbole(folder, settings, watch):
     trainer = Trainer(config, model)
 
     class Counted:
-        """The loader, cut short when time is up: one epoch may be longer than the limit."""
+        """The loader, stopped at the time limit, as an epoch may take longer."""
 
         def __getattr__(self, name):
             return getattr(train_data, name)
@@ -218,18 +222,20 @@ def recbole(folder, settings, watch):
 
 
 def peak_rss_bytes():
+    """The most memory this process has held so far."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 
 
 def main():
+    """Train the peer that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("peer", choices=["rectools", "recbole"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--settings", type=json.loads, required=True)
     given = parser.parse_args()
-    os.chdir(given.folder)  # both libraries leave logs where they run
+    os.chdir(given.folder)  # both libraries write logs to the working directory
     torch.set_num_threads(given.settings["threads"])
     watch = Stopwatch(given.settings["level"], given.settings["limit_s"])
     {"rectools": rectools, "recbole": recbole}[given.peer](given.folder, given.settings, watch)

@@ -1,7 +1,7 @@
-// Histories from mapped shards to padded batches; see findrec/datasets/packed.py and findrec/datasets/padding.py.
+// Copies histories from memory-mapped shards into padded batches; see findrec/datasets/folder/packed.py and findrec/datasets/batches/padding.py.
 //
-// Users lie at random places of the shards, so a batch of short histories is a few cache misses for each of them:
-// what a row needs is asked for some rows ahead. Everything else is one pass over the events.
+// Users are at random offsets of the shards, so each short history costs a few cache misses: its memory is prefetched
+// some rows ahead. Everything else is one pass over the events.
 
 #include <algorithm>
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 extern "C" {
 
-// Row r wants events [start, stop) of `user`, which go to place[r] onwards. Columns of a sample lie at `*_at`
-// (addresses; 0: not there), a user has end_of[user] events. `shuffle`: those that share a timestamp are ordered by
+// Row r copies events [start, stop) of `user` to the output from index place[r] on. Columns of a sample are at `*_at`
+// (addresses; 0: absent), a user has end_of[user] events. `shuffle`: those that share a timestamp are ordered by
 // a key of (seed, user, place).
 struct GatherArgs {
   int64_t rows, users, num_items, shuffle;
@@ -23,22 +23,22 @@ struct GatherArgs {
   int64_t *item, *timestamp, *event;                    // [events]; event may be null
 };
 
-// Right-pads `rows` histories to `width`. The last `held` events (0 or 1) of each are not shown. Shown events from
-// skip[r] on are asked for: their flat place, the event after, and the time to it.
+// Right-pads `rows` histories to `width`. The last `held` events (0 or 1) of each are held out. The other events
+// from skip[r] on are target positions: their flat index, the item that follows, and the time to it.
 struct PadArgs {
   int64_t rows, width, held, num_items;
   const int64_t *item, *timestamp, *event, *offset, *skip;                // [N], [N], [N] or null, [rows + 1], [rows]
   int64_t *out_item, *out_gap, *out_event, *out_index;                    // [rows, width]
   int64_t *length, *ids;                                                  // [rows], room for all distinct ids
-  int64_t *position, *target, *wait;                                      // [asked]
+  int64_t *position, *target, *wait;                                      // [target positions]
 };
 }
 
 namespace {
 
-constexpr int64_t kAhead = 12;  // rows between asking for memory and using it
+constexpr int64_t kAhead = 12;  // rows between prefetch and use
 constexpr int64_t kLine = 64;
-constexpr int64_t kMostLines = 8;  // of a column: the hardware follows long runs by itself
+constexpr int64_t kMostLines = 8;  // cache lines of a column: the hardware prefetches long runs itself
 constexpr int64_t kLargestGap = 31;
 
 enum Problem : int64_t { kNone = 0, kNotMapped = 1, kBadItem = 2, kBadTime = 3, kBadSlice = 4 };
@@ -199,7 +199,7 @@ int64_t gather_histories(const GatherArgs* a) {
 }
 
 // The number of distinct ids, 0 (padding) among them; -1 where an item is none of 1..num_items, -2 where a row has
-// nothing to show or skips more than it shows.
+// no input event or skips more events than it has.
 int64_t pad_histories(const PadArgs* a) {
   for (int64_t r = 0; r < a->rows; ++r) {
     const int64_t count = a->offset[r + 1] - a->offset[r] - a->held;

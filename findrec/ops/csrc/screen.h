@@ -1,8 +1,8 @@
 // The two number formats that scores are screened with, and their products in registers; see target_rank.cpp.
 //
-// `Int16` rounds a vector to multiples of a unit of its own: the sums of products are exact, so what separates them
-// from the score is what rounding left over, and that is bounded. `Float32` takes vectors as they are and rounds the
-// sums. Either packs its numbers into words of 32 bits, one for each lane.
+// `Int16` rounds a vector to multiples of a unit of its own: the sums of products are exact, so they differ
+// from the score only by the bounded rounding error of the vectors. `Float32` takes vectors unchanged and rounds the
+// sums. Both pack their numbers into words of 32 bits, one per lane.
 
 #pragma once
 
@@ -32,7 +32,7 @@ struct Sizes {
   float largest;
 };
 
-// A NaN is not noticed by the maximum but by the norm.
+// The maximum ignores NaN; the norm detects it.
 inline Sizes measure(const float* x, int64_t width) {
   double sum = 0;
   float largest = 0;
@@ -50,7 +50,7 @@ inline bool tame(double norm) { return norm > kSmall && norm < kLarge; }
 
 inline double gamma(int64_t width, double unit) { return width * unit / (1 - width * unit) * (1 + 1e-9); }
 
-// What a screen knows of a user: |score - sums * unit * (unit of the tile)| <= norm_part * |y| + rest_part * (what
+// Error bound of a user: |score - sums * unit * (unit of the tile)| <= norm_part * |y| + rest_part * (what
 // rounding the items left over).
 struct User {
   double unit, norm_part, rest_part, norm;

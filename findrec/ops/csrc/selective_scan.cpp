@@ -1,11 +1,11 @@
-// Selective scan of Mamba-1 on a CPU, forward and backward; see findrec/ops/selective_scan.py for the maths.
+// Selective scan of Mamba-1 on a CPU, forward and backward; see findrec/ops/scan/selective_scan.py for the maths.
 //
 // A unit of work is one row and one block of W channels; lanes are channels. States of a unit stay in cache for
 // the whole row, are written out at every kChunk steps only, and are recomputed from there in the backward pass.
 //
 // Sums over channels (dB, dC) and rows (dA, dD) are added up in place and in a fixed order: a unit waits until the
 // one before it has added its part. So there are no buffers to add up afterwards, and results do not depend on
-// the number of threads. Units are handed out in order, so whoever is waited for has been started.
+// the number of threads. Units are handed out in order, so the unit that is waited for has been started.
 
 #include <algorithm>
 #include <atomic>
@@ -75,7 +75,7 @@ inline Simd<double>::V sigmoid(Simd<double>::V x) { return 1 / (vexp2(x * -kLog2
 }  // namespace
 
 // All tensors of a call. Steps are the strides in elements between rows and between steps of an input; the last
-// dimension is dense. What is not given or not wanted is null. `A`, states and borders have channels last.
+// dimension is dense. Unused ones are null. `A`, states and borders have channels last.
 extern "C" struct ScanArgs {
   int64_t rows, steps, channels, states, threads;
   int64_t u_row, u_step, delta_row, delta_step, z_row, z_step, B_row, B_step, C_row, C_step, dy_row, dy_step;
@@ -113,7 +113,7 @@ inline int64_t num_blocks(const ScanArgs& a) {
 
 inline int64_t num_chunks(const ScanArgs& a) { return (a.steps + kChunk - 1) / kChunk; }
 
-// The state before a chunk, for a block that starts at channel c0. The first chunk starts from what was given.
+// The state before a chunk, for a block that starts at channel c0. The first chunk starts from the given initial state.
 template <typename T>
 inline T* border(const ScanArgs& a, int64_t b, int64_t chunk, int64_t c0) {
   return static_cast<T*>(a.borders) + (b * (num_chunks(a) - 1) + chunk - 1) * a.states * a.channels + c0;

@@ -1,10 +1,11 @@
-// How many items outrank each target: one walk over the catalogue; see findrec/ops/target_rank.py for the maths.
+// Counts the items that score above each target in one pass over the catalogue; the maths is in
+// findrec/ops/ranking/target_rank.py.
 //
-// A tile of items is packed once and meets all users while it lies in the first cache; scores are compared as soon as
-// a small block of them stands in registers, so no matrix of scores is ever stored. The screen's numbers are 16-bit
-// integers, whose sums of products are exact, or float32. Pairs that it leaves in doubt are scored again on the
-// spot, from the stored float32 vectors in float64. Threads share out tiles and counts are integers: no result
-// depends on the number of threads.
+// A tile of items is packed once and scored for all users while it is in the L1 cache; scores are compared in blocks
+// that fit the registers, so no matrix of scores is stored. The screen's numbers are 16-bit
+// integers, whose sums of products are exact, or float32. Undecided pairs are scored again immediately, in
+// float64 from the stored float32 vectors. Threads divide the tiles and counts are integers, so results do not
+// depend on the number of threads.
 
 #include <algorithm>
 #include <cmath>
@@ -14,7 +15,7 @@
 
 #include "screen.h"
 
-// Rows are users that have a case; cases lie one row after the other. What is not wanted is null.
+// Rows are users that have a case; cases are grouped by row. Unused pointers are null.
 extern "C" struct RankArgs {
   int64_t rows, items, width, cases, threads;
   int64_t item_stride;         // floats from one item to the next
@@ -31,9 +32,9 @@ namespace {
 
 using namespace screen;
 
-constexpr int64_t kTileBytes = 16 << 10;   // packed items of a tile: half of a small first cache
-constexpr int64_t kChunkBytes = 1 << 20;   // packed users that are walked through again for each tile
-constexpr int kFew = 4;  // doubtful items of a panel that are scored one by one; more are scored all together
+constexpr int64_t kTileBytes = 16 << 10;   // packed items of a tile: half of a small L1 cache
+constexpr int64_t kChunkBytes = 1 << 20;   // packed users that are traversed again for each tile
+constexpr int kFew = 4;  // up to so many undecided items of a panel are scored one by one, more of them together
 
 // The score itself: products of float32 numbers are exact in float64, their sum has this order.
 double exact_score(const float* x, const float* y, int64_t width) {
@@ -77,7 +78,7 @@ class Walk {
 
   int64_t tile_items() const { return panels_ * kItems; }
 
-  // Everything one thread needs for one tile after the other.
+  // Buffers of one thread, reused for each tile.
   struct Space {
     std::vector<uint32_t> packed;
     std::vector<double> norm;      // of each item of the tile

@@ -1,0 +1,1 @@
+"""The command `findrec`: one function for each subcommand."""

@@ -1,0 +1,7 @@
+"""Runs the `findrec` command as `python -m findrec.cli`."""
+
+import sys
+
+from findrec.cli.app import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Planning of workers and memory."""

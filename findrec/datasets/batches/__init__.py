@@ -1,0 +1,1 @@
+"""Epoch plans, examples and batches."""

@@ -1,0 +1,63 @@
+"""The microbatch of sequence models: right-padded histories and their target positions.
+
+Shape letters: B users, L padded length, T target positions, U distinct items, M one modality's width, N
+distinct items of one user.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One planned microbatch (training) or a block of users (evaluation).
+
+    Right padding cannot reach a valid position because every model is causal, so there is no mask.
+    """
+
+    item: Tensor  # [B, L] int64, 1-based item ids, 0 is padding
+    length: Tensor  # [B] int64, valid positions of each row, at least 1
+    user: Tensor  # [B] int64, row of the user in the data folder
+    gap: Tensor | None  # [B, L] int64, log2 bucket of seconds since the previous event, 0 first/pad
+    position: Tensor  # [T] int64, flat index b * L + l of each target position, ascending
+    target: Tensor  # [T] int64, the item that follows each position; empty at evaluation
+    ids: Tensor  # [U] int64, distinct ids in `item`, ascending; ids[0] == 0 (padding) always
+    index: Tensor  # [B, L] int64, index of each item in `ids`
+    event: Tensor | None = None  # [B, L] int64, 2 + code of the event's type; 1 unknown, 0 padding
+    wait: Tensor | None = None  # [T] int64, log2 bucket of the seconds from a position to its query
+
+    @staticmethod
+    def build(
+        item: Tensor,
+        length: Tensor,
+        user: Tensor,
+        position: Tensor,
+        target: Tensor,
+        gap: Tensor | None = None,
+        wait: Tensor | None = None,
+        event: Tensor | None = None,
+    ) -> Batch:
+        """Fill in `ids` and `index` from `item`."""
+        flat = torch.cat([item.new_zeros(1), item.reshape(-1)])
+        ids, index = torch.unique(flat, return_inverse=True)
+        return Batch(
+            item=item,
+            length=length,
+            user=user,
+            gap=gap,
+            position=position,
+            target=target,
+            ids=ids,
+            index=index[1:].view_as(item),
+            event=event,
+            wait=wait,
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return Batch(**moved)

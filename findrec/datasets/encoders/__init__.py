@@ -1,0 +1,1 @@
+"""Item features from texts, images and precomputed vectors."""

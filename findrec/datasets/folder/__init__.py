@@ -1,0 +1,1 @@
+"""Data folders: format, writing, reading and verification."""

@@ -1,0 +1,1 @@
+"""Recipes and the raw files that they describe."""

@@ -1,0 +1,1 @@
+"""Significance tests between models."""

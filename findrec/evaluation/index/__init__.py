@@ -1,0 +1,1 @@
+"""FAISS indexes of item vectors."""

@@ -1,0 +1,1 @@
+"""Scorers: trained models and baselines behind one interface."""

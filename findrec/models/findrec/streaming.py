@@ -1,0 +1,207 @@
+"""Streaming inference with FindRec: keeps the state of a user, appends events and ranks items.
+
+The cost of an event does not depend on the length of the history: the Mamba stream has a state of fixed size,
+attention a cache of the events in its window, the repeat bonus the items in its window. (With
+`model.routing.window=0` attention sees all events, so memory and cost grow with them.) Scores equal those of
+the forward pass over the whole history, up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from findrec.datasets.batches.batch import Batch
+from findrec.datasets.batches.catalogue import ItemFeatures
+from findrec.datasets.batches.padding import gap_bucket
+from findrec.errors import FindRecError
+from findrec.models.parts.mamba import MambaState, MambaStream
+from findrec.models.parts.repeat import REPEAT_WINDOW
+from findrec.ops.repeat_bonus import RECENT, repeat_features
+
+if TYPE_CHECKING:
+    from findrec.models.findrec.model import FindRec
+
+
+@dataclass
+class UserState:
+    """The state of one user, which `StreamingFindRec.append` changes in place."""
+
+    stream: list[MambaState]
+    cache: Tensor | None  # keys and values of the cross-modal attention; None without modalities
+    vector_d: Tensor | None = None  # user vector before the wait-time modulation and the last norm
+    num_events: int = 0
+    timestamp: int = 0  # seconds, of the last event
+    recent_items: deque[int] = field(default_factory=deque)  # items of the events in the repeat window
+    event_counts: Counter[int] = field(default_factory=Counter)  # of each of these items
+    last_event: dict[int, int] = field(default_factory=dict)  # index of the last event of each item, from 0
+
+
+class StreamingFindRec:
+    """A trained FindRec with its item table, one user at a time."""
+
+    def __init__(
+        self,
+        model: FindRec,
+        table_weight: Tensor,
+        catalogue: ItemFeatures,
+        repeat_window: int = REPEAT_WINDOW,
+    ) -> None:
+        """Prepare streaming with the table rows `[V + 1, d]`; `repeat_window` as in `repeat_candidates`.
+
+        Raises `FindRecError` for streams other than Mamba, whose state would grow with the history.
+        """
+        if not isinstance(model.stream, MambaStream):
+            raise FindRecError(
+                f"streaming needs model.stream.kind=mamba, but this model has {model.config.stream.kind!r}"
+            )
+        self._model, self._stream, self._catalogue = model.eval(), model.stream, catalogue
+        self._own_window = repeat_window
+        self._rows_Vd = table_weight.detach().float()
+        self.items_Vd = model.item_vectors(self._rows_Vd, catalogue)
+
+    @torch.no_grad()
+    def start(
+        self, items: Sequence[int] = (), timestamps: Sequence[int] = (), events: Sequence[int] = ()
+    ) -> UserState:
+        """See `findrec.models.capabilities.Stream`; raises `ValueError` as `append` does.
+
+        All events but the last are processed in one parallel pass.
+        """
+        times = list(timestamps) if len(timestamps) else [0] * len(items)
+        codes = list(events) if len(events) else [None] * len(items)
+        state = UserState(stream=self._stream.initial_state(1), cache=None)
+        earlier = max(0, len(items) - 1)
+        batch = self._batch(state, items[:earlier], times[:earlier], codes[:earlier])
+        input_1Ld, latents_M1Ld = self._encode(batch)
+        stream_1Ld, state.stream = self._stream.prefill(input_1Ld, batch.length)
+        if self._model.control is not None:
+            state.cache = self._model.control.prefill(stream_1Ld, latents_M1Ld)
+        for item, now in zip(items[:earlier], times, strict=False):
+            self._record(state, item, now)
+        if len(items):
+            self.append(state, items[-1], times[-1], codes[-1])
+        return state
+
+    @torch.no_grad()
+    def append(
+        self, state: UserState, item: int, timestamp: int | None = None, event: int | None = None
+    ) -> None:
+        """Append an event; raises `ValueError` for an unknown item or a time before the last event."""
+        now = state.timestamp if timestamp is None else timestamp
+        input_11d, latents_M11d = self._encode(self._batch(state, [item], [now], [event]))
+        vector_1d, state.stream = self._stream.step(input_11d[:, 0], state.stream)
+        if self._model.control is not None and state.cache is not None:
+            z_M1d = torch.cat(latents_M11d)
+            correction_1d, state.cache = self._model.control.step(vector_1d, z_M1d, state.cache)
+            vector_1d = vector_1d + correction_1d
+        state.vector_d = vector_1d[0]
+        self._record(state, item, now)
+
+    def _encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """The stream inputs `[1, L, d]` of the events, and their latents of each modality."""
+        features = self._catalogue.features(batch.ids)
+        latents = [encoder(features[name]).z_Ud for name, encoder in self._model.encoders.items()]
+        input_1Ld = self._model.embed(batch, self._rows_Vd[batch.ids], features)
+        return input_1Ld, [F.embedding(batch.index, z_Ud) for z_Ud in latents]
+
+    def _batch(
+        self, state: UserState, items: Sequence[int], times: Sequence[int], events: Sequence[int | None]
+    ) -> Batch:
+        """A batch of one row with the events that follow `state`."""
+        for item in items:
+            if not 1 <= item < len(self._rows_Vd):
+                raise ValueError(f"item {item} is not in the catalogue: ids are 1..{len(self._rows_Vd) - 1}")
+        before = [state.timestamp if state.num_events else times[0], *times[:-1]] if times else []
+        for earlier, now in zip(before, times, strict=True):
+            if now < earlier:
+                raise ValueError(
+                    f"an event at {now} s cannot follow one at {earlier} s: events must be in order of time"
+                )
+        gaps = [gap_bucket(now - earlier) for earlier, now in zip(before, times, strict=True)]
+        if gaps and not state.num_events:
+            gaps[0] = 0  # the first event
+        return Batch.build(
+            item=torch.tensor([items], dtype=torch.int64),
+            length=torch.tensor([len(items)]),
+            user=torch.zeros(1, dtype=torch.int64),
+            position=torch.zeros(0, dtype=torch.int64),
+            target=torch.zeros(0, dtype=torch.int64),
+            gap=torch.tensor([gaps], dtype=torch.int64),
+            event=torch.tensor([[1 if event is None else event + 2 for event in events]], dtype=torch.int64),
+        )
+
+    def _record(self, state: UserState, item: int, now: int) -> None:
+        """Add an event to the repeat window and remove the one that leaves it."""
+        state.timestamp = now
+        state.event_counts[item] += 1
+        state.last_event[item] = state.num_events
+        state.recent_items.append(item)
+        state.num_events += 1
+        if len(state.recent_items) > self._own_window:
+            oldest = state.recent_items.popleft()
+            state.event_counts[oldest] -= 1
+            if not state.event_counts[oldest]:
+                del state.event_counts[oldest], state.last_event[oldest]
+
+    @torch.no_grad()
+    def scores(self, state: UserState, now: int | None = None) -> Tensor:
+        """Scores `[V + 1]` of all items (padding: -inf) at the time `now` (s, default: the last event).
+
+        Raises `ValueError` for a user without events.
+        """
+        if state.vector_d is None:
+            raise ValueError("a user without events has no vector; append an event first")
+        h_1d = state.vector_d[None]
+        if self._model.moment is not None:
+            wait = max(0, (state.timestamp if now is None else now) - state.timestamp)
+            h_1d = self._model.moment.at(h_1d, torch.tensor([gap_bucket(wait)]))
+        h_1d = self._model.norm(h_1d)
+        scores_V: Tensor = self.items_Vd @ h_1d[0]
+        if self._model.repeat_head is not None:
+            candidates = list(state.event_counts)
+            recent = Counter(islice(reversed(state.recent_items), RECENT))
+            lags = [state.num_events - 1 - state.last_event[item] for item in candidates]
+            phi_NR = repeat_features(
+                count=torch.tensor([float(state.event_counts[item]) for item in candidates]),
+                lag=torch.tensor([float(lag) for lag in lags]),
+                recent=torch.tensor([float(recent[item]) for item in candidates]),
+            )
+            scores_V[candidates] += phi_NR @ self._model.repeat_head(h_1d)[0]
+        scores_V[0] = -torch.inf
+        return scores_V
+
+    def recommend(
+        self, state: UserState, k: int, now: int | None = None, allowed: Tensor | None = None
+    ) -> list[tuple[int, float]]:
+        """The k items with the highest scores, as `(item, score)`, best first.
+
+        `allowed` restricts the items: their ids (1..V), or a bool mask `[V + 1]` as returned by
+        `Candidates.at`. Fewer than k are returned if fewer are allowed or have a finite score. Raises
+        `ValueError` for an invalid `allowed`.
+        """
+        scores_V = self.scores(state, now)
+        if allowed is not None:
+            scores_V[~self._mask(allowed)] = -torch.inf
+        best = scores_V.nan_to_num_(nan=-torch.inf, neginf=-torch.inf).topk(min(k, len(scores_V) - 1))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [(item, score) for item, score in pairs if score > -torch.inf]
+
+    def _mask(self, allowed: Tensor) -> Tensor:
+        size = len(self._rows_Vd)
+        if allowed.dtype == torch.bool:
+            if allowed.shape != (size,):
+                raise ValueError(f"allowed is a mask of shape {tuple(allowed.shape)}, but must be [{size}]")
+            return allowed
+        if allowed.is_floating_point() or ((allowed < 1) | (allowed >= size)).any():
+            raise ValueError(f"allowed contains ids outside of the catalogue, which are 1..{size - 1}")
+        mask_V = torch.zeros(size, dtype=torch.bool)
+        mask_V[allowed] = True
+        return mask_V

@@ -1,0 +1,50 @@
+"""The pre-normalised Transformer block and its initialisation (Vaswani et al. 2017; Xiong et al. 2020).
+
+There is no dropout on attention weights, so that the fused kernel with O(L) memory can be used.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from findrec.models.parts.layers import Dropout
+
+INIT_STD = 0.02
+
+
+class Block(nn.Module):
+    """Causal self-attention and a position-wise network, each a pre-normalised residual branch."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm_feed = nn.LayerNorm(dim)
+        self.feed_in = nn.Linear(dim, 4 * dim)
+        self.feed_out = nn.Linear(4 * dim, dim)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x_BLd: Tensor) -> Tensor:
+        """`[B, L, d]` to `[B, L, d]`."""
+        b, length, dim = x_BLd.shape
+        qkv = self.qkv(self.norm_attention(x_BLd)).view(b, length, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x_BLd = x_BLd + self.dropout(self.out(mixed.transpose(1, 2).reshape(b, length, dim)))
+        fed = self.feed_out(F.gelu(self.feed_in(self.norm_feed(x_BLd))))
+        mixed_BLd: Tensor = x_BLd + self.dropout(fed)
+        return mixed_BLd
+
+
+@torch.no_grad()
+def initialise(module: nn.Module) -> None:
+    """Xavier initialisation of linear layers, small normal position embeddings."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=INIT_STD)

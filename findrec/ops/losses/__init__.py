@@ -1,0 +1,1 @@
+"""Losses over the catalogue and between latents."""

@@ -1,0 +1,27 @@
+"""Loads a trained run for streaming inference, one event at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from findrec.datasets.prepare.pipeline import open_data_folder
+from findrec.errors import FindRecError
+from findrec.evaluation.scoring.load import load_scorer
+from findrec.models.capabilities import Stream, Streams
+from findrec.training.runs import main_job, read_run_config
+
+
+def load_streaming(run_folder: Path | str) -> Stream:
+    """Load the run's model at its best checkpoint for streaming.
+
+    Raises `FindRecError` if the model does not support streaming or there is no usable checkpoint.
+    """
+    config = read_run_config(Path(run_folder))
+    folder = open_data_folder(config.data, verify=False)
+    scorer = load_scorer(main_job(config, Path(run_folder)), folder)
+    if not isinstance(scorer.model, Streams):
+        raise FindRecError(
+            f"{run_folder} is a run of {config.model.name!r}, which does not support streaming. Use "
+            "`findrec recommend`, which reads the complete history"
+        )
+    return scorer.model.open_stream(scorer.rows_Vd, scorer.catalogue)

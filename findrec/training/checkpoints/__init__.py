@@ -1,0 +1,1 @@
+"""Saving, selecting, loading and uploading checkpoints."""

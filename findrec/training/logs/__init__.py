@@ -1,0 +1,1 @@
+"""Logs, traces and the MLflow mirror of a training."""
