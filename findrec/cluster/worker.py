@@ -48,7 +48,12 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     rank = context.get_world_rank()
-    heartbeat = ReportingHeartbeat(payload["heartbeats"], rank, ray.get_runtime_context().get_node_id())
+    heartbeat = ReportingHeartbeat(
+        payload["heartbeats"],
+        rank,
+        ray.get_runtime_context().get_node_id(),
+        asynchronous=device.type == "cuda",
+    )
     worker = Worker(rank, context.get_world_size(), device, heartbeat)
     config = parse_config(payload["config"])
     keep_freed_memory()

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from findrec.tables.collectives import COLLECTIVES
+
 
 def row_range(num_rows: int, rank: int, world: int) -> range:
     """The range of rows that worker `rank` of `world` holds; sizes differ by one at most."""
@@ -54,7 +56,8 @@ class Shards:
         if self.world == 1:
             return x
         result = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(result, x.contiguous(), received, sent, group=self.group)
+        with COLLECTIVES.call("exchange of rows"):
+            dist.all_to_all_single(result, x.contiguous(), received, sent, group=self.group)
         return result
 
     def gather(self, x: Tensor) -> Tensor:
@@ -62,13 +65,15 @@ class Shards:
         if self.world == 1:
             return x[None]
         result = x.new_empty(self.world, *x.shape)
-        dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
+        with COLLECTIVES.call("gathering of values"):
+            dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
         return result
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """All-reduce `x` in place and return it; the ring adds in the same order every time."""
         if self.world > 1:
-            dist.all_reduce(x, op, group=self.group)
+            with COLLECTIVES.call("reduction of values"):
+                dist.all_reduce(x, op, group=self.group)
         return x
 
     def lengths(self, *local: int, device: torch.device) -> list[list[int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.tables.base import CatalogueLoss, Scored, Transform
+from findrec.tables.collectives import COLLECTIVES
 from findrec.tables.exchange import Route, Shards
 from findrec.tables.local_table import LocalTable
 from findrec.tables.sharded_loss import sharded_cross_entropy
@@ -64,16 +65,18 @@ class ShardedItemTable(LocalTable):
     def lookup(self, ids_U: Tensor) -> Tensor:
         """See `Table`."""
         assert len(self.weight) == len(self.shards.local), "the table was created before the process group"
-        route = Route(self.shards, ids_U)
-        return route.to_requesters(self.weight[route.index_R]).requires_grad_()
+        with COLLECTIVES.call(f"lookup in table {self.name!r}"):
+            route = Route(self.shards, ids_U)
+            return route.to_requesters(self.weight[route.index_R]).requires_grad_()
 
     def push(self, ids_U: Tensor | None, grad_Ud: Tensor) -> None:
         """See `Table`; a collective call only with ids."""
         if ids_U is None:
             self._local.add(None, grad_Ud)
             return
-        route = Route(self.shards, ids_U)
-        self._local.add(route.index_R, route.to_owners(grad_Ud))
+        with COLLECTIVES.call(f"gradients of the rows of table {self.name!r}"):
+            route = Route(self.shards, ids_U)
+            self._local.add(route.index_R, route.to_owners(grad_Ud))
 
     def _exact_loss(
         self,
@@ -91,7 +94,7 @@ class ShardedItemTable(LocalTable):
             rows.requires_grad_()
             vectors = transform(self.shards.local, rows)
             gradient = torch.zeros_like(rows)
-        with torch.no_grad():
+        with torch.no_grad(), COLLECTIVES.call(f"loss over table {self.name!r}"):
             result = sharded_cross_entropy(
                 self.shards,
                 h_Td,
