@@ -1,4 +1,4 @@
-"""What a worker does in the test of hangs: collective calls that return at once, and one that it joins late."""
+"""What a worker does in the test of hangs: collective calls that return at once, the last one joined late."""
 
 import json
 import sys

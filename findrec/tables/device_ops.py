@@ -1,0 +1,25 @@
+"""Operations on rows that need another form on a GPU: sums in a fixed order, and copies without a wait."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_rows_(total_nd: Tensor, index_p: Tensor, values_pd: Tensor) -> Tensor:
+    """Add row `i` of `values_pd` to row `index_p[i]` of `total_nd`, in place; indices may repeat.
+
+    Values of equal indices are added in their order, so that equal inputs give equal bits on every worker.
+    On a GPU `index_add_` adds in the order in which threads happen to arrive, while `index_put_` sorts the
+    indices first (see `torch.use_deterministic_algorithms`).
+    """
+    if values_pd.is_cuda:
+        return total_nd.index_put_((index_p,), values_pd, accumulate=True)
+    return total_nd.index_add_(0, index_p, values_pd)
+
+
+def copy_to(value: Tensor, device: torch.device | str) -> Tensor:
+    """`value.to(device)`, without waiting for the work that a GPU has queued."""
+    if torch.device(device).type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
