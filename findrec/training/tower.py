@@ -26,6 +26,7 @@ class Tower(Protocol):
     """A model with its optimizer. Gradients of microbatches are accumulated until `step`."""
 
     model: Model[Any]
+    replicated: bool  # whether every worker holds all weights
     backward_factor: float  # the factor by which `backward` scales the gradients of table rows
 
     def loss(self, microbatch: Microbatch[Any], tables: Tables) -> StepLoss:
@@ -111,6 +112,7 @@ def set_lr(groups: Iterable[dict[str, object]], lr: float) -> None:
 class PlainTower:
     """One process, no DeepSpeed: the reference for every other engine."""
 
+    replicated = True
     backward_factor = 1.0
 
     def __init__(self, model: Model[Any], optim: OptimConfig) -> None:

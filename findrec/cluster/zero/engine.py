@@ -81,6 +81,7 @@ class DeepSpeedTower:
         """`accumulation` is the number of microbatches this worker runs in a step (K / W)."""
         deepspeed = import_deepspeed()
         self._stage = stage
+        self.replicated = stage < 3
         # With sharded weights, evaluation uses a complete copy of the model.
         self._empty = copy.deepcopy(model).to("meta") if stage == 3 else None
         self.model = model.to(device)
