@@ -13,9 +13,22 @@ def add_rows_(total_nd: Tensor, index_p: Tensor, values_pd: Tensor) -> Tensor:
     On a GPU `index_add_` adds in the order in which threads happen to arrive, while `index_put_` sorts the
     indices first (see `torch.use_deterministic_algorithms`).
     """
-    if values_pd.is_cuda:
-        return total_nd.index_put_((index_p,), values_pd, accumulate=True)
-    return total_nd.index_add_(0, index_p, values_pd)
+    if _on_cpu(values_pd):
+        return total_nd.index_add_(0, index_p, values_pd)
+    return total_nd.index_put_((index_p,), values_pd, accumulate=True)
+
+
+def add_some_rows_(
+    total_nd: Tensor, index_p: Tensor, values_pd: Tensor, is_added_p: Tensor, alpha: float
+) -> Tensor:
+    """`add_rows_` of `alpha * values_pd`, of the rows for which `is_added_p` is true."""
+    if _on_cpu(values_pd):
+        return total_nd.index_add_(0, index_p[is_added_p], values_pd[is_added_p], alpha=alpha)
+    # For the size of a boolean index the host would wait. So the other rows take part with zeros, each added
+    # to another row, as values of one row are added one after the other.
+    spread_p = torch.arange(len(index_p), device=index_p.device) % len(total_nd)
+    index_p = torch.where(is_added_p, index_p, spread_p)
+    return add_rows_(total_nd, index_p, values_pd * (is_added_p * alpha)[:, None])
 
 
 def copy_to(value: Tensor, device: torch.device | str) -> Tensor:
@@ -23,3 +36,7 @@ def copy_to(value: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return value.to(device)
     return value.pin_memory().to(device, non_blocking=True)
+
+
+def _on_cpu(value: Tensor) -> bool:
+    return value.device.type == "cpu"

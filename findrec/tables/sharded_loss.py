@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus, tile_rows
-from findrec.tables.device_ops import add_rows_
+from findrec.tables.device_ops import add_some_rows_
 from findrec.tables.exchange import Shards
 
 
@@ -78,7 +78,7 @@ def sharded_cross_entropy(
         torch.mm(p, rows_nd, out=dh_Ad[part]).mul_(scale)
         dh_Ad[part] -= rows_nd[target] * target_is_local[:, None]
         drows_nd.addmm_(p.t(), h * (scale * share))
-        _subtract_targets(drows_nd, h, target, target_is_local, share)
+        add_some_rows_(drows_nd, target, h, target_is_local, -share)
         if dbonus_AN is not None:
             is_target = candidate_ids == tokens.target_A[part, None]
             dbonus_AN[part] = (p.gather(1, index).mul_(scale) - is_target.to(p.dtype)) * is_local
@@ -89,20 +89,6 @@ def sharded_cross_entropy(
         return ShardedLoss(loss.to(rows_nd.dtype), dh_Td.to(h_Td.dtype), None)
     dbonus_TN = shards.scatter_sum(dbonus_AN, tokens.lengths)[:, : repeat.bonus_TN.shape[1]] * share
     return ShardedLoss(loss.to(rows_nd.dtype), dh_Td.to(h_Td.dtype), dbonus_TN.to(repeat.bonus_TN.dtype))
-
-
-def _subtract_targets(
-    drows_nd: Tensor, h_td: Tensor, target_t: Tensor, is_local_t: Tensor, share: float
-) -> None:
-    """Subtract `share * h` from the gradient of the row of each local target."""
-    if not h_td.is_cuda:
-        drows_nd.index_add_(0, target_t[is_local_t], h_td[is_local_t], alpha=-share)
-        return
-    # A boolean index would make the host wait for its size. So tokens with other targets take part with
-    # zeros, added to different rows, as values of one row are added one after the other.
-    spread_t = torch.arange(len(target_t), device=target_t.device) % len(drows_nd)
-    index_t = torch.where(is_local_t, target_t, spread_t)
-    add_rows_(drows_nd, index_t, h_td * (is_local_t * -share)[:, None])
 
 
 @dataclass(frozen=True)

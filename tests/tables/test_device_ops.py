@@ -1,6 +1,6 @@
 """Sums over repeated rows, and what the tables ask of a GPU: no sum in an unfixed order, no wait of the host.
 
-On a fake CUDA device PyTorch computes shapes only. With `is_cuda` patched, a CPU computes with the operations
+On a fake CUDA device PyTorch computes shapes only. With `like_a_gpu`, a CPU computes with the operations
 that a GPU is given.
 """
 
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from findrec.config import LossConfig, OptimConfig
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
+from findrec.tables import device_ops
 from findrec.tables.device_ops import add_rows_, copy_to
 from findrec.tables.exchange import Shards
 from findrec.tables.local_rows import LocalRows
@@ -27,7 +28,7 @@ from findrec.tables.table_spec import TableSpec
 
 @pytest.fixture
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(device_ops, "_on_cpu", lambda _: False)
 
 
 class Operations(TorchDispatchMode):
@@ -109,7 +110,7 @@ def test_the_forms_for_a_gpu_give_the_results_of_those_for_a_cpu(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = loss_of_a_table(kind)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(device_ops, "_on_cpu", lambda _: False)
     got = loss_of_a_table(kind)
     monkeypatch.undo()
     for name, value in want.items():
