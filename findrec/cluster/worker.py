@@ -16,6 +16,7 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import DivergedError
 from findrec.evaluation.validation import validate
 from findrec.models.base import Model
+from findrec.ops.precision import allow_tf32
 from findrec.progress import say
 from findrec.ray_session import worker_threads
 from findrec.tables.base import ITEMS
@@ -74,8 +75,8 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
 def _train_one(job: TrainingJob, folder: DataFolder, worker: Worker, report: Any) -> None:
     config, run_folder = job.config, job.folder
     torch.manual_seed(config.training.seed)
-    if worker.device.type == "cuda":  # rounds operands of float32 products to 10 bits (or not at all)
-        torch.set_float32_matmul_precision("high" if config.training.precision == "bfloat16" else "highest")
+    if worker.device.type == "cuda":
+        allow_tf32(config.training.precision == "bfloat16")
     model = build_tower_model(config, folder, _artifacts(job, worker))
     if worker.is_rank_zero:
         num_weights = sum(p.numel() for p in model.parameters())
