@@ -101,12 +101,11 @@ def main(rank, world, meeting):
         world_size=world,
         timeout=timedelta(seconds=PATIENCE_S),
     )
+    from gpu_paths import gpu_paths  # only in a worker
+
     for line in sys.stdin:
         job = json.loads(line)
-        context = nullcontext
-        if job.pop("gpu_paths"):
-            from gpu_paths import gpu_paths as context
-        with context():
+        with gpu_paths() if job.pop("gpu_paths") else nullcontext():
             print(json.dumps(train(rank, world, **job)), flush=True)
     dist.barrier()  # else the first to exit may take the others' gloo threads down
     dist.destroy_process_group()

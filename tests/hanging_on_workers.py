@@ -7,6 +7,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,11 +28,13 @@ def work(rank, world, meeting, folder, late):
     )
     pending, reduce_now = [], dist.all_reduce
 
-    def reduce_later(x, op, group=None):
+    def reduce_later(x: Any, op: Any, group: Any = None) -> Any:
         pending.append(reduce_now(x, op, group, async_op=True))
 
-    dist.all_reduce = reduce_later
-    sys.modules["ray"] = SimpleNamespace(get=lambda stop, timeout: stop)
+    communication: Any = dist
+    communication.all_reduce = reduce_later
+    ray: Any = SimpleNamespace(get=lambda stop, timeout: stop)
+    sys.modules["ray"] = ray
     heartbeat.BEAT_S = 0.02
 
     def write(status):

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,18 +36,19 @@ def work(rank, world, meeting, folder):
     )
     for case, (altered, where, message) in CASES.items():
         torch.manual_seed(0)
-        tower = PlainTower(nn.Linear(5, 3), OptimConfig())
+        model: Any = nn.Linear(5, 3)
+        tower = PlainTower(model, OptimConfig())
         specs = [
             TableSpec(20, 5, seed=1, loss=LossConfig(), optim=OptimConfig(), name=n)
             for n in ("items", "users")
         ]
         tables = {"items": ShardedItemTable(specs[0]), "users": ItemTable(specs[1])}
         if rank == altered:
-            state = tables["users"].state()
+            rows = tables["users"].state()
             places = {
-                "users": state["weight"],
-                "exp_avg_sq": state["exp_avg_sq"],
-                "tower": tower.model.weight,
+                "users": rows["weight"],
+                "exp_avg_sq": rows["exp_avg_sq"],
+                "tower": model.weight,
             }
             places[where].detach().view(torch.int32)[2, 3] ^= 1
         state = TrainState(epoch=1, step=5, plan="p", best=0.5, best_step=5, stale=0)

@@ -119,9 +119,13 @@ def test_the_forms_for_a_gpu_give_the_results_of_those_for_a_cpu(
 
 def test_gradients_take_the_way_of_the_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
     """One request for rows for each lookup, and none for the gradients of the same ids."""
-    made = []
-    real = Shards.owner
-    monkeypatch.setattr(Shards, "owner", lambda shards, ids: made.append(1) or real(shards, ids))
+    made, real = [], Shards.owner
+
+    def owner(shards: Shards, ids: Tensor) -> Tensor:
+        made.append(len(ids))
+        return real(shards, ids)
+
+    monkeypatch.setattr(Shards, "owner", owner)
     table = ShardedItemTable(TableSpec(20, 4, seed=3, loss=LossConfig(), optim=OptimConfig()))
     ids = torch.tensor([3, 7])
     table.lookup(ids)

@@ -6,6 +6,7 @@ On a fake CUDA device PyTorch computes shapes, types and devices only, and needs
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,11 @@ from findrec.training.tower import OPTIMIZER_STATE, PlainTower, make_optimizer, 
 def fake_devices() -> Iterator[None]:
     with FakeTensorMode():
         yield
+
+
+def linear(device: str) -> Any:
+    """Weights and a bias; more of a model is not needed."""
+    return nn.Linear(4, 3, device=device)
 
 
 def kinds(state: dict[str, Tensor]) -> dict[str, tuple[torch.device, torch.dtype, torch.Size]]:
@@ -43,7 +49,7 @@ def test_zero_state_is_like_the_state_of_the_optimizer(fake_devices: None, devic
 @pytest.mark.filterwarnings("ignore:.*is a no-op:UserWarning")
 def test_a_loaded_tower_has_its_optimizer_on_the_device_of_the_weights() -> None:
     """On PyTorch's device without memory, from a checkpoint on the CPU."""
-    tower = PlainTower(nn.Linear(4, 3, device="meta"), OptimConfig())
+    tower = PlainTower(linear("meta"), OptimConfig())
     saved = {name: torch.zeros(p.shape) for name, p in tower.model.named_parameters()}
     moments = {f"{name}.{moment}": value for name, value in saved.items() for moment in OPTIMIZER_STATE}
     tower.load(saved, moments, 7)
@@ -54,7 +60,7 @@ def test_a_loaded_tower_has_its_optimizer_on_the_device_of_the_weights() -> None
 
 
 def test_a_loaded_tower_has_the_saved_moments_and_steps() -> None:
-    tower = PlainTower(nn.Linear(4, 3), OptimConfig())
+    tower = PlainTower(linear("cpu"), OptimConfig())
     saved = {name: torch.randn(p.shape) for name, p in tower.model.named_parameters()}
     moments = {
         f"{name}.{moment}": torch.rand(p.shape) for name, p in saved.items() for moment in OPTIMIZER_STATE
@@ -75,7 +81,7 @@ def test_a_loaded_tower_steps_on_a_gpu_as_on_the_cpu() -> None:
     }
     results = []
     for device in ("cpu", "cuda"):
-        tower = PlainTower(nn.Linear(4, 3, device=device), OptimConfig())
+        tower = PlainTower(linear(device), OptimConfig())
         tower.load(saved, moments, 7)
         tower.model(torch.ones(2, 4, device=device)).square().sum().backward()
         tower.step(0.01)

@@ -92,10 +92,14 @@ def test_only_the_worker_that_writes_copies_the_tensors(tmp_path, rank):
     calls = []
 
     def noted(name):
-        return lambda: calls.append(name) or {name: torch.ones(2)}
+        def values():
+            calls.append(name)
+            return {name: torch.ones(2, 2)}
+
+        return values
 
     tower = SimpleNamespace(weights=noted("weights"), optimizer_state=noted("optimizer_state"))
-    table = SimpleNamespace(state=lambda: calls.append("table") or {"weight": torch.ones(2, 2)})
+    table = SimpleNamespace(state=noted("table"))
     state = TrainState(epoch=1, step=5, plan="p", best=0.5, best_step=5, stale=0)
     write = saving.snapshot_training(tmp_path, state, tower, {"items": table}, Worker(rank, 2))
     assert calls == ["weights", "optimizer_state", *["table"] * (rank == 0)]
