@@ -9,7 +9,7 @@ import torch
 from findrec.ops import repeat_bonus
 from findrec.ops.ranking import item_rows
 from findrec.ops.scan import selective_scan
-from findrec.tables import device_ops
+from findrec.tables import row_sums
 from findrec.training.checkpoints import manager
 
 REASON = "the compiled kernel is left out, as on a GPU"
@@ -23,7 +23,7 @@ def gpu_paths() -> Iterator[None]:
         patch.setattr(selective_scan, "cpp_scan_problem", lambda: REASON)
         patch.setattr(item_rows, "cpp_rank_problem", lambda: REASON)
         patch.setattr(repeat_bonus, "_library", lambda: REASON)
-        patch.setattr(device_ops, "_on_cpu", lambda _: False)
+        patch.setattr(row_sums, "is_cpu", lambda _: False)
         patch.setattr(manager, "saves_in_background", lambda *_: True)
         assert selective_scan.scan_backend("cpu") == "torch"
         assert item_rows.choose("auto", torch.device("cpu")) == "torch"

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from findrec.devices import copy_to
 from findrec.tables.collectives import COLLECTIVES
-from findrec.tables.device_ops import copy_to
 
 
 def row_range(num_rows: int, rank: int, world: int) -> range:

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 
 from findrec.config import OptimConfig
 from findrec.tables.base import SavedRows
-from findrec.tables.device_ops import add_rows_
+from findrec.tables.row_sums import add_rows_
 
 
 class LocalRows:

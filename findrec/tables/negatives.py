@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from findrec.config import LossConfig
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.ops.losses.sampled_cross_entropy import generalised_bce, sampled_cross_entropy
-from findrec.tables.device_ops import copy_to
 
 
 class Negatives:
@@ -55,13 +54,13 @@ class Negatives:
             pool = torch.arange(1, self._num_items + 1)
             if self._classes is not None:
                 pool = pool[self._classes[1:]]
-            return copy_to(pool[torch.randperm(len(pool), generator=generator)[:num]], self._device), None
+            return pool[torch.randperm(len(pool), generator=generator)[:num]].to(self._device), None
         # Equivalent to `torch.multinomial`, which would sum over the catalogue in each call and refuses more
         # than 2**24 items.
         uniform = torch.rand(num, dtype=torch.float64, generator=generator)
         drawn = torch.searchsorted(self._cumulative, uniform, right=True)
         expected = (self._cumulative[drawn] - self._cumulative[drawn - 1]) * num
-        return copy_to(drawn, self._device), copy_to(expected, self._device)
+        return drawn.to(self._device), expected.to(self._device)
 
     def loss(
         self,

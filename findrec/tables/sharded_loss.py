@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus, tile_rows
-from findrec.tables.device_ops import add_some_rows_
 from findrec.tables.exchange import Shards
+from findrec.tables.row_sums import add_some_rows_
 
 
 @dataclass(frozen=True)

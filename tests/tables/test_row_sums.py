@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from findrec.config import LossConfig, OptimConfig
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
-from findrec.tables import device_ops
-from findrec.tables.device_ops import add_rows_, copy_to
+from findrec.tables import row_sums
 from findrec.tables.exchange import Shards
 from findrec.tables.local_rows import LocalRows
+from findrec.tables.row_sums import add_rows_
 from findrec.tables.sharded_loss import sharded_cross_entropy
 from findrec.tables.sharded_table import ShardedItemTable
 from findrec.tables.table_spec import TableSpec
@@ -28,7 +28,7 @@ from findrec.tables.table_spec import TableSpec
 
 @pytest.fixture
 def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_ops, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(row_sums, "is_cpu", lambda _: False)
 
 
 class Operations(TorchDispatchMode):
@@ -110,7 +110,7 @@ def test_the_forms_for_a_gpu_give_the_results_of_those_for_a_cpu(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = loss_of_a_table(kind)
-    monkeypatch.setattr(device_ops, "_on_cpu", lambda _: False)
+    monkeypatch.setattr(row_sums, "is_cpu", lambda _: False)
     got = loss_of_a_table(kind)
     monkeypatch.undo()
     for name, value in want.items():
@@ -154,11 +154,3 @@ def test_sums_on_a_gpu_have_the_same_bits_every_time() -> None:
         assert torch.equal(first, add_rows_(torch.zeros(50, 32, device="cuda"), index, values))
     want = torch.zeros(50, 32, dtype=torch.float64).index_add_(0, index.cpu(), values.cpu().double())
     torch.testing.assert_close(first.cpu().double(), want, rtol=1e-3, atol=1e-2)
-
-
-@on_gpu
-def test_copies_to_a_gpu_hold_the_values() -> None:
-    value = torch.randn(1000)
-    copy = copy_to(value, "cuda")
-    value.zero_()  # the copy was made from memory of its own
-    assert copy.abs().sum() > 0

@@ -1,9 +1,11 @@
-"""Operations on rows that need another form on a GPU: sums in a fixed order, and copies without a wait."""
+"""Sums over rows that need another form on a GPU: in a fixed order, and without a wait of the host."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from findrec.devices import is_cpu
 
 
 def add_rows_(total_nd: Tensor, index_p: Tensor, values_pd: Tensor) -> Tensor:
@@ -13,7 +15,7 @@ def add_rows_(total_nd: Tensor, index_p: Tensor, values_pd: Tensor) -> Tensor:
     On a GPU `index_add_` adds in the order in which threads happen to arrive, while `index_put_` sorts the
     indices first (see `torch.use_deterministic_algorithms`).
     """
-    if _on_cpu(values_pd):
+    if is_cpu(values_pd.device):
         return total_nd.index_add_(0, index_p, values_pd)
     return total_nd.index_put_((index_p,), values_pd, accumulate=True)
 
@@ -22,21 +24,10 @@ def add_some_rows_(
     total_nd: Tensor, index_p: Tensor, values_pd: Tensor, is_added_p: Tensor, alpha: float
 ) -> Tensor:
     """`add_rows_` of `alpha * values_pd`, of the rows for which `is_added_p` is true."""
-    if _on_cpu(values_pd):
+    if is_cpu(values_pd.device):
         return total_nd.index_add_(0, index_p[is_added_p], values_pd[is_added_p], alpha=alpha)
     # For the size of a boolean index the host would wait. So the other rows take part with zeros, each added
     # to another row, as values of one row are added one after the other.
     spread_p = torch.arange(len(index_p), device=index_p.device) % len(total_nd)
     index_p = torch.where(is_added_p, index_p, spread_p)
     return add_rows_(total_nd, index_p, values_pd * (is_added_p * alpha)[:, None])
-
-
-def copy_to(value: Tensor, device: torch.device | str) -> Tensor:
-    """`value.to(device)`, without waiting for the work that a GPU has queued."""
-    if torch.device(device).type != "cuda":
-        return value.to(device)
-    return value.pin_memory().to(device, non_blocking=True)
-
-
-def _on_cpu(value: Tensor) -> bool:
-    return value.device.type == "cpu"
