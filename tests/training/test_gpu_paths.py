@@ -44,12 +44,15 @@ class Log:
             raise StoppedError
 
 
-def train(config: RunConfig, folder: DataFolder, path: Path, log: Log) -> dict[str, torch.Tensor]:
+def train(
+    config: RunConfig, folder: DataFolder, path: Path, log: Log, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     """All weights, and the state of the item table, after a training."""
     torch.manual_seed(config.training.seed)
-    tower = PlainTower(build_tower_model(config, folder), config.training.optim)
-    tables = build_tables(config, folder)
-    run_training(config, folder, path, tower, tables, worker=Worker(), validate=validate, log=log)
+    tower = PlainTower(build_tower_model(config, folder).to(device), config.training.optim)
+    tables = build_tables(config, folder, device)
+    worker = Worker(device=torch.device(device))
+    run_training(config, folder, path, tower, tables, worker=worker, validate=validate, log=log)
     return tower.weights() | tower.optimizer_state() | dict(tables["items"].state())
 
 
@@ -99,3 +102,21 @@ def test_the_training_is_that_of_the_cpu_but_for_rounding(
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert any(not torch.equal(got[name], value) for name, value in want.items()), "the same code ran"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("training", [{}, SAMPLED, {"table": "sharded"}], ids=["exact", "sampled", "sharded"])
+def test_on_a_gpu_a_training_is_that_of_the_cpu_and_continues(
+    folder: DataFolder, tmp_path: Path, training: dict[str, Any]
+) -> None:
+    config = make_config(epochs=2, save_steps=3, keep=99, microbatches=2, **training)
+    cpu, whole, cut, rest = Log(), Log(), Log(stop=8), Log()
+    train(config, folder, tmp_path / "cpu", cpu)
+    train(config, folder, tmp_path / "whole", whole, "cuda")
+    assert whole.losses == pytest.approx(cpu.losses, rel=1e-2)
+    with pytest.raises(StoppedError):
+        train(config, folder, tmp_path / "cut", cut, "cuda")
+    train(config, folder, tmp_path / "cut", rest, "cuda")
+    assert rest.losses == pytest.approx(whole.losses[6:], rel=1e-2)
+    assert rest.ndcg[-1] == pytest.approx(whole.ndcg[-1], abs=0.05)
