@@ -36,6 +36,9 @@ def find_hung(statuses: Sequence[ObservedStatus], *, hang_s: float, timeout_s: f
     microbatch so far if that is longer; work before the first step and between steps is not limited. A
     process that sends no heartbeat for `hang_s` seconds hangs whatever it does; before its first step, while
     it loads libraries, the limit is `timeout_s`.
+
+    Of workers that make no progress, those inside of a collective call wait for the others. Where calls are
+    asynchronous, those that have entered the fewest are waited for.
     """
     silent = [s for s in statuses if s.silent_s > (timeout_s if s.status.doing == STARTING else hang_s)]
     if silent or not statuses:
