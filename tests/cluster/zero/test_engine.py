@@ -117,11 +117,13 @@ def test_the_same_number_of_workers_gives_the_same_bits(setting, stage):
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
 
 
-@pytest.mark.parametrize(("stage", "kind"), [(1, "sampled"), (3, "exact")])
-def test_with_the_code_for_gpus_a_training_continues_bit_for_bit(setting, stage, kind):
+@pytest.mark.parametrize(
+    ("stage", "kind", "offload"), [(1, "sampled", False), (2, "gbce", True), (3, "exact", True)]
+)
+def test_with_the_code_for_gpus_a_training_continues_bit_for_bit(setting, stage, kind, offload):
     """Torch's forms of all operations, bfloat16 products, checkpoints saved beside training."""
     training = {"precision": "bfloat16", "loss": {"kind": kind, "negatives": 16}, "save_steps": 3, "keep": 99}
-    config = changed(setting.config, training=training)
+    config = changed(setting.config, training=training, cluster={"offload_optimizer": offload})
     name = f"gpu{stage}"
     whole = setting.train(stage, 2, name, config, gpu_paths=True)
     steps = sorted((setting.path / name / "checkpoints").glob("step-*"))
