@@ -122,7 +122,7 @@ def random_repeat_bonus(size, num_candidates, classes, g):
 def work(rank, world, meeting, out, gpu_forms):
     """One worker: all cases in both placements, into a file of its own; perhaps in the forms for GPUs."""
     if gpu_forms:
-        row_sums.is_cpu = lambda _: False
+        row_sums.is_cpu = lambda device: False
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
