@@ -16,6 +16,7 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import DivergedError, FindRecError, system_error
 from findrec.evaluation.validation import validate
 from findrec.models.base import Model
+from findrec.ops.precision import allow_tf32
 from findrec.progress import say
 from findrec.ray_session import worker_threads
 from findrec.tables.base import ITEMS
@@ -50,7 +51,12 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     rank = context.get_world_rank()
-    heartbeat = ReportingHeartbeat(payload["heartbeats"], rank, ray.get_runtime_context().get_node_id())
+    heartbeat = ReportingHeartbeat(
+        payload["heartbeats"],
+        rank,
+        ray.get_runtime_context().get_node_id(),
+        asynchronous=device.type == "cuda",
+    )
     worker = Worker(rank, context.get_world_size(), device, heartbeat)
     config = parse_config(payload["config"])
     keep_freed_memory()
@@ -80,8 +86,8 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 def _train_one(job: TrainingJob, folder: DataFolder, worker: Worker, report: Any) -> None:
     config, run_folder = job.config, job.folder
     torch.manual_seed(config.training.seed)
-    if worker.device.type == "cuda":  # rounds operands of float32 products to 10 bits (or not at all)
-        torch.set_float32_matmul_precision("high" if config.training.precision == "bfloat16" else "highest")
+    if worker.device.type == "cuda":
+        allow_tf32(config.training.precision == "bfloat16")
     model = build_tower_model(config, folder, _artifacts(job, worker))
     if worker.is_rank_zero:
         num_weights = sum(p.numel() for p in model.parameters())
