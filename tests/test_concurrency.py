@@ -8,11 +8,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from clusters import UNTRACKED, Run, command_of, environment, free_port, kill_node, wait_until, weights
+from clusters import (
+    UNTRACKED,
+    Cluster,
+    Run,
+    command_of,
+    environment,
+    free_port,
+    kill_node,
+    wait_until,
+    weights,
+)
 from planted import planted_folder, planted_home
 from small_recipe import contents
 
@@ -50,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(home: Path, *overrides: str) -> Run:
     """A run on a local Ray cluster of its own."""
     name, *others = overrides
-    return Run(SimpleNamespace(home=home, join={}), name, *others)
+    return Run(Cluster(home, "local", "", {}, {}), name, *others)
 
 
 def findrec(home: Path, *arguments: str, prefix: Sequence[str] = (), **more: str) -> tuple[int, str]:
