@@ -192,7 +192,7 @@ def test_the_lock_is_what_the_project_asks_for() -> None:
     for requirement in declared(("cpu", "dev")):
         found = everything[canonicalize_name(requirement.name)]
         assert [p for p in found if not requirement.specifier.contains(version(p))] == []
-    for_gpus = {canonicalize_name(r.name): r for r in declared(("gpu", "mamba"))}
+    for_gpus = {str(canonicalize_name(r.name)): r for r in declared(("gpu", "mamba"))}
     for name, (pin,) in held.items():
         if name in for_gpus and name not in locked:
             assert for_gpus[name].specifier.contains(version(pin)), name

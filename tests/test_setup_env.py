@@ -39,8 +39,7 @@ MACHINES = {
 }
 
 VARIABLES = ("DS_IGNORE_CUDA_DETECTION", "MAMBA_FORCE_BUILD", "MAX_JOBS")
-# Writes its arguments and these variables into calls.jsonl. Fails for arguments that FAILS names, unless one is
-# named by WORKS.
+# Writes its arguments and these variables into calls.jsonl. Fails where FAILS names an argument, WORKS none.
 PYTHON = f"""#!{sys.executable}
 import json, os, sys
 here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -281,7 +280,8 @@ torch.cuda.get_device_properties = lambda *_: Properties
 torch.cuda.device_count = lambda: 1
 import deepspeed.ops.op_builder as package
 from deepspeed.ops.op_builder.builder import MissingCUDAException
-modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+names = [f"{package.__name__}.{found.name}" for found in pkgutil.iter_modules(package.__path__)]
+modules = [importlib.import_module(name) for name in names]
 kinds = [k for m in modules for k in vars(m).values() if isinstance(k, type) and k.__module__ == m.__name__]
 for value in ("", "1"):
     os.environ["DS_IGNORE_CUDA_DETECTION"] = value
