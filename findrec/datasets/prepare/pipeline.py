@@ -6,6 +6,7 @@ Fetches the files, orders the events, encodes the features and writes the folder
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import duckdb
@@ -24,7 +25,13 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, repair_hint
 from findrec.datasets.folder.overview import overview
 from findrec.datasets.folder.remote import is_remote
-from findrec.datasets.folder.writer import FolderInput, cannot_write, write_folder
+from findrec.datasets.folder.writer import (
+    FolderInput,
+    cannot_write,
+    undo_killed,
+    write_folder,
+    writing,
+)
 from findrec.datasets.prepare.event_log import EventLog
 from findrec.datasets.prepare.growing import Parent, inherited_features
 from findrec.datasets.sources.bad_rows import explain
@@ -32,7 +39,8 @@ from findrec.datasets.sources.duckdb_engine import SQL_ERRORS, Limits, Stopwatch
 from findrec.datasets.sources.fetch import fetch_source
 from findrec.datasets.sources.recipe import Recipe, load_recipe
 from findrec.errors import FindRecError
-from findrec.files import beside, sha256_file
+from findrec.files import beside, remove_abandoned, sha256_file
+from findrec.locks import remove_abandoned_lock
 from findrec.paths import resolve
 from findrec.progress import format_seconds, say, warn
 
@@ -74,7 +82,7 @@ def _with_optional(recipe: Recipe, data: DataFolder) -> DataFolder:
 
 
 def _existing(
-    recipe: Recipe, folder: Path, recipe_sha256: str, parent: Parent | None = None
+    recipe: Recipe, folder: Path, limit_users: int | None, parent: Parent | None
 ) -> DataFolder | None:
     """Open the folder if it was made from this recipe; `FindRecError` if from another, or damaged."""
     if not folder.exists():
@@ -83,7 +91,7 @@ def _existing(
         raise FindRecError(f"{folder} is a file; choose a folder for the data set")
     if not any(folder.iterdir()):
         return None
-    manifest = read_manifest(folder)
+    manifest, recipe_sha256 = read_manifest(folder), recipe.sha256(limit_users)
     if parent is not None and parent.folder.path.resolve() == folder.resolve():  # grown in place
         same = manifest.recipe_sha256 == recipe_sha256 and _changed_source(recipe, manifest) is None
         return parent.folder if same else None
@@ -152,17 +160,43 @@ def prepare(
     if is_remote(folder):
         raise FindRecError(f"a data folder is written to a local path, not to {folder}: copy it there later")
     folder = Path(folder)
-    recipe_sha256 = recipe.sha256(limit_users)
-    parent = None if grow is None else Parent.open(Path(grow), recipe)
-    if not force and (existing := _existing(recipe, folder, recipe_sha256, parent)) is not None:
+    _remove_abandoned(folder, limits)
+    if not force and (existing := _existing(recipe, folder, limit_users, _parent(recipe, grow))) is not None:
         return existing
     check_replaceable(folder)
-    limits = limits or Limits.of()
-    stopwatch = stopwatch or Stopwatch()
+    with writing(folder):
+        parent = _parent(recipe, grow)  # read again: another process may have written while this one waited
+        if not force and (existing := _existing(recipe, folder, limit_users, parent)) is not None:
+            return existing
+        check_replaceable(folder)
+        limits, stopwatch = limits or Limits.of(), stopwatch or Stopwatch()
+        return _prepare(recipe, folder, limit_users, limits, stopwatch, parent)
+
+
+def _remove_abandoned(folder: Path, limits: Limits | None) -> None:
+    """Remove what killed processes left beside a data folder, which may be as large as the data."""
+    scratch_parent = folder.parent if limits is None or limits.scratch is None else limits.scratch
+    with suppress(OSError):  # a data set may be on a disk that is read-only
+        remove_abandoned(scratch_parent / folder.name, "scratch")
+        undo_killed(folder)
+        remove_abandoned_lock(folder)
+
+
+def _parent(recipe: Recipe, grow: Path | None) -> Parent | None:
+    return None if grow is None else Parent.open(Path(grow), recipe)
+
+
+def _prepare(
+    recipe: Recipe,
+    folder: Path,
+    limit_users: int | None,
+    limits: Limits,
+    stopwatch: Stopwatch,
+    parent: Parent | None,
+) -> DataFolder:
     scratch_parent = limits.scratch or folder.parent
     old_modalities = _modalities(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         scratch_parent.mkdir(parents=True, exist_ok=True)
         scratch = beside(scratch_parent / folder.name, "scratch")
         scratch.mkdir()
