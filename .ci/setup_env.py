@@ -145,6 +145,9 @@ def planned_steps(python, nvidia, build, nvcc, environ):
             stops=(
                 f"No index has this build of PyTorch {version}. In a closed network name one that has it:",
                 "PIP_EXTRA_INDEX_URL=https://... make setup",
+                "or take the build for CPUs:  FINDREC_TORCH=cpu make setup"
+                if build
+                else "or PyPI's for CUDA, gigabytes that run here too:  FINDREC_TORCH=cu130 make setup",
             ),
         ),
         Step(

@@ -160,6 +160,7 @@ def test_no_build_to_be_had_stops_with_advice(machine, monkeypatch, capsys):
     text = capsys.readouterr().err
     assert f"No index has this build of PyTorch {TORCH}" in text
     assert "PIP_EXTRA_INDEX_URL" in text
+    assert "FINDREC_TORCH=cu130" in text
 
 
 def test_without_faiss_for_gpus_that_for_cpus_is_installed(machine, monkeypatch):
