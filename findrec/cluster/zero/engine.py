@@ -79,7 +79,7 @@ class DeepSpeedTower:
         offload_optimizer: bool = False,
     ) -> None:
         """`accumulation` is the number of microbatches this worker runs in a step (K / W)."""
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(device)
         self._stage = stage
         self.replicated = stage < 3
         # With sharded weights, evaluation uses a complete copy of the model.
