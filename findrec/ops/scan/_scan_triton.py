@@ -13,31 +13,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from findrec.ops.scan._trial import trial
+
 MAX_STATES = 1024  # of a channel; their tile has to stay in registers
 _TILE = 4096  # states of a chunk and block of channels
 
 
 def triton_problem(device: torch.device | str) -> str | None:
     """Why the kernels cannot run on a device, or None. On the first call it compiles and runs a small scan."""
-    device = torch.device(device)
+    kind = torch.device(device).type
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if device.type == "cuda":
-        return _trial(device)
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None  # the interpreter, for tests
-    return "it runs on CUDA only"
+    if kind == "cuda":
+        return _problem(kind)
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter, for tests
+    return "it needs a CUDA device"
 
 
 @cache
-def _trial(device: torch.device) -> str | None:
-    """What goes wrong in a small scan: compilers, drivers and old devices fail only when something runs."""
-    try:
-        x = torch.ones(1, 1, 1, device=device)
-        y, _ = triton_scan(x, x, -x[0], x, x, None, None, None, want_last=False)
-        return None if float(y) == 1.0 else f"a scan that should give 1 gave {float(y)}"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+def _problem(device: str) -> str | None:
+    return trial(lambda *inputs: triton_scan(*inputs, None, None, None, want_last=False)[0], device)
+
+
+def triton_call_problem(A: Tensor) -> str | None:
+    """Why the kernels cannot run a call with these decay rates, or None."""
+    return f"takes at most {MAX_STATES} states" if A.shape[1] > MAX_STATES else None
 
 
 def triton_scan(

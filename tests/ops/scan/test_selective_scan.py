@@ -9,12 +9,16 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from triton_interpreter import fast_scans, needs_interpreter  # noqa: F401
 
 from findrec.errors import FindRecError
 from findrec.ops.scan import _scan_cpp
 from findrec.ops.scan import selective_scan as scan
 from findrec.ops.scan.selective_scan import scan_backend, selective_scan, selective_scan_step
 
+pytestmark = pytest.mark.usefixtures("fast_scans")
+
+FAST = ["torch", "cpp", pytest.param("triton", marks=needs_interpreter)]
 SHAPES = [
     (1, 1, 1, 1),
     (2, 2, 3, 4),
@@ -75,7 +79,7 @@ def expected_of(shape: tuple[int, int, int, int], skip: bool, gate: bool, start:
     ("shape", "options"),
     [*itertools.product(SHAPES, itertools.product([False, True], repeat=3)), (LONG, (True, True, True))],
 )
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_agrees_with_the_loop(
     impl: str, shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> None:
@@ -86,7 +90,7 @@ def test_agrees_with_the_loop(
         assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("shape", [(2, 1, 3, 2), (1, 17, 2, 3), (2, 66, 1, 2)])
 def test_gradients_are_the_derivatives(impl: str, shape: tuple[int, int, int, int]) -> None:
     inputs = make_inputs(shape, True, True, True, torch.float64)
@@ -99,7 +103,7 @@ def test_gradients_are_the_derivatives(impl: str, shape: tuple[int, int, int, in
 
 
 @pytest.mark.parametrize("output", [0, 1])
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_either_output_may_go_unused(impl: str, output: int) -> None:
     inputs = make_inputs((2, 70, 5, 4), True, True, True, torch.float64)
 
@@ -112,7 +116,7 @@ def test_either_output_may_go_unused(impl: str, output: int) -> None:
     torch.testing.assert_close(gradients(impl), gradients("reference"))
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_no_gradient_of_the_gradient_is_made_up(impl: str) -> None:
     inputs = make_inputs((1, 5, 2, 4), True, True, False, torch.float64)
     y = selective_scan(**inputs, impl=impl)  # type: ignore[call-overload]
@@ -136,14 +140,14 @@ def check_bfloat16(impl: str, device: str) -> None:
         assert (actual.cpu().double() - expected[name]).abs().max() / scale < 2**-7, name
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_bfloat16_is_computed_in_float32(impl: str) -> None:
     check_bfloat16(impl, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("impl", ["torch", "auto"])
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
 def test_cuda_bfloat16(impl: str) -> None:
     check_bfloat16(impl, "cuda")
 
@@ -173,7 +177,7 @@ def test_steps_are_the_scan(
         assert (actual.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_slices_and_broadcasts_are_taken_as_they_are(impl: str) -> None:
     torch.manual_seed(0)
     both = torch.randn(2, 21, 48).double()
@@ -186,7 +190,7 @@ def test_slices_and_broadcasts_are_taken_as_they_are(impl: str) -> None:
     assert torch.allclose(found, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_two_halves_with_carried_state_are_the_whole(impl: str) -> None:
     inputs = make_inputs((2, 70, 5, 4), True, True, False, torch.float64)
     whole = selective_scan(**inputs, impl=impl)  # type: ignore[call-overload]
@@ -200,7 +204,7 @@ def test_two_halves_with_carried_state_are_the_whole(impl: str) -> None:
     assert torch.allclose(torch.cat([first, second], dim=1), whole, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_long_strongly_decaying_histories_stay_finite(impl: str) -> None:
     inputs = make_inputs((1, 3000, 8, 16), True, True, False, torch.float32)
     with torch.no_grad():
@@ -242,10 +246,13 @@ def test_mistakes_are_named() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_agrees_with_the_loop() -> None:
-    inputs = make_inputs((2, 65, 16, 16), True, True, False, torch.float32)
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 1000, 256, 16), (1, 16384, 20, 5), (2, 100, 9, 300)])
+@pytest.mark.parametrize("start", [False, True])
+def test_cuda_agrees_with_the_loop(impl: str, shape: tuple[int, int, int, int], start: bool) -> None:
+    inputs = make_inputs(shape, True, True, start, torch.float32)
     expected = run("reference", {name: x.double() for name, x in inputs.items()})
-    actual = run("auto", {name: x.cuda() for name, x in inputs.items()})
+    actual = run(impl, {name: x.cuda() for name, x in inputs.items()})
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1.0)
         assert ((actual[name].cpu().double() - value).abs().max() / scale) < 1e-4, name
@@ -256,7 +263,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    for function in (_scan_cpp._library, scan._best):
+    for function in (_scan_cpp._library, scan._best, scan._torch_because):
         function.cache_clear()
     try:
         assert scan_backend("cpu") == "torch"
@@ -266,5 +273,5 @@ def test_without_a_compiler_it_says_so_and_goes_on(
         with pytest.raises(FindRecError, match="C\\+\\+ compiler"):
             scan_backend("cpu", "cpp")
     finally:
-        for function in (_scan_cpp._library, scan._best):
+        for function in (_scan_cpp._library, scan._best, scan._torch_because):
             function.cache_clear()
