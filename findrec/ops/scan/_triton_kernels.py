@@ -71,9 +71,9 @@ def scan_forward(
     in_DN = (d < channels)[:, None] & (n < num_states)[None, :]
     A_DN = _load(A, d, n, num_states, 1, in_DN, WIDE)
     state_DN = tl.zeros((CHANNELS, STATES), WIDE)
-    row_size = channels.to(tl.int64) * num_states
+    row_states = row * channels * num_states
     if first is not None:
-        state_DN = _load(first + row * row_size, d, n, num_states, 1, in_DN, WIDE)
+        state_DN = _load(first + row_states, d, n, num_states, 1, in_DN, WIDE)
     if D is not None:
         D_D = tl.load(D + d, mask=d < channels, other=0.0).to(WIDE)
     num_chunks = tl.cdiv(length, STEPS)
@@ -86,8 +86,8 @@ def scan_forward(
         B_SN = _load(B + row * B_row, at, n, B_step, B_state, in_SN, WIDE)
         C_SN = _load(C + row * C_row, at, n, C_step, C_state, in_SN, WIDE)
         if borders is not None:
-            border = row * (num_chunks - 1) + chunk - 1
-            _store(borders + border * row_size, d, n, num_states, state_DN, in_DN & (chunk > 0))
+            border = (row * (num_chunks - 1) + chunk - 1) * channels * num_states
+            _store(borders + border, d, n, num_states, state_DN, in_DN & (chunk > 0))
         states, _ = _chunk_states(u_SD, delta_SD, A_DN, B_SN, state_DN)
         state_DN = _row_of(states, s, STEPS - 1)
         y_SD = tl.sum(states * C_SN[:, None, :], axis=2)
@@ -98,7 +98,7 @@ def scan_forward(
             y_SD *= z_SD / (1.0 + tl.exp(-z_SD))
         _store(y + row * length * channels, at, d, channels, y_SD, in_SD)
     if last is not None:
-        _store(last + row * row_size, d, n, num_states, state_DN, in_DN)
+        _store(last + row_states, d, n, num_states, state_DN, in_DN)
 
 
 @triton.jit
@@ -126,11 +126,11 @@ def scan_backward(
     s = tl.arange(0, STEPS)
     in_DN = (d < channels)[:, None] & (n < num_states)[None, :]
     A_DN = _load(A, d, n, num_states, 1, in_DN, WIDE)
-    row_size = channels.to(tl.int64) * num_states
+    row_states = row * channels * num_states
     # g is the gradient of each state: from its own output, and from the next state.
     g_DN = tl.zeros((CHANNELS, STATES), WIDE)
     if dlast is not None:
-        g_DN = _load(dlast + row * row_size, d, n, num_states, 1, in_DN, WIDE)
+        g_DN = _load(dlast + row_states, d, n, num_states, 1, in_DN, WIDE)
     dA_DN = tl.zeros((CHANNELS, STATES), WIDE)
     if D is not None:
         D_D = tl.load(D + d, mask=d < channels, other=0.0).to(WIDE)
@@ -146,10 +146,10 @@ def scan_backward(
         B_SN = _load(B + row * B_row, at, n, B_step, B_state, in_SN, WIDE)
         C_SN = _load(C + row * C_row, at, n, C_step, C_state, in_SN, WIDE)
         dy_SD = _load(dy + row * dy_row, at, d, dy_step, dy_channel, in_SD, WIDE)
-        border = row * (num_chunks - 1) + chunk - 1
-        state_DN = _load(borders + border * row_size, d, n, num_states, 1, in_DN & (chunk > 0), WIDE)
+        border = (row * (num_chunks - 1) + chunk - 1) * channels * num_states
+        state_DN = _load(borders + border, d, n, num_states, 1, in_DN & (chunk > 0), WIDE)
         if first is not None:
-            state_DN += _load(first + row * row_size, d, n, num_states, 1, in_DN & (chunk == 0), WIDE)
+            state_DN += _load(first + row_states, d, n, num_states, 1, in_DN & (chunk == 0), WIDE)
         states, drive = _chunk_states(u_SD, delta_SD, A_DN, B_SN, state_DN)
         place = row * length * channels
         if z is not None:
@@ -182,10 +182,11 @@ def scan_backward(
             du_SD += dy_SD * D_D[None, :]
             dD_D += tl.sum(dy_SD * u_SD, axis=0)
         _store(du + place, at, d, channels, du_SD, in_SD)
-    _store(dA + row * row_size, d, n, num_states, dA_DN, in_DN)
+    _store(dA + row_states, d, n, num_states, dA_DN, in_DN)
     if D is not None:
         tl.store(dD + row * channels + d, dD_D, mask=d < channels)
     if dfirst is not None:
-        delta_D = tl.load(delta + row * delta_row + d * delta_channel, mask=d < channels, other=0.0).to(WIDE)
+        in_D = (d < channels) & (length > 0)
+        delta_D = tl.load(delta + row * delta_row + d * delta_channel, mask=in_D, other=0.0).to(WIDE)
         g_DN *= tl.exp(delta_D[:, None] * A_DN)
-        _store(dfirst + row * row_size, d, n, num_states, g_DN, in_DN)
+        _store(dfirst + row_states, d, n, num_states, g_DN, in_DN)
