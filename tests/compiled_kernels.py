@@ -2,9 +2,10 @@
 
 python tests/compiled_kernels.py CAPABILITY     (90 is an H100)
 
-The compiler, with the assembler that ships with Triton, needs a device only to learn its kind and to load what
-it made. Here the kind is given, and kernels are compiled where they would be launched: with the arguments, types
-and alignments of real calls. Prints one line of JSON for each kernel. Needs TRITON_INTERPRET=0.
+The compiler, with the assembler that ships with Triton, needs a device only to learn its kind and to load
+what it made. Here the kind is given, and kernels are compiled where they would be launched: with the
+arguments, types and alignments of real calls. Prints one line of JSON for each kernel. Needs
+TRITON_INTERPRET=0.
 """
 
 from __future__ import annotations
@@ -21,11 +22,9 @@ from findrec.ops.scan._scan_triton import triton_scan
 
 # Shape [B, L, D, N], type, and whether with D, z, initial and last state. Sizes of 1 become constants.
 CALLS = [
-    ((2, 40, 48, 16), torch.float32, True),
-    ((2, 40, 48, 16), torch.bfloat16, False),
-    ((3, 17, 10, 5), torch.bfloat16, True),
+    ((2, 40, 48, 16), torch.float32, False),
+    ((2, 40, 48, 16), torch.bfloat16, True),
     ((1, 1, 1, 1), torch.float32, True),
-    ((1, 1, 1, 1), torch.float64, False),
 ]
 
 

@@ -1,7 +1,7 @@
 """Triton kernels on a machine without a GPU: Triton's interpreter, which `conftest.py` selects there.
 
 The interpreter computes whole tiles with numpy, except for associative scans, which it takes element by
-element: thousands of Python calls for a tile. `fast_scans` replaces that by a loop over the scanned axis only.
+element: thousands of Python calls for a tile. `fast_scans` replaces that by a loop over one axis.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ class _CausalConv(torch.autograd.Function):
         return dx_BLE, dtaps_KE.t(), dy_BLE.sum((0, 1)), None
 
 
-def causal_conv(
-    x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
+def causal_conv(x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """`y_l = bias + sum_k taps[:, K - 1 - k] * x_{l - k}`: depthwise and causal.
 
     Summed in the wider of the types of `x_BLE` and the parameters; `dtype` is that of the result, by default

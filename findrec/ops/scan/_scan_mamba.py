@@ -37,7 +37,11 @@ def mamba_problem(device: torch.device | str) -> str | None:
 def _problem(device: str) -> str | None:
     if importlib.util.find_spec("selective_scan_cuda") is None:
         return "its kernels, the module selective_scan_cuda, are not installed (pip install findrec[gpu])"
-    return trial(lambda *inputs: mamba_scan(*inputs, None, None)[0], device)
+    return trial(_bare_scan, device)
+
+
+def _bare_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    return mamba_scan(u, delta, A, B, C, None, None)[0]
 
 
 def mamba_call_problem(
@@ -70,7 +74,13 @@ def mamba_scan(
     """`y [B, L, D]` and the last state `[B, D, N]`, which has no gradient."""
     wide = (A.float(), None if D is None else D.float())
     y, last = _MambaScan.apply(  # type: ignore[no-untyped-call]
-        u, delta.to(u.dtype), wide[0], B.to(u.dtype), C.to(u.dtype), wide[1], None if z is None else z.to(u.dtype)
+        u,
+        delta.to(u.dtype),
+        wide[0],
+        B.to(u.dtype),
+        C.to(u.dtype),
+        wide[1],
+        None if z is None else z.to(u.dtype),
     )
     return y, last
 

@@ -16,7 +16,7 @@ CHUNK = 16  # steps whose states are stored at the same time
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Switch autocast off: in bfloat16 products the states that the scan keeps in float32 would be rounded."""
+    """Switch autocast off, which would round the states in matrix products to bfloat16."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -20,7 +20,7 @@ _TILE = 4096  # states of a chunk and block of channels
 
 
 def triton_problem(device: torch.device | str) -> str | None:
-    """Why the kernels cannot run on a device, or None. On the first call it compiles and runs a small scan."""
+    """Why the kernels cannot run on a device, or None. The first call compiles and runs a small scan."""
     kind = torch.device(device).type
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
@@ -33,7 +33,11 @@ def triton_problem(device: torch.device | str) -> str | None:
 
 @cache
 def _problem(device: str) -> str | None:
-    return trial(lambda *inputs: triton_scan(*inputs, None, None, None, want_last=False)[0], device)
+    return trial(_bare_scan, device)
+
+
+def _bare_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    return triton_scan(u, delta, A, B, C, None, None, None, want_last=False)[0]
 
 
 def triton_call_problem(A: Tensor) -> str | None:
@@ -130,7 +134,8 @@ class _TritonScan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         from findrec.ops.scan._triton_kernels import scan_forward
 
-        A, D, first = (None if x is None else x.contiguous() for x in (A, D, first))
+        A = A.contiguous()
+        D, first = (None if x is None else x.contiguous() for x in (D, first))
         rows, length, channels = u.shape
         wide = torch.promote_types(u.dtype, torch.float32)
         y = u.new_empty(u.shape)

@@ -14,8 +14,8 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]  # u, delta, A
 def trial(scan: Scan, device: torch.device | str) -> str | None:
     """What goes wrong in a forward and backward pass, or None.
 
-    Missing compilers, libraries of another version and devices that a package was not built for fail only when
-    something runs.
+    A missing compiler, a library of another version and a device that a package was not built for show only
+    when something runs.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad():

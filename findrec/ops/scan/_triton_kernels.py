@@ -1,9 +1,9 @@
 """Kernels of the selective scan in Triton. Only `_scan_triton` imports this file, as it needs the package.
 
-A program owns one row and a block of channels, and goes over the steps in chunks. The states of a chunk are one
-tile `[S, D, N]` in registers, computed at once by an associative scan over its steps; only the state before
-each chunk is stored. Sums over steps stay in one program, and sums over rows or blocks of channels are left to
-the caller, so nothing is added atomically and results do not depend on the order of the programs.
+A program owns one row and a block of channels, and goes over the steps in chunks. The states of a chunk are
+one tile `[S, D, N]` in registers, computed at once by an associative scan over its steps; only the state
+before each chunk is stored. Sums over steps stay in one program, and sums over rows or blocks of channels are
+left to the caller: nothing is added atomically, and results do not depend on the order of the programs.
 
 Letters: S steps of a chunk, D channels of a block, N states padded to a power of two. Beyond the last step,
 channel or state the inputs read as zeros: a time step of zero leaves the state as it is.
@@ -114,7 +114,7 @@ def scan_backward(
     dy_row, dy_step, dy_channel,
     WIDE: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients, chunk by chunk from the last; `dA`, `dD` of each row, `dB`, `dC` of each block of channels.
+    """Gradients, from the last chunk to the first; `dA`, `dD` by rows, `dB`, `dC` also by blocks of channels.
 
     `dy` and `dlast` are the gradients of the outputs; `D` with `dD`, `z` with `dz`, `first` with `dfirst`, and
     `dlast` may be None. `dA` is `[B, D, N]`, `dD` `[B, D]`, `dB` and `dC` `[B, blocks, L, N]`.
@@ -173,7 +173,9 @@ def scan_backward(
         dB_SN = tl.sum(g * (delta_SD * u_SD)[:, :, None], axis=1)
         _store(dB + block * length * num_states, at, n, num_states, dB_SN, in_SN)
         from_input = tl.sum(g * B_SN[:, None, :], axis=2)  # gradient of delta * u
-        exponent = g * (states - drive)  # gradient of delta * A: `states - drive` is what was left of the last
+        exponent = g * (
+            states - drive
+        )  # gradient of delta * A: `states - drive` is what was left of the last
         ddelta_SD = tl.sum(exponent * A_DN[None, :, :], axis=2) + from_input * u_SD
         _store(ddelta + place, at, d, channels, ddelta_SD, in_SD)
         dA_DN += tl.sum(exponent * delta_SD[:, :, None], axis=0)

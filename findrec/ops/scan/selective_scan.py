@@ -17,7 +17,7 @@ takes whole histories; `selective_scan_step` appends one event to a state, at a 
 `auto` takes `cpp` on a CPU; on CUDA `mamba_ssm` for calls that it can run (no initial state, no float64, no
 gradient of the last state), else `triton`; and `torch` where these do not work, with a warning.
 All are deterministic on CPU for a fixed number of threads (`cpp` for any number), `triton` on CUDA; the
-gradients of `mamba_ssm` depend on the order of its threads, so `torch.use_deterministic_algorithms` excludes it.
+gradients of `mamba_ssm` depend on the order of its threads: `torch.use_deterministic_algorithms` excludes it.
 States are accumulated in at least float32, also for bfloat16 tensors and under autocast.
 Shape letters: B rows, L steps, D channels, N states of a channel.
 """
