@@ -10,7 +10,7 @@ from textwrap import shorten
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from findrec.errors import FindRecError, suggest
 
@@ -19,6 +19,23 @@ class Part(BaseModel):
     """Base class of configuration nodes: unknown keys are errors, and values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false for a number: pydantic takes them as 1 and 0."""
+        accepted = _types(cls.model_fields[str(info.field_name)].annotation)
+        if bool not in accepted and accepted & {int, float}:
+            for one in value if isinstance(value, list) else [value]:
+                if isinstance(one, bool):
+                    raise ValueError(f"a number is needed, not {str(one).lower()}")
+        return value
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The plain types in an annotation such as `list[int] | None`."""
+    inner = get_args(annotation)
+    return set().union(*map(_types, inner)) if inner else {annotation}
 
 
 When = Literal["resume", "warm_start"]

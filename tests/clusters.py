@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,6 +40,11 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     # Workers as nice as Ray makes them by default starve beside other tests.
     own = {"FINDREC_HOME": str(home), "OMP_NUM_THREADS": "1", "PATH": path, "RAY_worker_niceness": "0"}
     return kept | own | more
+
+
+def ip(*arguments: str) -> bool:
+    """Whether `ip` succeeds: for network namespaces, which only root may make."""
+    return shutil.which("ip") is not None and subprocess.run(["ip", *arguments]).returncode == 0
 
 
 def free_port() -> int:

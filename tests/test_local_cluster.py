@@ -1,7 +1,6 @@
 """A cluster that a run starts on this machine can be reached and used by that run alone."""
 
 import os
-import re
 import socket
 import stat
 import subprocess
@@ -9,11 +8,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 
 import psutil
 import pytest
-from clusters import UNTRACKED, command_of, environment, wait_until
+from clusters import UNTRACKED, command_of, environment, ip, wait_until
 from planted import planted_home
 
 from findrec.config import RunConfig
@@ -25,6 +25,14 @@ STRANGER = """
 import sys, ray
 ray.init(address=sys.argv[1], logging_level="ERROR")
 print("run by", ray.get(ray.remote(num_cpus=0)(lambda: "a stranger").remote()))
+"""
+CALLER = """
+import socket, sys
+for port in map(int, sys.argv[2:]):
+    with socket.socket() as caller:
+        caller.settimeout(2)
+        if caller.connect_ex((sys.argv[1], port)) == 0:
+            print(port)
 """
 
 
@@ -79,6 +87,35 @@ def test_no_other_address_of_this_machine_answers(session):
                     assert (address, port) in listeners_of_machine()
 
 
+@pytest.fixture
+def neighbour():
+    """The name of a network namespace that is another machine for this one, and this one's address for it."""
+    name, ours, theirs = f"findrec-{uuid.uuid4().hex[:6]}", "10.213.78.1", "10.213.78.2"
+    cable = f"fr{uuid.uuid4().hex[:6]}"
+    try:
+        if not ip("netns", "add", name):
+            pytest.skip("network namespaces can only be made by root")
+        assert ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
+        assert ip("addr", "add", f"{ours}/24", "dev", cable)
+        assert ip("link", "set", cable, "up")
+        assert ip("-n", name, "addr", "add", f"{theirs}/24", "dev", "eth0")
+        assert ip("-n", name, "link", "set", "eth0", "up")
+        yield name, ours
+    finally:
+        ip("link", "del", cable)
+        ip("netns", "del", name)
+
+
+def test_no_other_machine_reaches_a_part(session, neighbour):
+    _, found = session
+    name, ours = neighbour
+    with socket.create_server((ours, 0)) as open_to_all:
+        ports = [open_to_all.getsockname()[1], *(port for _, port in found)]
+        command = ["ip", "netns", "exec", name, sys.executable, "-c", CALLER, ours, *map(str, ports)]
+        answers = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert [int(port) for port in answers.split()] == ports[:1]  # the one that this test opened
+
+
 def listeners_of_machine() -> set[tuple[str, int]]:
     return {tuple(c.laddr) for c in psutil.net_connections("tcp4") if c.status == psutil.CONN_LISTEN}
 
@@ -108,12 +145,11 @@ def test_only_callers_with_the_token_run_code(session, tmp_path):
 
 
 def test_the_dashboard_takes_no_job_without_the_token(session):
-    _, found = session
-    (command,) = {command for command in found.values() if "dashboard.py" in command}
-    (port,) = re.findall(r"--port=(\d+)", command)  # among others on which it listens
-    job = urllib.request.Request(f"http://127.0.0.1:{port}/api/jobs/", b'{"entrypoint": "id"}')
+    from ray._private.worker import get_dashboard_url
+
+    url = f"http://{get_dashboard_url()}/api/jobs/"  # on another port than asked for if that one is taken
     with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(job, timeout=30)
+        urllib.request.urlopen(urllib.request.Request(url, b'{"entrypoint": "id"}'), timeout=30)
     assert refused.value.code in (401, 403)
 
 

@@ -11,17 +11,13 @@ import sys
 import uuid
 
 import pytest
-from clusters import BIN, UNTRACKED, command_of, environment, kill_node, wait_until
+from clusters import BIN, UNTRACKED, command_of, environment, ip, kill_node, wait_until
 from planted import planted_home
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.cluster]
 
 ADDRESS = ("10.213.77.1", "10.213.77.2")
 PORT = "6379"
-
-
-def ip(*arguments: str) -> bool:
-    return shutil.which("ip") is not None and subprocess.run(["ip", *arguments]).returncode == 0
 
 
 @pytest.fixture

@@ -126,12 +126,14 @@ def _encode(
     return encode_images(inputs, spec.encoder, store=store, need_one=existing is None)
 
 
-def _ready(spec: ReadyFeature, items: pa.Table, root: Path) -> Encoded:
+def _ready(spec: ReadyFeature, items: pa.Table, root: Path, existing: ExistingFeatures | None) -> Encoded:
     path = resolve_path(spec.path, root)
     ids = read_ids(resolve_path(spec.ids, root), spec.id_column) if spec.ids is not None else None
     raw = items["raw"].to_pylist()
     vectors = read_vectors(path, raw, ids=ids, id_column=spec.id_column, vector_column=spec.vector_column)
-    return Encoded(vectors.values, vectors.present, spec.encoder or f"ready: {path.name}", "", "", [])
+    # Vectors that complete a table keep its name: runs that were trained with it would refuse another.
+    encoder = spec.encoder or (f"ready: {path.name}" if existing is None else existing.entry.encoder)
+    return Encoded(vectors.values, vectors.present, encoder, "", "", [])
 
 
 def make_feature(
@@ -159,7 +161,7 @@ def make_feature(
         if not isinstance(spec, ReadyFeature) and existing.entry.encoder != spec.encoder:
             raise _other_encoder(existing, spec.encoder)
     if isinstance(spec, ReadyFeature):
-        encoded = _ready(spec, items, root)
+        encoded = _ready(spec, items, root, existing)
         encoded = replace(encoded, values=encoded.values[ids - 1], present=encoded.present[ids - 1])
     else:
         inputs = _inputs(spec, items, root)

@@ -162,7 +162,9 @@ def inherited_features(parent: Parent, num_items: int, encoded: set[str]) -> lis
         values, present = scatter_features(
             num_items, np.zeros(0, np.int64), np.zeros((0, 0), np.float16), np.zeros(0, bool), base=table
         )
-        features.append(FeatureInput(entry.modality, values, present, entry.encoder, entry.weights_sha256))
+        features.append(
+            FeatureInput(entry.modality, values, present, entry.encoder, entry.weights_sha256, entry.revision)
+        )
         if num_new:
             say(f"{entry.modality}: the {num_new:,} new items have no features yet")
     return features

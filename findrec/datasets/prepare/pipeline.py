@@ -24,7 +24,7 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, repair_hint
 from findrec.datasets.folder.overview import overview
 from findrec.datasets.folder.remote import is_remote
-from findrec.datasets.folder.writer import FolderInput, cannot_write, write_folder
+from findrec.datasets.folder.writer import FolderInput, cannot_write, write_folder, writing
 from findrec.datasets.prepare.event_log import EventLog
 from findrec.datasets.prepare.growing import Parent, inherited_features
 from findrec.datasets.sources.bad_rows import explain
@@ -74,7 +74,7 @@ def _with_optional(recipe: Recipe, data: DataFolder) -> DataFolder:
 
 
 def _existing(
-    recipe: Recipe, folder: Path, recipe_sha256: str, parent: Parent | None = None
+    recipe: Recipe, folder: Path, limit_users: int | None, parent: Parent | None
 ) -> DataFolder | None:
     """Open the folder if it was made from this recipe; `FindRecError` if from another, or damaged."""
     if not folder.exists():
@@ -83,7 +83,7 @@ def _existing(
         raise FindRecError(f"{folder} is a file; choose a folder for the data set")
     if not any(folder.iterdir()):
         return None
-    manifest = read_manifest(folder)
+    manifest, recipe_sha256 = read_manifest(folder), recipe.sha256(limit_users)
     if parent is not None and parent.folder.path.resolve() == folder.resolve():  # grown in place
         same = manifest.recipe_sha256 == recipe_sha256 and _changed_source(recipe, manifest) is None
         return parent.folder if same else None
@@ -152,17 +152,33 @@ def prepare(
     if is_remote(folder):
         raise FindRecError(f"a data folder is written to a local path, not to {folder}: copy it there later")
     folder = Path(folder)
-    recipe_sha256 = recipe.sha256(limit_users)
-    parent = None if grow is None else Parent.open(Path(grow), recipe)
-    if not force and (existing := _existing(recipe, folder, recipe_sha256, parent)) is not None:
+    if not force and (existing := _existing(recipe, folder, limit_users, _parent(recipe, grow))) is not None:
         return existing
     check_replaceable(folder)
-    limits = limits or Limits.of()
-    stopwatch = stopwatch or Stopwatch()
+    with writing(folder):
+        parent = _parent(recipe, grow)  # read again: another process may have written while this one waited
+        if not force and (existing := _existing(recipe, folder, limit_users, parent)) is not None:
+            return existing
+        check_replaceable(folder)
+        limits, stopwatch = limits or Limits.of(), stopwatch or Stopwatch()
+        return _prepare(recipe, folder, limit_users, limits, stopwatch, parent)
+
+
+def _parent(recipe: Recipe, grow: Path | None) -> Parent | None:
+    return None if grow is None else Parent.open(Path(grow), recipe)
+
+
+def _prepare(
+    recipe: Recipe,
+    folder: Path,
+    limit_users: int | None,
+    limits: Limits,
+    stopwatch: Stopwatch,
+    parent: Parent | None,
+) -> DataFolder:
     scratch_parent = limits.scratch or folder.parent
     old_modalities = _modalities(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         scratch_parent.mkdir(parents=True, exist_ok=True)
         scratch = beside(scratch_parent / folder.name, "scratch")
         scratch.mkdir()

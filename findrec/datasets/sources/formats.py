@@ -31,7 +31,7 @@ from findrec.datasets.sources.recipe import PLACEHOLDER, SourceFile
 from findrec.datasets.sources.separated import WHOLE_LINES, OwnCsvTable, SeparatedTable, read_csv
 from findrec.datasets.sources.webdataset_format import read_webdataset
 from findrec.errors import FindRecError
-from findrec.progress import say
+from findrec.progress import warn
 
 # `read_csv({name}` of the SQL with options without parentheses
 _OWN_CSV = re.compile(r"\bread_csv(?:_auto)?\s*\(\s*\{([a-z_]\w*)\}\s*(?:,([^()]*))?\)", re.IGNORECASE)
@@ -179,7 +179,7 @@ class SourceTables:
                 f"{self._max_bad_rows:g}: {hint}repair the file, set its `columns` and types, or raise "
                 "max_bad_rows"
             )
-        say(f"{message}: skipped")
+        warn(f"{message}: skipped")
         self.bad_rows += bad.count
 
     def _sequences(self, table: str, file: SourceFile, paths: list[Path]) -> BadRows:
