@@ -29,14 +29,14 @@ _ALIGNMENT = 16  # bytes: the kernels read 16 at once where the number of steps 
 def mamba_problem(device: torch.device | str) -> str | None:
     """Why the kernels cannot run on a device, or None. On the first call it runs a small scan."""
     if torch.device(device).type != "cuda":
-        return "it needs a CUDA device and the kernels of mamba-ssm (pip install findrec[gpu])"
+        return "it needs a CUDA device and the package mamba-ssm, built with its CUDA kernels"
     return _problem(torch.device(device).type)
 
 
 @cache
 def _problem(device: str) -> str | None:
     if importlib.util.find_spec("selective_scan_cuda") is None:
-        return "its kernels, the module selective_scan_cuda, are not installed (pip install findrec[gpu])"
+        return "its kernels, the module selective_scan_cuda, are not installed"
     return trial(_bare_scan, device)
 
 

@@ -116,8 +116,8 @@ def scan_backward(
 ):  # fmt: skip
     """Gradients, from the last chunk to the first; `dA`, `dD` by rows, `dB`, `dC` also by blocks of channels.
 
-    `dy` and `dlast` are the gradients of the outputs; `D` with `dD`, `z` with `dz`, `first` with `dfirst`, and
-    `dlast` may be None. `dA` is `[B, D, N]`, `dD` `[B, D]`, `dB` and `dC` `[B, blocks, L, N]`.
+    `dy` and `dlast` are the gradients of the outputs; `D` with `dD`, `z` with `dz`, `first` with `dfirst`,
+    and `dlast` may be None. `dA` is `[B, D, N]`, `dD` `[B, D]`, `dB` and `dC` `[B, blocks, L, N]`.
     """
     row = tl.program_id(0).to(tl.int64)
     block = row * tl.num_programs(1) + tl.program_id(1)
