@@ -19,13 +19,13 @@ INPUT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 def selective_scan_cuda() -> types.ModuleType:
     """A module to put into `sys.modules`."""
     module = types.ModuleType("selective_scan_cuda")
-    module.fwd, module.bwd = _fwd, _bwd
+    module.__dict__.update(fwd=_fwd, bwd=_bwd)
     return module
 
 
 def _fwd(u, delta, A, B, C, D_, z_, delta_bias_, delta_softplus, /):
     _check_inputs(u, delta, A, B, C, D_, z_, delta_bias_, delta_softplus)
-    y, states = _scan(u, delta, A, B, C, D_, delta_bias_, delta_softplus)
+    y, states = _scan(u, delta, A, B, C, D_, delta_bias_, softplus=delta_softplus)
     out = torch.empty_like(delta).copy_(y)
     x = torch.stack([_decays(delta, A, delta_bias_, delta_softplus), states], -1).flatten(-2).float()
     if z_ is None:
@@ -43,7 +43,7 @@ def _bwd(u, delta, A, B, C, D_, z_, delta_bias_, dout, x_, out_, dz_, delta_soft
     if x_ is not None:
         _check(x_, "x", dtype=A.dtype, shape=(batch, dim, chunks, 2 * A.shape[1]), like=u)
         assert x_.is_contiguous()
-        _, states = _scan(u, delta, A, B, C, D_, delta_bias_, delta_softplus)
+        _, states = _scan(u, delta, A, B, C, D_, delta_bias_, softplus=delta_softplus)
         assert torch.allclose(x_[..., 1::2], states, atol=1e-3), "x is not what the forward pass returned"
     dy, dz = dout.float(), None
     if z_ is not None:
@@ -59,7 +59,7 @@ def _bwd(u, delta, A, B, C, D_, z_, delta_bias_, dout, x_, out_, dz_, delta_soft
         x if x is None else x.detach().float().requires_grad_() for x in (u, delta, A, B, C, D_, delta_bias_)
     ]
     with torch.enable_grad():
-        y, _ = _scan(*inputs, delta_softplus)
+        y, _ = _scan(*inputs, softplus=delta_softplus)
     given = [x for x in inputs if x is not None]
     grads = iter(torch.autograd.grad(y, given, dy))
     du, ddelta, dA, dB, dC, dD, ddelta_bias = (None if x is None else next(grads) for x in inputs)
@@ -127,7 +127,7 @@ def _decays(delta, A, delta_bias, softplus):
     return torch.exp(total[..., None] * A[:, None])
 
 
-def _scan(u, delta, A, B, C, D, delta_bias, softplus):
+def _scan(u, delta, A, B, C, D, delta_bias, *, softplus):
     """`y [B, D, L]` without gate, and the states at the ends of chunks `[B, D, chunks, N]`, in float32."""
     delta = _ready(delta, delta_bias, softplus)
     per_group = u.shape[1] // B.shape[1]

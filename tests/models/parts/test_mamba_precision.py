@@ -43,12 +43,8 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.dtype]]:
 
     def noting(*inputs, **options):
         y = scan(*inputs, **options)
-        calls.append(
-            {
-                name: x.dtype
-                for name, x in zip(["u", "delta", "A", "B", "C", "D", "z", "y"], (*inputs, y), strict=True)
-            }
-        )
+        names = ("u", "delta", "A", "B", "C", "D", "z", "y")
+        calls.append({name: x.dtype for name, x in zip(names, (*inputs, y), strict=True)})
         return y
 
     monkeypatch.setattr(mamba, "selective_scan", noting)
@@ -89,10 +85,10 @@ def test_a_convolution_is_rounded_once() -> None:
     x, taps, bias = torch.randn(2, 300, 6).bfloat16(), torch.randn(6, 4), torch.randn(6)
     dy = torch.randn(2, 300, 6).bfloat16()
 
-    def run(*inputs: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
-        inputs = tuple(value.clone().requires_grad_() for value in inputs)
-        y = causal_conv(*inputs, dtype)
-        return [y.detach(), *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
+    def run(x: Tensor, taps: Tensor, bias: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+        x, taps, bias = (value.clone().requires_grad_() for value in (x, taps, bias))
+        y = causal_conv(x, taps, bias, dtype)
+        return [y.detach(), *torch.autograd.grad(y, (x, taps, bias), dy.to(y.dtype))]
 
     y, dx, dtaps, dbias = run(x, taps, bias, dtype=torch.bfloat16)
     wide_y, wide_dx, wide_dtaps, wide_dbias = run(x.float(), taps, bias, dtype=None)

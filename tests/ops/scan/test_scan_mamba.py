@@ -6,8 +6,9 @@ import importlib.machinery
 import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import fake_kernels
 import pytest
@@ -55,7 +56,7 @@ def make_inputs(
 
 def outcome(impl: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     y = selective_scan(**inputs, impl=impl)  # type: ignore[call-overload]
-    weights = torch.linspace(-1, 2, y.shape[1]).to(y.dtype)[None, :, None].expand_as(y)
+    weights = torch.linspace(-1, 2, y.numel()).to(y).view(y.shape)  # in another layout than the kernel's
     grads = torch.autograd.grad(y, list(inputs.values()), weights)
     return {"y": y, **{f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}}
 
@@ -125,11 +126,17 @@ def test_unaligned_tensors_are_copied(on_a_gpu: ModuleType) -> None:
     assert torch.allclose(outcome("mamba_ssm", inputs)["y"], outcome("reference", inputs)["y"], atol=1e-5)
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor], **options: object) -> list[str]:
+def chosen(monkeypatch: pytest.MonkeyPatch, call: dict[str, Any]) -> list[str]:
+    """The implementations that run `call`; all compute it by the torch one."""
     ran = []
     run = scan._run
-    monkeypatch.setattr(scan, "_run", lambda impl, *rest: (ran.append(impl), run("torch", *rest))[1])
-    selective_scan(**inputs, **options)  # type: ignore[call-overload]
+
+    def noting(impl, *rest):
+        ran.append(impl)
+        return run("torch", *rest)
+
+    monkeypatch.setattr(scan, "_run", noting)
+    selective_scan(**call)
     return ran
 
 
@@ -137,7 +144,7 @@ def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x.detach().double() for name, x in inputs.items()}
 
 
-UNFIT = {
+UNFIT: dict[str, Callable[[], dict[str, Any]]] = {
     "takes no initial state": lambda: {**make_inputs((1, 3, 2, 2)), "initial_state": torch.zeros(1, 2, 2)},
     "knows no float64": lambda: double(make_inputs((1, 3, 2, 2))),
     "takes no empty": lambda: {name: x.detach() for name, x in make_inputs((0, 3, 2, 2)).items()},
@@ -158,7 +165,7 @@ def test_a_call_it_cannot_run_goes_to_another(
     monkeypatch.setattr(scan, "triton_problem", lambda kind: triton)
     inputs = UNFIT[problem]()
     with pytest.raises(FindRecError, match=problem):
-        selective_scan(**inputs, impl="mamba_ssm")  # type: ignore[call-overload]
+        selective_scan(**inputs, impl="mamba_ssm")
     assert chosen(monkeypatch, inputs) == ["triton" if triton is None else "torch"]
     said = capsys.readouterr().out
     assert (problem in said and "no compiler" in said) == (triton is not None)  # a slow way is never silent
@@ -177,14 +184,14 @@ def test_deterministic_algorithms_exclude_it(on_a_gpu: ModuleType, monkeypatch: 
         torch.use_deterministic_algorithms(False)
 
 
-def wrong_gradient(module: ModuleType) -> None:
-    bwd = module.bwd
-    module.bwd = lambda *args: [2 * bwd(*args)[0], *bwd(*args)[1:]]
+def wrong_gradient(kernels: dict[str, Callable]) -> None:
+    bwd = kernels["bwd"]
+    kernels["bwd"] = lambda *args: [2 * bwd(*args)[0], *bwd(*args)[1:]]
 
 
-def another_signature(module: ModuleType) -> None:
-    fwd = module.fwd
-    module.fwd = lambda u, delta, A, B, C, D, z, bias, softplus, lengths: fwd(
+def another_signature(kernels: dict[str, Callable]) -> None:
+    fwd = kernels["fwd"]
+    kernels["fwd"] = lambda u, delta, A, B, C, D, z, bias, softplus, lengths: fwd(
         u, delta, A, B, C, D, z, bias, softplus
     )
 
@@ -194,7 +201,7 @@ def another_signature(module: ModuleType) -> None:
     [
         (wrong_gradient, "instead of"),
         (another_signature, "TypeError"),
-        (lambda module: delattr(module, "fwd"), "AttributeError"),
+        (lambda kernels: kernels.pop("fwd"), "AttributeError"),
     ],
 )
 def test_kernels_that_do_not_work_are_not_chosen(
@@ -204,7 +211,7 @@ def test_kernels_that_do_not_work_are_not_chosen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    spoil(on_a_gpu)
+    spoil(vars(on_a_gpu))
     monkeypatch.setattr(scan, "triton_problem", lambda kind: "there is none")
     assert scan.scan_backend(torch.device("cpu")) == "torch"
     banner = capsys.readouterr().out
