@@ -11,7 +11,10 @@ TRITON_INTERPRET=0.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 
 import torch
 import triton
@@ -68,6 +71,16 @@ def call(shape, dtype, full):
     (y.sum() + last.sum() if full else y.sum()).backward()
 
 
+def stack_bytes(machine_code: bytes) -> int:
+    """Bytes of a thread that do not fit into registers, by the tool that ships with Triton."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", told)[1])
+
+
 def main(capability: int) -> None:
     triton.runtime.driver.set_active(NoDevice(capability))
     compiled: list = []
@@ -81,6 +94,7 @@ def main(capability: int) -> None:
                 "dtype": str(dtype).removeprefix("torch."),
                 "machine_code": len(kernel.asm["cubin"]),
                 "target": next(x for x in kernel.asm["ptx"].splitlines() if x.startswith(".target")),
+                "stack": stack_bytes(kernel.asm["cubin"]),
                 "atomic": "atomic" in kernel.asm["ttgir"],
             }
             print(json.dumps(row), flush=True)

@@ -49,7 +49,7 @@ def _row_of(values, index, wanted):
     return tl.sum(tl.where((index == wanted)[:, None, None], values, 0.0), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # or it is compiled anew for lengths of another kind
 def scan_forward(
     u, delta, A, B, C, D, z, first, y, borders, last,
     length, channels, num_states,
@@ -101,7 +101,7 @@ def scan_forward(
         _store(last + row_states, d, n, num_states, state_DN, in_DN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])  # or it is compiled anew for lengths of another kind
 def scan_backward(
     u, delta, A, B, C, D, z, first, borders, dy, dlast,
     du, ddelta, dA, dB, dC, dD, dz, dfirst,

@@ -49,6 +49,7 @@ def test_kernels_compile_to_machine_code(tmp_path: Path) -> None:
     ]
     for kernel in kernels:
         assert kernel["machine_code"] > 1000
+        assert kernel["stack"] == 0  # all states stay in registers
         assert kernel["target"].startswith(f".target sm_{capability}")
         assert not kernel["atomic"]  # the order of programs would decide about the last bits
 
