@@ -43,7 +43,7 @@ IMPLS = ("auto", "reference", "torch", "cpp", "triton", "mamba_ssm")
 
 
 def scan_backend(device: torch.device | str, impl: str = "auto") -> str:
-    """The implementation that `impl` selects on a device. May build the CPU kernel.
+    """The implementation that `impl` selects on a device. May build kernels, and try them on a small scan.
 
     Raises `FindRecError` when `impl` is unknown or unavailable.
     """
