@@ -40,16 +40,35 @@ def beside(path: Path, kind: str) -> Path:
 
     Siblings that killed processes of this machine left behind are removed.
     """
-    stem = f".{path.name}.{kind}-{socket.gethostname()}-"
-    own = path.parent / f"{stem}{os.getpid()}-{threading.get_native_id()}"
-    for left in path.parent.glob(f"{glob.escape(stem)}*"):
-        pid = left.name.removeprefix(stem).partition("-")[0]
-        if left == own or (pid.isdigit() and not _alive(int(pid))):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+    own = path.parent / f"{_stem(path, kind)}{os.getpid()}-{threading.get_native_id()}"
+    remove_abandoned(path, kind)
+    _remove(own)
     return own
+
+
+def abandoned(path: Path, kind: str) -> list[Path]:
+    """The siblings of `path` that killed processes of this machine made by `beside`."""
+    stem = _stem(path, kind)
+    siblings = path.parent.glob(f"{glob.escape(stem)}*")
+    pid_of = {sibling: sibling.name.removeprefix(stem).partition("-")[0] for sibling in siblings}
+    return [sibling for sibling, pid in pid_of.items() if pid.isdigit() and not _alive(int(pid))]
+
+
+def remove_abandoned(path: Path, kind: str) -> None:
+    """Remove `abandoned` siblings of `path`."""
+    for left in abandoned(path, kind):
+        _remove(left)
+
+
+def _stem(path: Path, kind: str) -> str:
+    return f".{path.name}.{kind}-{socket.gethostname()}-"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

@@ -68,6 +68,15 @@ def holding(
         file.release()
 
 
+def remove_abandoned_lock(folder: Path) -> None:
+    """Remove the lock file of a folder if the process that held it was killed."""
+    lock = folder.parent.resolve() / f".{folder.name}.lock"
+    with suppress(OSError, Timeout):
+        if lock.exists():
+            with FileLock(lock, timeout=0):
+                lock.unlink()
+
+
 def _holder(lock: Path) -> str:
     try:
         text = lock.read_text(encoding="utf-8", errors="replace")[:200]

@@ -55,6 +55,10 @@ def test_the_tree_given_is_not_changed_and_the_result_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("tree", "overrides", "says"),
     [
+        ({}, ["training.epochs=true"], "training.epochs: a number is needed, not true"),
+        ({}, ["cluster.workers=false"], "cluster.workers: a number is needed, not false"),
+        ({}, ["training.optim.lr=true"], "training.optim.lr: a number is needed, not true"),
+        ({}, ["evaluation.ks=[1, true]"], "evaluation.ks.*a number is needed, not true"),
         ({}, ["training.epoch=3"], "'training.epoch'.*did you mean 'training.epochs'"),
         ({"trainig": {}}, [], "unknown key 'trainig'; did you mean 'training'"),
         (

@@ -36,6 +36,7 @@ from findrec.training.checkpoints.validations import (
     due_checkpoints,
     read_validations,
     record_validation,
+    saved_state,
 )
 from findrec.training.logs.tracking import Tracker
 from findrec.training.runs import TrainingJob, training_jobs
@@ -158,4 +159,5 @@ class Evaluator:
 def _is_trained(job: TrainingJob) -> bool:
     """Whether a training has finished, so that its best checkpoint is known when nothing is due."""
     saved = [p for p in list_checkpoints(checkpoint_folder(job.folder)) if checkpoint_digest(p) is not None]
-    return bool(saved) and read_state(saved[-1]).epoch >= job.config.training.epochs
+    state = saved_state(saved[-1]) if saved else None
+    return state is not None and state.epoch >= job.config.training.epochs

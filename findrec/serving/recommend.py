@@ -6,7 +6,7 @@ the run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,8 @@ from findrec.progress import warn
 from findrec.training.checkpoints.checkpoint import checkpoint_folder
 from findrec.training.checkpoints.validations import best_checkpoint_path
 from findrec.training.runs import TrainingJob, main_job, read_run_config
+
+_FEWEST = 32  # rows of a block that is cut to save padding
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,7 @@ def recommend(
     titles, raw = Titles(folder), folder.items.column("raw")
     more = {name: folder.items.column(name) for name in further_columns(folder.items.column_names)}
     lists: dict[int, Recommended] = {}
-    order = np.argsort(np.minimum(stop_B, config.data.max_length), kind="stable")  # little padding
-    for lo in range(0, len(rows), users_per_block):
-        part = order[lo : lo + users_per_block]
+    for part in _blocks(np.minimum(stop_B, config.data.max_length), users_per_block):
         block = query_block(folder, rows[part], stop_B[part], time_B[part], config.data.max_length)
         ids_Bk, scores_Bk = ranker.rank(Query.of(block, candidates, mask_seen=mask_seen)).top(limit)
         for b, number in enumerate(part.tolist()):
@@ -121,6 +121,24 @@ def recommend(
                 more={name: [column[v - 1].as_py() for v, _ in best] for name, column in more.items()},
             )
     return [lists[number] for number in range(len(rows))]
+
+
+def _blocks(length_B: IntArray, users_per_block: int) -> Iterator[IntArray]:
+    """Blocks of rows with similar lengths: at most `users_per_block`, and padding of at most a quarter.
+
+    Blocks of fewer than `_FEWEST` rows are not worth what each costs.
+    """
+    order = np.argsort(length_B, kind="stable")
+    begin, events = 0, 0
+    for end, length in enumerate(length_B[order].tolist()):
+        rows = end - begin
+        padded = (rows + 1) * length > 4 / 3 * (events + length)
+        if rows == users_per_block or (rows >= _FEWEST and padded):
+            yield order[begin:end]
+            begin, events = end, 0
+        events += length
+    if begin < len(order):
+        yield order[begin:]
 
 
 def users_of(

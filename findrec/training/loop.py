@@ -96,6 +96,7 @@ def run_training(
     ):
         run = _Run(config, folder, source, checkpoints, tower, tables, worker, log, bar, trace)
         stack.callback(run.checkpoint_manager.close)
+        run.checkpoint_manager.delete_old(state)
         while state.epoch < training.epochs and not _out_of_patience(config, state):
             state, values = run.epoch(state)
             due = is_due(config, state)

@@ -23,7 +23,7 @@ from findrec.errors import FindRecError
 from findrec.evaluation.run import evaluate_run
 from findrec.evaluation.scoring.candidates import Candidates
 from findrec.serving.display import write_lists
-from findrec.serving.recommend import Recommended, parse_time, recommend
+from findrec.serving.recommend import Recommended, _blocks, parse_time, recommend
 from findrec.serving.streaming import load_streaming
 from findrec.training.runs import read_run_config
 
@@ -312,3 +312,14 @@ def test_evaluation_without_targets_is_refused(
     configure(run, candidates=candidates)
     with pytest.raises(FindRecError, match=rf"no user of .* can be tested: .*\({candidates}\)"):
         evaluate_run(run)
+
+
+def test_blocks_hold_every_row_once_with_little_padding():
+    length = np.random.default_rng(0).lognormal(3, 1, 2000).astype(np.int64) + 1
+    blocks = list(_blocks(length, 256))
+    assert sorted(np.concatenate(blocks).tolist()) == list(range(2000))
+    assert max(map(len, blocks)) <= 256
+    assert min(map(len, blocks[:-1])) >= 32
+    padded = sum(len(block) * length[block].max() for block in blocks)
+    assert padded < 1.5 * length.sum()
+    assert [block.tolist() for block in _blocks(np.array([3, 1, 2]), 2)] == [[1, 2], [0]]

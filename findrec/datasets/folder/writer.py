@@ -33,7 +33,7 @@ from findrec.datasets.folder.manifest import (
 from findrec.datasets.folder.shards import DTYPES
 from findrec.datasets.folder.splits import Split, cut, unit_starts
 from findrec.errors import FindRecError
-from findrec.files import beside, sha256_file
+from findrec.files import abandoned, beside, remove_abandoned, sha256_file
 from findrec.locks import holding
 
 USERS_PER_MEMBER = 512
@@ -99,6 +99,15 @@ def staged(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def undo_killed(path: Path) -> None:
+    """Undo what a killed process did to replace `path`: restore the old folder if it had been moved."""
+    moved = abandoned(path, "old")
+    if moved and not path.exists():
+        moved[0].rename(path)
+    remove_abandoned(path, "old")
+    remove_abandoned(path, "partial")
 
 
 def cannot_write(path: Path, error: OSError) -> FindRecError:

@@ -6,6 +6,7 @@ Fetches the files, orders the events, encodes the features and writes the folder
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import duckdb
@@ -24,7 +25,13 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, repair_hint
 from findrec.datasets.folder.overview import overview
 from findrec.datasets.folder.remote import is_remote
-from findrec.datasets.folder.writer import FolderInput, cannot_write, write_folder, writing
+from findrec.datasets.folder.writer import (
+    FolderInput,
+    cannot_write,
+    undo_killed,
+    write_folder,
+    writing,
+)
 from findrec.datasets.prepare.event_log import EventLog
 from findrec.datasets.prepare.growing import Parent, inherited_features
 from findrec.datasets.sources.bad_rows import explain
@@ -32,7 +39,8 @@ from findrec.datasets.sources.duckdb_engine import SQL_ERRORS, Limits, Stopwatch
 from findrec.datasets.sources.fetch import fetch_source
 from findrec.datasets.sources.recipe import Recipe, load_recipe
 from findrec.errors import FindRecError
-from findrec.files import beside, sha256_file
+from findrec.files import beside, remove_abandoned, sha256_file
+from findrec.locks import remove_abandoned_lock
 from findrec.paths import resolve
 from findrec.progress import format_seconds, say, warn
 
@@ -152,6 +160,7 @@ def prepare(
     if is_remote(folder):
         raise FindRecError(f"a data folder is written to a local path, not to {folder}: copy it there later")
     folder = Path(folder)
+    _remove_abandoned(folder, limits)
     if not force and (existing := _existing(recipe, folder, limit_users, _parent(recipe, grow))) is not None:
         return existing
     check_replaceable(folder)
@@ -162,6 +171,15 @@ def prepare(
         check_replaceable(folder)
         limits, stopwatch = limits or Limits.of(), stopwatch or Stopwatch()
         return _prepare(recipe, folder, limit_users, limits, stopwatch, parent)
+
+
+def _remove_abandoned(folder: Path, limits: Limits | None) -> None:
+    """Remove what killed processes left beside a data folder, which may be as large as the data."""
+    scratch_parent = folder.parent if limits is None or limits.scratch is None else limits.scratch
+    with suppress(OSError):  # a data set may be on a disk that is read-only
+        remove_abandoned(scratch_parent / folder.name, "scratch")
+        undo_killed(folder)
+        remove_abandoned_lock(folder)
 
 
 def _parent(recipe: Recipe, grow: Path | None) -> Parent | None:

@@ -70,7 +70,8 @@ class CheckpointManager:
                     ) from error
                 self._warn(state, error)
                 return False
-            self._clean_up(state)
+            self._send(state)
+            self.delete_old(state)
             return True
 
     def _write(self, state: TrainState, write: Callable[[], object]) -> None:
@@ -79,7 +80,8 @@ class CheckpointManager:
         except OSError as error:
             self._warn(state, error)
         else:
-            self._clean_up(state)
+            self._send(state)
+            self.delete_old(state)
 
     def _failure(self, state: TrainState, error: OSError) -> str:
         return f"the checkpoint of step {state.step} could not be written to {self._root}: {error}"
@@ -89,12 +91,16 @@ class CheckpointManager:
             failure = self._failure(state, error)
             warn(f"WARNING: {failure}. Training goes on; make room before the next one is due.")
 
-    def _clean_up(self, state: TrainState) -> None:
+    def _send(self, state: TrainState) -> None:
+        if self._sender is not None:
+            protected = protected_checkpoints(self._config, self._root, state)
+            self._sender.send(checkpoint_path(self._root, state.step), protected)
+
+    def delete_old(self, state: TrainState) -> None:
+        """Delete what is outdated at `state`, also what a process that was killed before this left."""
         if self._worker.is_rank_zero:
             protected = protected_checkpoints(self._config, self._root, state)
-            if self._sender is not None:
-                self._sender.send(checkpoint_path(self._root, state.step), protected)
-            prune_checkpoints(self._root, keep=self._config.training.keep, protected=protected)
+            prune_checkpoints(self._root, state.step, keep=self._config.training.keep, protected=protected)
 
     def _finish_writing(self) -> None:
         if self._writing is not None:

@@ -7,6 +7,7 @@ newer format is not, and must not be used, replaced or deleted.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def step_of(name: str) -> int | None:
     """The step of a checkpoint folder's name; None for any other name, such as that of a copy."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match is not None and folder_name(int(match[1])) == name else None
+
+
+def outdated(names: Iterable[str], step: int, *, keep: int, protected: Collection[str]) -> list[str]:
+    """The checkpoints to delete at `step` of a training: all but the newest `keep` and those in `protected`.
+
+    Checkpoints of later steps are neither counted nor deleted: a training that resumed before them found them
+    damaged, and to count them would delete valid ones.
+    """
+    steps = {name: number for name in names if (number := step_of(name)) is not None and number <= step}
+    return [name for name in sorted(steps, key=lambda name: steps[name])[:-keep] if name not in protected]
 
 
 def read_entries(path: Path) -> FileEntries:

@@ -30,7 +30,7 @@ from findrec.training.checkpoints.checkpoint import (
     refuse_newer_checkpoint,
     verify_checkpoint,
 )
-from findrec.training.checkpoints.manifest import MANIFEST, read_entries, step_of
+from findrec.training.checkpoints.manifest import MANIFEST, outdated, read_entries, step_of
 
 _COPIES = ".sending"  # hard links to files being uploaded, as the originals may be pruned meanwhile
 _LEFT_S = 600.0  # the longest wait for the last upload at the end of a training
@@ -142,11 +142,10 @@ class CheckpointStore:
             if not (root / name).is_dir() and name in self.names():
                 self.fetch(name, root)
 
-    def prune(self, *, keep: int, protected: Collection[str]) -> None:
-        """Delete all but the newest `keep` checkpoints and those named in `protected`."""
-        for name in self.names()[:-keep]:
-            if name not in protected:
-                self._drop(name)
+    def prune(self, step: int, *, keep: int, protected: Collection[str]) -> None:
+        """Delete the checkpoints that are `outdated` at `step`."""
+        for name in outdated(self.names(), step, keep=keep, protected=protected):
+            self._drop(name)
 
     def _drop(self, name: str) -> None:
         path = f"{self._root}/{name}"
@@ -199,7 +198,9 @@ class Sender:
                 (copy, protected), self._next = self._next, None
             try:
                 self._store.push(copy)
-                self._store.prune(keep=self._keep, protected=protected)
+                step = step_of(copy.name)
+                assert step is not None
+                self._store.prune(step, keep=self._keep, protected=protected)
                 self.problem = ""
             except Exception as error:  # fsspec drivers raise errors of many kinds
                 self.problem = f"{type(error).__name__}: {error}"

@@ -29,7 +29,7 @@ from findrec.training.checkpoints.checkpoint import (
     read_state,
     verify_checkpoint,
 )
-from findrec.training.checkpoints.manifest import MANIFEST
+from findrec.training.checkpoints.manifest import MANIFEST, STATE, check_files, outdated, read_entries
 from findrec.training.checkpoints.store import CheckpointStore
 from findrec.training.logs.metrics_log import MetricsLog, read_lines
 
@@ -102,16 +102,17 @@ def due_checkpoints(config: RunConfig, training: Path) -> list[Path]:
         for path in list_checkpoints(checkpoint_folder(training))
         if (digest := checkpoint_digest(path)) is not None
         and digest not in done
-        and (state := _readable_state(path)) is not None
+        and (state := saved_state(path)) is not None
         and is_due(config, state)
     ]
 
 
-def _readable_state(path: Path) -> TrainState | None:
-    """The state of a checkpoint that was not verified; None if it is damaged."""
+def saved_state(path: Path) -> TrainState | None:
+    """The state of a checkpoint whose other files are not verified; None if it is damaged."""
     try:
-        return read_state(path)
-    except FindRecError:
+        entries = read_entries(path)
+        return read_state(path) if check_files(path, {STATE: entries[STATE]}) is None else None
+    except ValueError:  # also `FindRecError`
         return None
 
 
@@ -172,17 +173,17 @@ def protected_checkpoints(config: RunConfig, root: Path, state: TrainState) -> s
     protected = set() if best is None else {best.name}
     if every := config.training.keep_every:
         committed = (path for path in list_checkpoints(root) if checkpoint_digest(path))
-        states = ((path.name, _readable_state(path)) for path in committed)
+        states = ((path.name, saved_state(path)) for path in committed)
         protected |= {name for name, s in states if s and s.epoch_step == 0 and s.epoch % every == 0}
     if config.evaluation.evaluator == "async":
         protected |= {path.name for path in due_checkpoints(config, root.parent)}
     return protected
 
 
-def prune_checkpoints(root: Path, *, keep: int, protected: Collection[str]) -> None:
-    """Delete all but the newest `keep` checkpoints and those named in `protected`."""
-    for path in list_checkpoints(root)[:-keep]:
-        if path.name not in protected:
-            # The manifest is deleted first, so that a partly deleted folder is not valid.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+def prune_checkpoints(root: Path, step: int, *, keep: int, protected: Collection[str]) -> None:
+    """Delete the checkpoints that are `outdated` at `step`."""
+    names = [path.name for path in list_checkpoints(root)]
+    for name in outdated(names, step, keep=keep, protected=protected):
+        # The manifest is deleted first, so that a partly deleted folder is not valid.
+        (root / name / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(root / name, ignore_errors=True)

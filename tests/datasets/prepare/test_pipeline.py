@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def test_folders_of_other_recipes_or_data_are_rejected(publisher_ml: Recipe, tmp
     with pytest.raises(FindRecError, match=r"u\.data has changed"):
         prepare(publisher_ml, tmp_path / "data")
     assert prepare(publisher_ml, tmp_path / "data", force=True).manifest.num_events == 61
+
+
+def test_what_a_killed_prepare_left_is_removed_or_restored(publisher_ml: Recipe, tmp_path: Path) -> None:
+    data = prepare(publisher_ml, tmp_path / "data").path
+    before = contents(data)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+
+    def of_dead(kind: str) -> Path:
+        own = beside(data, kind)
+        return own.with_name(own.name.replace(str(os.getpid()), str(dead.pid)))
+
+    of_dead("scratch").mkdir()
+    of_dead("partial").mkdir()
+    (tmp_path / ".data.lock").touch()
+    data.rename(of_dead("old"))  # killed between moving the old folder away and the new one there
+    prepare(publisher_ml, data)
+    assert contents(data) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_limit_users_keeps_the_first(publisher_ml: Recipe, tmp_path: Path) -> None:

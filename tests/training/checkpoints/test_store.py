@@ -96,7 +96,7 @@ def test_retention(bucket, tmp_path):
     store = CheckpointStore(bucket)
     for step in range(1, 6):
         store.push(saved(tmp_path / "here", step))
-    store.prune(keep=2, protected={"step-00000002"})
+    store.prune(5, keep=2, protected={"step-00000002"})
     assert store.names() == ["step-00000002", "step-00000004", "step-00000005"]
 
 
@@ -165,7 +165,7 @@ def test_a_training_goes_on_where_the_store_left_it(bucket, tmp_path):
         return table.weight, len(seen)
 
     whole, _ = train(tmp_path / "whole" / "checkpoints")
-    CheckpointStore(f"{bucket}/run").prune(keep=1, protected=())
+    CheckpointStore(f"{bucket}/run").prune(10**9, keep=1, protected=())
     CheckpointStore(f"{bucket}/run")._drop(CheckpointStore(f"{bucket}/run").names()[-1])
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "first" / "checkpoints", stop_after=2)
@@ -182,7 +182,7 @@ def test_names_are_ordered_by_step_and_copies_are_ignored(tmp_path):
     assert store.names() == ["step-00000007", "step-99999999", "step-100000000"]
     store.fetch_newest(tmp_path / "there")
     assert [path.name for path in list_checkpoints(tmp_path / "there")] == ["step-100000000"]
-    store.prune(keep=1, protected=())
+    store.prune(10**9, keep=1, protected=())
     assert store.names() == ["step-100000000"]
 
 
