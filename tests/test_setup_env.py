@@ -318,16 +318,6 @@ def test_the_extras_for_gpus_resolve(python, tmp_path):
         assert version in held
 
 
-@pytest.mark.network
-def test_pypi_has_no_build_for_cpus_that_could_be_taken(tmp_path):
-    given = tmp_path / "torch.in"
-    given.write_text(f"torch==={TORCH}\n")
-    assert any(line.startswith("nvidia-") for line in compile_requirements([str(given)], "3.12"))
-    given.write_text(f"torch=={TORCH}+cpu\n")
-    with pytest.raises(subprocess.CalledProcessError, match="returned non-zero"):
-        compile_requirements([str(given)], "3.12")
-
-
 def compile_requirements(arguments, python):
     given = [
         "--python-version",
