@@ -1,0 +1,266 @@
+"""A device `card`, emulated on the CPU, that counts what a GPU would be asked to do and waited for.
+
+Tensors of this device compute on the CPU, but belong to another device: tensors of both devices in one
+operation are refused, and code that asks for the device type sees one that is not a CPU. So the code paths of
+accelerators run without one, and their cost per step can be tested: the number of kernels that would be
+launched, and the number of times the host would wait for the device.
+
+Both are counted by place (`file.py:line` of this project). A kernel is an operation that is not a view, an
+allocation or a synchronisation; on a GPU some of them launch a few more (`sort`, `cumsum`). Operations of the
+backward pass are counted at the line of the forward pass if the code runs under `torch.autograd.detect_anomaly`.
+
+The device is registered for the process, before its first backward pass, and cannot be removed: use it in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import findrec
+
+NAME = "card"
+PACKAGE = str(Path(findrec.__file__).parent)
+
+# Operations that read a value or a size from the device.
+WAITS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "masked_select",
+    "bincount",
+    "equal",
+    "_linalg_check_errors",
+    "_linalg_svd",
+    "_linalg_eigh",
+    "is_nonzero",
+}
+# Operations without a kernel, besides views.
+FREE = {
+    "_unsafe_view",
+    "_reshape_alias",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+    "is_same_size",
+    "resize_",
+    "set_",
+    "_fused_sdp_choice",
+    "result_type",
+    "_linalg_check_errors",
+}
+COPIES = {"_to_copy", "copy_"}
+
+
+def register() -> None:
+    """Register the device in this process."""
+    _setup_privateuseone_for_python_backend(NAME)
+
+
+class CardTensor(torch.Tensor):
+    """A tensor of the device `card`; its values are in `inner`, on the CPU."""
+
+    inner: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> CardTensor:
+        wrapper = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
+            device=torch.device(NAME, 0),
+        )
+        wrapper.inner = inner
+        return wrapper
+
+    def __repr__(self) -> str:
+        return f"card({self.inner})"
+
+    def tolist(self) -> Any:
+        """One copy to the host, as on a GPU."""
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return _run(func, args, dict(kwargs or {}))
+
+
+@dataclass
+class Counts:
+    """Kernels and waits by `place: operation`."""
+
+    kernels: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
+
+    def num_kernels(self, *without: str) -> int:
+        """Kernels in total, besides those at places that begin with one of `without`."""
+        return sum(n for place, n in self.kernels.items() if not place.startswith(without or "\0"))
+
+    @property
+    def num_waits(self) -> int:
+        """Waits in total."""
+        return self.waits.total()
+
+    def table(self) -> str:
+        """What is counted where, most frequent first, as a message for a failed test."""
+        lines = [f"{self.num_kernels()} kernels, {self.num_waits} waits"]
+        for what, counter in (("waits", self.waits), ("kernels", self.kernels)):
+            lines += [f"  {n:5d} {what} {place}" for place, n in counter.most_common()]
+        return "\n".join(lines)
+
+
+class Counting(TorchDispatchMode):
+    """Runs operations on the emulated device and counts them in `counts`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counts()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if not _on_card(args, kwargs):
+            return func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if _waits(name, args, kwargs):
+            self.counts.waits[f"{_place()}: {name}"] += 1
+        if _launches(func, name):
+            self.counts.kernels[f"{_place()}: {name}"] += 1
+        return _run(func, args, kwargs)
+
+
+def _on_card(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == NAME:
+        return True
+    return any(isinstance(leaf, CardTensor) for leaf in tree_leaves((args, kwargs)))
+
+
+def _launches(func: Any, name: str) -> bool:
+    if name in FREE or name == "_local_scalar_dense":
+        return False
+    returns = func._schema.returns
+    views = [r for r in returns if r.alias_info is not None and not r.alias_info.is_write]
+    return not views or len(views) < len(returns)
+
+
+def _waits(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None
+    if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
+        # A mask has as many rows as it has true elements; an index on the host is copied.
+        return any(
+            t is not None and (t.dtype in (torch.bool, torch.uint8) or not isinstance(t, CardTensor))
+            for t in args[1]
+        )
+    if name in COPIES:
+        on_card = [isinstance(t, CardTensor) for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+        to = kwargs.get("device")
+        if name == "_to_copy" and to is not None:
+            on_card.append(torch.device(to).type == NAME)
+        to_host = on_card[-1] is False if name == "_to_copy" else on_card[0] is False
+        asynchronous = kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2])
+        # The host has to wait for values that it reads, whether or not the copy is asynchronous.
+        return len(set(on_card)) > 1 and (to_host or not asynchronous)
+    return name in WAITS
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the values of its tensors."""
+    name = func._overloadpacket.__name__
+    device = kwargs.get("device")
+    if name not in COPIES:
+        _check_devices(name, args, kwargs)
+    inner_args, inner_kwargs = tree_map_only(CardTensor, lambda tensor: tensor.inner, (args, kwargs))
+    to_host = device is not None and torch.device(device).type == "cpu"
+    if device is not None:
+        inner_kwargs["device"] = torch.device("cpu")
+    inner_kwargs.pop("pin_memory", None)
+    if name == "_fused_sdp_choice":
+        return 0
+    result = func(*inner_args, **inner_kwargs)
+    if func._schema.is_mutable:
+        return _written(func, args, kwargs, result)
+    if to_host:
+        return result.clone() if any(result is leaf for leaf in tree_leaves(inner_args)) else result
+    return tree_map_only(torch.Tensor, CardTensor, result)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
+    """The tensors that an operation in place or with `out=` returns: the ones given to it."""
+    names = [a.name for a in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    written = [
+        given[a.name]
+        for a in func._schema.arguments
+        if a.alias_info is not None and a.alias_info.is_write and a.name in given
+    ]
+    aliased = [r.alias_info is not None for r in func._schema.returns]
+    if not aliased:
+        return None
+    if all(aliased):
+        return written[0] if len(aliased) == 1 else tuple(written)
+    # Some results are new (for example batch norm): those are wrapped.
+    return tree_map_only(torch.Tensor, CardTensor, result)
+
+
+def _check_devices(name: str, args: Any, kwargs: Any) -> None:
+    """Refuse tensors of the host, but for scalars and indices, as CUDA does."""
+    if name.startswith(("index", "_unsafe_index", "_index_put")):
+        args = (args[0], *args[2:])
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor) and not isinstance(leaf, CardTensor) and leaf.dim():
+            raise RuntimeError(
+                f"{name}: a tensor {tuple(leaf.shape)} of the CPU among tensors of the card, at {_place()}"
+            )
+
+
+def _place() -> str:
+    """`file.py:line` of the innermost frame of the package, or of the forward pass in a backward pass."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return _short(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
+    node = torch._C._current_autograd_node()
+    if node is not None:
+        trace = node.metadata.get("traceback_", ())
+        found = [m for line in trace if (m := re.match(r'\s*File "(.+)", line (\d+)', line))]
+        for match in reversed(found):
+            if match[1].startswith(PACKAGE):
+                return f"{_short(match[1], int(match[2]))} (backward)"
+        return f"backward of {node.name()}"
+    return "elsewhere"
+
+
+def _short(path: str, line: int) -> str:
+    return f"{path[len(PACKAGE) + 1 :]}:{line}"
+
+
+def to_card(values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies of tensors on the device."""
+    return [value.to(NAME) for value in values]
