@@ -22,6 +22,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -69,9 +70,34 @@ FREE = {
 COPIES = {"_to_copy", "copy_"}
 
 
+class _Module:
+    """What torch asks of a device's module (`torch.cuda` for CUDA)."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def current_device(self) -> int:
+        return 0
+
+    def device_count(self) -> int:
+        return 1
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Random numbers of the device are drawn by the generator of the CPU."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
 def register() -> None:
     """Register the device in this process."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, _Module())
 
 
 class CardTensor(torch.Tensor):
@@ -139,6 +165,19 @@ class Counting(TorchDispatchMode):
         super().__init__()
         self.counts = Counts()
 
+    def __enter__(self) -> Counting:
+        super().__enter__()
+        # Made from Python numbers, tensors reach a device without a dispatched operation.
+        self._patches = [mock.patch.object(torch, name, _copied(getattr(torch, name))) for name in _FROM_DATA]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for patch in self._patches:
+            patch.stop()
+        super().__exit__(*error)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -151,6 +190,17 @@ class Counting(TorchDispatchMode):
         if _launches(func, name):
             self.counts.kernels[f"{_place()}: {name}"] += 1
         return _run(func, args, kwargs)
+
+
+_FROM_DATA = ("tensor", "as_tensor")
+
+
+def _copied(make: Any) -> Any:
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        value: torch.Tensor = make(*args, **kwargs)
+        return value if device is None else value.to(device)
+
+    return made
 
 
 def _on_card(args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -201,13 +251,62 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inner_kwargs["device"] = torch.device("cpu")
     inner_kwargs.pop("pin_memory", None)
     if name == "_fused_sdp_choice":
-        return 0
-    result = func(*inner_args, **inner_kwargs)
+        return 3  # `_scaled_dot_product_fused_attention_overrideable`
+    result = _ATTENTION.get(name, func)(*inner_args, **inner_kwargs)
     if func._schema.is_mutable:
         return _written(func, args, kwargs, result)
     if to_host:
         return result.clone() if any(result is leaf for leaf in tree_leaves(inner_args)) else result
     return tree_map_only(torch.Tensor, CardTensor, result)
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+    *_: Any,
+    scale: float | None = None,
+    **__: Any,
+) -> Any:
+    """Fused attention: the output, its log-sum-exp, and what the backward pass on a GPU needs beside them."""
+    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout, causal, attn_mask=bias, scale=scale
+    )
+    none = torch.zeros(0, dtype=torch.int64)
+    return out, total, none, none, q.shape[2], k.shape[2], none, none, none
+
+
+def _attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    wanted: list[bool],
+    out: torch.Tensor,
+    total: torch.Tensor,
+    cum_q: Any,
+    cum_k: Any,
+    max_q: int,
+    max_k: int,
+    dropout: float,
+    causal: bool,
+    *_: Any,
+    scale: float | None = None,
+) -> Any:
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, total, dropout, causal, attn_mask=bias, scale=scale
+    )
+    return (*grads, None)
+
+
+_ATTENTION = {
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
+}
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
