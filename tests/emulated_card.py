@@ -25,6 +25,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils import _foreach_utils as foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -91,6 +92,10 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         """Random numbers of the device are drawn by the generator of the CPU."""
 
+    def mem_get_info(self, device: torch.device | str) -> tuple[int, int]:
+        """Free and total bytes."""
+        return 1 << 30, 1 << 30
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -98,6 +103,8 @@ class _Module:
 def register() -> None:
     """Register the device in this process."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
+    # Optimizers treat lists of tensors at once for known types only.
+    foreach_utils._foreach_supported_types.append(CardTensor)
 
 
 class CardTensor(torch.Tensor):

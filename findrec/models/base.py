@@ -88,7 +88,8 @@ class StepLoss:
     total: Tensor  # [] the sum to differentiate
     loss: Tensor  # [] the main loss for the log, detached
     aux: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, unweighted, for the log
-    diagnostics: Mapping[str, float] = field(default_factory=dict)  # averaged, not summed
+    # Averaged, not summed. Numbers of a GPU stay there as tensors [], which are read once a step.
+    diagnostics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Out:
     h: Tensor
     repeat: Tensor | None = None  # [T, R] weights of the repeat features (findrec/models/parts/repeat.py)
     aux: dict[str, Term] = field(default_factory=dict)  # only in training mode
-    diagnostics: dict[str, float] = field(default_factory=dict)  # only in training mode, cheap
+    diagnostics: dict[str, float | Tensor] = field(default_factory=dict)  # only in training mode, cheap
 
     def float(self) -> Out:
         """The same in float32."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from findrec.devices import copy_to
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -59,5 +61,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        moved = {k: copy_to(v, device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         return Batch(**moved)
