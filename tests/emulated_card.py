@@ -194,9 +194,11 @@ class Counting(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if _waits(name, args, kwargs):
             self.counts.waits[f"{_place()}: {name}"] += 1
-        if _launches(func, name):
+        result = _run(func, args, kwargs)
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if _launches(func, name) and (not tensors or any(tensor.numel() for tensor in tensors)):
             self.counts.kernels[f"{_place()}: {name}"] += 1
-        return _run(func, args, kwargs)
+        return result
 
 
 _FROM_DATA = ("tensor", "as_tensor")

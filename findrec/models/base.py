@@ -25,6 +25,7 @@ from findrec.datasets.batches.examples import ExampleSource
 from findrec.datasets.batches.windows import WindowExamples
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.features import ModalRows
+from findrec.devices import is_cpu
 from findrec.models.config import ModelConfig
 from findrec.models.parts.activation_checkpointing import CheckpointedModule
 from findrec.models.parts.repeat import repeat_candidates
@@ -222,9 +223,7 @@ class SequenceModel(Model[Batch]):
             tensors.append(catalogue.scored.vectors)
             gradients.append(catalogue.scored.gradient)
         total = attach_gradients(catalogue.loss, tensors, gradients)
-        for term in out.aux.values():
-            total = total + term.value / microbatch.num_microbatches
-        aux = {name: term.reported / microbatch.num_microbatches for name, term in out.aux.items()}
+        total, aux = _add_terms(total, out.aux, microbatch.num_microbatches)
         return StepLoss(total, catalogue.loss, aux, out.diagnostics)
 
     def _content(self, features: ItemFeatures) -> Transform:
@@ -236,3 +235,15 @@ class SequenceModel(Model[Batch]):
             return self.item_transform(rows, features.features(ids))
 
         return transform
+
+
+def _add_terms(total: Tensor, terms: Mapping[str, Term], count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """`total` plus the values of the terms, and their reported values, all divided by `count`."""
+    if not terms or is_cpu(total.device):
+        for term in terms.values():
+            total = total + term.value / count
+        return total, {name: term.reported / count for name, term in terms.items()}
+    # On a GPU one kernel for all terms, where each by itself would take as long.
+    values = torch.stack([term.value for term in terms.values()])
+    reported = torch.stack([term.reported for term in terms.values()]) / count
+    return total + values.sum() / count, dict(zip(terms, reported.unbind(), strict=True))

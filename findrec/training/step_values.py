@@ -51,8 +51,8 @@ def _on_host(shares: Iterable[StepLoss]) -> tuple[Tensor, list[dict[str, float]]
     shares = list(shares)
     losses = [tensor for share in shares for tensor in (share.loss, *share.aux.values())]
     measured = [t for share in shares for t in share.diagnostics.values() if isinstance(t, Tensor)]
-    # Exact: all of them are scalars of a narrower type than float64.
-    numbers = torch.stack([t.detach().to(torch.float64) for t in losses + measured]).cpu()
+    # Exact: `stack` promotes the scalars to the widest of their types, of which float64 is wider.
+    numbers = torch.stack([t.detach() for t in losses + measured]).to(torch.float64).cpu()
     values = iter(numbers[len(losses) :].tolist())
     diagnostics = [
         {name: next(values) if isinstance(t, Tensor) else t for name, t in share.diagnostics.items()}
