@@ -7,7 +7,8 @@ launched, and the number of times the host would wait for the device.
 
 Both are counted by place (`file.py:line` of this project). A kernel is an operation that is not a view, an
 allocation or a synchronisation; on a GPU some of them launch a few more (`sort`, `cumsum`). Operations of the
-backward pass are counted at the line of the forward pass if the code runs under `torch.autograd.detect_anomaly`.
+backward pass are counted at the line of the forward pass if the code runs under
+`torch.autograd.detect_anomaly`.
 
 The device is registered for the process, before its first backward pass, and cannot be removed: use it in a
 process of its own.
@@ -133,6 +134,10 @@ class CardTensor(torch.Tensor):
     def tolist(self) -> Any:
         """One copy to the host, as on a GPU."""
         return self.cpu().tolist()
+
+    def new_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One copy from the host, as on a GPU."""
+        return self.inner.new_tensor(*args, **kwargs).to(self.device)
 
     @classmethod
     def __torch_dispatch__(

@@ -32,6 +32,7 @@ from findrec.models.parts.repeat import repeat_candidates
 from findrec.tables.base import ITEMS, Transform
 from findrec.tables.view import Tables, attach_gradients
 
+_FEATURE_BYTES = 2 << 30  # of features in float32 that are transformed at a time
 Examples = TypeVar("Examples")
 Built = TypeVar("Built", bound="Model[Any]")
 
@@ -197,10 +198,28 @@ class SequenceModel(Model[Batch]):
 
     @torch.no_grad()
     def item_vectors(self, rows_nd: Tensor, catalogue: ItemFeatures, part: range | None = None) -> Tensor:
-        """`item_transform` of all items 0..V, or of a range (`part`), in float32."""
+        """`item_transform` of all items 0..V, or of a range (`part`), in float32.
+
+        Features of more than 2 GiB are read and transformed in parts, which need not fit into memory together.
+        """
         if not self.content_scores:
             return rows_nd
-        return self.item_transform(rows_nd, catalogue.all_features(rows_nd.device, part)).float()
+        ids, device = range(len(rows_nd)) if part is None else part, rows_nd.device
+        probe = catalogue.features(torch.zeros(1, dtype=torch.int64, device=device))
+        width = sum(rows.values.shape[1] for rows in probe.values())
+        step = max(1, _FEATURE_BYTES // (4 * max(1, width)))
+        if len(ids) <= step:
+            return self.item_transform(rows_nd, catalogue.all_features(device, part)).float()
+        vectors: Tensor | None = None
+        for lo in range(0, len(ids), step):
+            some = ids[lo : lo + step]
+            features = catalogue.features(torch.arange(some.start, some.stop, device=device))
+            found = self.item_transform(rows_nd[lo : lo + step], features).float()
+            if vectors is None:
+                vectors = found.new_empty(len(ids), found.shape[1])
+            vectors[lo : lo + step] = found
+        assert vectors is not None
+        return vectors
 
     def loss(self, microbatch: Microbatch[Batch], tables: Tables) -> StepLoss:
         """Next-item prediction: the catalogue loss at every target, plus the auxiliary terms of `Out`."""

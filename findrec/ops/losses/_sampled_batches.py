@@ -3,8 +3,8 @@
 A GPU that is asked how many samples coincide, or where the tokens of a user end, has to be waited for; more
 work of a known size is faster.
 
-Shape letters: T tokens, t tokens of a tile, d width, B users, N repeat candidates of a user, S samples, L most
-tokens of a user.
+Shape letters: T tokens, t tokens of a tile, d width, B users, N repeat candidates of a user, S samples, L
+most tokens of a user.
 """
 
 from __future__ import annotations

@@ -203,8 +203,9 @@ def _decide(
     high_n = high_n / (1 - slip * high_n.sign())
     low_n = low_n / (1 + slip * low_n.sign())
     # Rounding to float32 may step inwards by half a unit; one unit outwards undoes it.
-    high_n = torch.nextafter(high_n.float(), t_n.new_tensor(torch.inf).float())
-    low_n = torch.nextafter(low_n.float(), t_n.new_tensor(-torch.inf).float())
+    high_n, low_n = high_n.float(), low_n.float()
+    high_n = torch.nextafter(high_n, torch.full_like(high_n, torch.inf))
+    low_n = torch.nextafter(low_n, torch.full_like(low_n, -torch.inf))
     above_n = sum_true(torch.gt, scores_nT, high_n)
     counts.greater[case_n] += above_n
     open_n = (sum_true(torch.ge, scores_nT, low_n) > above_n).nonzero()[:, 0]

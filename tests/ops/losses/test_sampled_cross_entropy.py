@@ -212,7 +212,9 @@ def test_gbce_with_every_item_drawn_is_plain_binary_cross_entropy():
     assert gbce(h, table, target, few, calibration=1.0) < gbce(h, table, target, few, calibration=0.0)
 
 
-@pytest.mark.parametrize("function", [sampled, partial(sampled, impl="batched"), partial(sampled, impl="reference"), gbce])
+@pytest.mark.parametrize(
+    "function", [sampled, partial(sampled, impl="batched"), partial(sampled, impl="reference"), gbce]
+)
 def test_gradcheck(function):
     h, table, target, repeat = make(4, repeat=True)
     sample = torch.tensor([1, 4, 8, 9, int(target[0]), int(repeat.ids_BN[0, 1])])
