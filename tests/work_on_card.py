@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from emulated_card import NAME, Counting, Counts
-from planted import planted_folder
+from planted import make_config, planted_folder
 
 from findrec.config import parse_config
 from findrec.datasets.batches.catalogue import Catalogue
@@ -24,12 +24,14 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.evaluation.scoring.inner_product import InnerProductRanking, InnerProductScorer
 from findrec.evaluation.scoring.user_vectors import UserVectors, top_items
 from findrec.evaluation.scoring.users import UserBlock
+from findrec.evaluation.validation import validate
 from findrec.models.base import Microbatch
 from findrec.ops.expert_routing import expert_routing
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus, linear_cross_entropy
 from findrec.ops.losses.sampled_cross_entropy import sampled_cross_entropy
 from findrec.ops.ranking.target_rank import target_rank
 from findrec.training.build import build_catalogue, build_tables, build_tower_model
+from findrec.training.loop import run_training
 from findrec.training.objectives import run_microbatch
 from findrec.training.step_values import sum_over_workers
 from findrec.training.tower import PlainTower
@@ -79,7 +81,7 @@ def train_step(device: str, kind: str, *, kept: bool = True, places: bool = Fals
         network.train()
         for step in (1, 2):  # what is made once is made in the first
             network.start_step(step)
-            ahead = read_ahead(catalogue, examples)
+            ahead = read_ahead(catalogue, examples, torch.device(device))
             counting.counts = Counts()
             with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(places, check_nan=False):
                 warnings.simplefilter("ignore")
@@ -93,6 +95,26 @@ def train_step(device: str, kind: str, *, kept: bool = True, places: bool = Fals
             for table in tables.values():
                 table.step(0.01)
         return Step(first, copy.deepcopy(counting.counts), values, tables["items"].weight.cpu())
+
+
+def training(device: str, checkpoints: Path) -> list[dict[str, float]]:
+    """The logged values of a short training with validation and checkpoints."""
+    values: list[dict[str, float]] = []
+    log: Any = SimpleNamespace(log=lambda step, epoch, logged: values.append({"step": step} | dict(logged)))
+    config = make_config(epochs=2, microbatches=2, tokens=300)
+    torch.manual_seed(0)
+    with Counting():
+        run_training(
+            config,
+            _folder(),
+            checkpoints,
+            PlainTower(build_tower_model(config, _folder()).to(device), config.training.optim),
+            build_tables(config, _folder(), device),
+            worker=Worker(device=torch.device(device)),
+            validate=validate,
+            log=log,
+        )
+    return values
 
 
 def features(device: str) -> tuple[bool, bool, list[torch.Tensor], Counts]:

@@ -200,7 +200,7 @@ class SequenceModel(Model[Batch]):
     def item_vectors(self, rows_nd: Tensor, catalogue: ItemFeatures, part: range | None = None) -> Tensor:
         """`item_transform` of all items 0..V, or of a range (`part`), in float32.
 
-        Features of more than 2 GiB are read and transformed in parts, which need not fit into memory together.
+        Features of more than 2 GiB are read and transformed in parts: they need not fit into memory together.
         """
         if not self.content_scores:
             return rows_nd

@@ -155,7 +155,7 @@ class _Run:
         self.prepare: Callable[[Any], Prepared] | None = None
         if not is_cpu(worker.device):
             self.catalogue.keep_on(worker.device)
-            self.prepare = partial(read_ahead, self.catalogue, pin=worker.device.type == "cuda")
+            self.prepare = partial(read_ahead, self.catalogue, device=worker.device)
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """Train the rest of an epoch; returns the state after it and the values of the epoch."""

@@ -72,13 +72,16 @@ class Prepared:
         return examples, FeaturesAhead(self.catalogue, examples.ids, rows)
 
 
-def read_ahead(catalogue: Catalogue, examples: OnDevice, *, pin: bool = False) -> Prepared:
-    """Read the features of the items of `examples`; with `pin` into page-locked memory."""
+def read_ahead(catalogue: Catalogue, examples: OnDevice, device: torch.device) -> Prepared:
+    """Read the features of the items of `examples` for a GPU, into memory that it reads by itself."""
     if not isinstance(examples, _OfItems):
         return Prepared(examples, catalogue, {}, {})
     names, ids_U = catalogue.modalities, examples.ids
     index = {name: catalogue.present_index(name, ids_U) for name in names}
     stored = {} if catalogue.is_on_gpu else {name: catalogue.stored_rows(name, ids_U) for name in names}
-    if pin:
-        stored = {name: (values.pin_memory(), mask.pin_memory()) for name, (values, mask) in stored.items()}
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # a new thread is on the first GPU
+            stored = {
+                name: (values.pin_memory(), mask.pin_memory()) for name, (values, mask) in stored.items()
+            }
     return Prepared(examples, catalogue, index, stored)
