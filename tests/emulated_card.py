@@ -105,31 +105,31 @@ def register() -> None:
     """Register the device in this process."""
     _setup_privateuseone_for_python_backend(NAME, _Module())
     # Optimizers treat lists of tensors at once for known types only.
-    foreach_utils._foreach_supported_types.append(CardTensor)
+    foreach_utils._foreach_supported_types.append(CardTensor)  # type: ignore[arg-type]
 
 
 class CardTensor(torch.Tensor):
-    """A tensor of the device `card`; its values are in `inner`, on the CPU."""
+    """A tensor of the device `card`; its values are in `held`, on the CPU."""
 
-    inner: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    held: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> CardTensor:
+    def __new__(cls, held: torch.Tensor) -> CardTensor:
         wrapper = torch.Tensor._make_wrapper_subclass(
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
             device=torch.device(NAME, 0),
         )
-        wrapper.inner = inner
+        wrapper.held = held
         return wrapper
 
-    def __repr__(self) -> str:
-        return f"card({self.inner})"
+    def __repr__(self, **_: Any) -> str:
+        return f"card({self.held})"
 
     def tolist(self) -> Any:
         """One copy to the host, as on a GPU."""
@@ -137,10 +137,10 @@ class CardTensor(torch.Tensor):
 
     def new_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One copy from the host, as on a GPU."""
-        return self.inner.new_tensor(*args, **kwargs).to(self.device)
+        return self.held.new_tensor(*args, **kwargs).to(self.device)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         return _run(func, args, dict(kwargs or {}))
@@ -201,7 +201,8 @@ class Counting(TorchDispatchMode):
             self.counts.waits[f"{_place()}: {name}"] += 1
         result = _run(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        if _launches(func, name) and (not tensors or any(tensor.numel() for tensor in tensors)):
+        empty = bool(tensors) and not any(tensor.numel() for tensor in tensors)
+        if _launches(func, name) and not empty and not (name == "copy_" and _is_itself(*args[:2])):
             self.counts.kernels[f"{_place()}: {name}"] += 1
         return result
 
@@ -232,6 +233,12 @@ def _launches(func: Any, name: str) -> bool:
     return not views or len(views) < len(returns)
 
 
+def _is_itself(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors are views of the same values, as in the copy that ends `x[rows] += 1`."""
+    x, y = (t.held if isinstance(t, CardTensor) else t for t in (x, y))
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
+
+
 def _waits(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
@@ -259,7 +266,7 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = kwargs.get("device")
     if name not in COPIES:
         _check_devices(name, args, kwargs)
-    inner_args, inner_kwargs = tree_map_only(CardTensor, lambda tensor: tensor.inner, (args, kwargs))
+    inner_args, inner_kwargs = tree_map_only(CardTensor, lambda tensor: tensor.held, (args, kwargs))
     to_host = device is not None and torch.device(device).type == "cpu"
     if device is not None:
         inner_kwargs["device"] = torch.device("cpu")
@@ -361,7 +368,8 @@ def _place() -> str:
         frame = frame.f_back
     node = torch._C._current_autograd_node()
     if node is not None:
-        trace = node.metadata.get("traceback_", ())
+        metadata: Any = node.metadata
+        trace = metadata.get("traceback_", ())
         found = [m for line in trace if (m := re.match(r'\s*File "(.+)", line (\d+)', line))]
         for match in reversed(found):
             if match[1].startswith(PACKAGE):

@@ -54,8 +54,8 @@ class Negatives:
         """
         num = self._loss.negatives
         if self._cumulative is None and not is_cpu(self._device):
-            # To permute the catalogue takes longer than a microbatch on a GPU. On a CPU it gives the negatives
-            # that it has always given.
+            # To permute the catalogue takes longer than a microbatch on a GPU. On a CPU it gives the
+            # negatives that it has always given.
             drawn = distinct_integers(self._num_classes, num, generator)
             ids = drawn + 1 if self._class_ids is None else self._class_ids[drawn]
             return copy_to(ids, self._device), None
