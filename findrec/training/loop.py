@@ -153,8 +153,8 @@ class _Run:
         self.checkpoint_manager = CheckpointManager(config, checkpoints, tower, tables, worker)
         self.stop = False  # whether a stop was requested
         self.prepare: Callable[[Any], Prepared] | None = None
+        self.features_stay = is_cpu(worker.device)  # or are copied to a GPU
         if not is_cpu(worker.device):
-            self.catalogue.keep_on(worker.device)
             self.prepare = partial(read_ahead, self.catalogue, device=worker.device)
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -262,6 +262,10 @@ class _Run:
         for name, table in self.tables.items():
             norms["grad_norm/table" if name == ITEMS else f"grad_norm/{name}"] = table.step(rate)
         check(norms)
+        if not self.features_stay:
+            # After a step, what the GPU has free is more than a step takes.
+            self.catalogue.keep_on(self.worker.device)
+            self.features_stay = True
         return reduced.values | norms | {"train/lr": rate}
 
     def _on_device(self, examples: Any) -> tuple[Any, ItemFeatures]:

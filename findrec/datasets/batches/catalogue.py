@@ -69,6 +69,7 @@ class Catalogue:
         tables = {name: self._folder.feature(name) for name in self.modalities}
         if is_cpu(device) or sum(t.nbytes for t in tables.values()) > share * free_bytes(device):
             return False
+        # Assigned at once: a loader's thread may be asking whether the tables are there.
         self._on_gpu = {name: self._copied(name, table, device) for name, table in tables.items()}
         return True
 

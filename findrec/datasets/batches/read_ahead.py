@@ -17,7 +17,7 @@ from torch import Tensor
 from findrec.datasets.batches.catalogue import Catalogue
 from findrec.datasets.batches.examples import OnDevice
 from findrec.datasets.folder.features import ModalRows
-from findrec.devices import copy_to
+from findrec.devices import copy_all_to, copy_to
 
 
 @runtime_checkable
@@ -65,10 +65,8 @@ class Prepared:
             }
         else:
             found = self.catalogue.features(examples.ids)
-        rows = {
-            name: ModalRows(found[name].values, found[name].present, copy_to(index_n, device))
-            for name, index_n in self.index.items()
-        }
+        index = copy_all_to(self.index, device)
+        rows = {name: ModalRows(found[name].values, found[name].present, index[name]) for name in index}
         return examples, FeaturesAhead(self.catalogue, examples.ids, rows)
 
 
