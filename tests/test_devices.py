@@ -7,7 +7,7 @@ from findrec.devices import copy_all_to
 
 VALUES = {
     "a": torch.arange(6).view(2, 3),
-    "b": torch.rand(4),
+    "b": torch.linspace(0, 1, 4),
     "c": torch.zeros(0, dtype=torch.int64),
     "d": torch.arange(10).view(5, 2).t(),
     "e": torch.tensor([True, False]),
