@@ -38,7 +38,7 @@ def copy_all_to(values: Mapping[str, Tensor], device: torch.device | str) -> dic
     for dtype in {value.dtype for value in values.values()}:
         some = {name: value for name, value in values.items() if value.dtype == dtype}
         joined = copy_to(torch.cat([value.reshape(-1) for value in some.values()]), device)
-        parts = joined.split([value.numel() for value in some.values()])
+        parts = torch.split(joined, [value.numel() for value in some.values()])
         copies |= {
             name: part.view(value.shape) for (name, value), part in zip(some.items(), parts, strict=True)
         }

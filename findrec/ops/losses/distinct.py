@@ -18,8 +18,9 @@ def distinct_integers(count: int, num: int, generator: torch.Generator | None = 
     while True:
         more = torch.randint(count, (num + num // 2,), generator=generator)
         drawn = torch.cat([drawn, more])
-        values, which = drawn.unique(return_inverse=True)
+        values, which = torch.unique(drawn, return_inverse=True)
         if len(values) >= num:
             first = torch.full_like(values, len(drawn))
             first.scatter_reduce_(0, which, torch.arange(len(drawn)), "amin")
-            return values[first.argsort()[:num]]
+            chosen: Tensor = values[first.argsort()[:num]]
+            return chosen
