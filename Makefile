@@ -28,7 +28,7 @@ help:
 setup: $(STAMP)
 
 # The stamp is written last: an interrupted set-up is taken up again.
-$(STAMP): pyproject.toml constraints.txt requirements.lock setup.py .ci/setup_env.py
+$(STAMP): pyproject.toml constraints.txt requirements.lock setup.py .ci/setup_env.py findrec/nvidia.py
 	@command -v $(PYTHON) >/dev/null 2>&1 || { \
 	  echo "setup: no $(PYTHON) here. Debian/Ubuntu: sudo apt install python3 python3-venv;" \
 	       "Fedora: sudo dnf install python3; macOS: brew install python@3.12" >&2; exit 1; }

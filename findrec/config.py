@@ -99,7 +99,7 @@ class ClusterConfig(Part):
     """The workers and the machines they run on."""
 
     address: str | None = None  # of a Ray cluster; default: RAY_ADDRESS, else a local one
-    workers: int = Field(2, ge=1)
+    workers: int = Field(2, ge=1)  # if not set, fewer where there are fewer GPUs: one for each worker
     min_workers: int | None = Field(None, ge=1)  # continue with fewer if machines are lost; null: workers
     wait_s: float = Field(0, ge=0)  # time to wait for machines before the first start
     threads: int = Field(0, ge=0)  # CPU threads per worker; 0: cores divided by workers

@@ -31,6 +31,10 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # as when a write finds the disk full
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -13,8 +13,9 @@ from urllib.parse import urlsplit
 from findrec.config import RunConfig
 from findrec.errors import FindRecError
 from findrec.local_cluster import local_cluster, ray_errors
+from findrec.nvidia import find_driver
 from findrec.paths import home
-from findrec.progress import say
+from findrec.progress import say, warn
 
 _RAY_SWITCHES = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -35,6 +36,14 @@ _JOIN_HINT = (
 def usable_cpus() -> int:
     """CPU cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+
+
+def usable_gpus() -> int:
+    """GPUs that PyTorch can use here: none where the driver is too old or the build is for CPUs."""
+    import torch
+
+    # The count alone comes from the driver, which also counts where CUDA cannot start.
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def worker_threads(config: RunConfig) -> int:
@@ -70,11 +79,24 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     if address in (None, "", "local"):
         cores = usable_cpus()
         say(f"starting Ray on this machine ({cores} CPU cores)")
-        session = local_cluster(cores, environment, **common)
+        gpus = usable_gpus()
+        if not gpus and config.cluster.gpu is not False:
+            _warn_of_unusable_gpus()
+        # Ray would count GPUs that PyTorch cannot use.
+        session = local_cluster(cores, environment, num_gpus=gpus, **common)
     else:
         session = _joined_cluster(address, environment, **common)
     with session:
         yield
+
+
+def _warn_of_unusable_gpus() -> None:
+    driver = find_driver()
+    if driver is not None and driver.gpus and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        warn(
+            f"{driver.gpus[0]} is not used: the installed PyTorch finds no usable GPU (driver "
+            f"{driver.version}). `findrec doctor` says why; cluster.gpu=false hides this warning"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import uuid
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -55,9 +56,10 @@ class Workers:
             )
         return self
 
-    def train(self, tower, data, checkpoints, config):
-        """A training with `tower`: `plain` (of one worker), or a ZeRO stage."""
+    def train(self, tower, data, checkpoints, config, *, gpu_paths=False):
+        """A training with `tower`: `plain` (of one worker), or a ZeRO stage, with the code for GPUs."""
         job = {
+            "gpu_paths": gpu_paths,
             "tower": tower,
             "data": str(data),
             "checkpoints": str(checkpoints),
@@ -99,8 +101,12 @@ def main(rank, world, meeting):
         world_size=world,
         timeout=timedelta(seconds=PATIENCE_S),
     )
+    from gpu_paths import gpu_paths  # only in a worker
+
     for line in sys.stdin:
-        print(json.dumps(train(rank, world, **json.loads(line))), flush=True)
+        job = json.loads(line)
+        with gpu_paths() if job.pop("gpu_paths") else nullcontext():
+            print(json.dumps(train(rank, world, **job)), flush=True)
     dist.barrier()  # else the first to exit may take the others' gloo threads down
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from findrec.config import LossConfig, OptimConfig
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
+from findrec.tables import row_sums
 from findrec.tables.item_table import ItemTable
 from findrec.tables.sharded_table import ShardedItemTable
 from findrec.tables.table_spec import TableSpec
@@ -118,8 +119,10 @@ def random_repeat_bonus(size, num_candidates, classes, g):
     return RepeatBonus(ids, row, seen, torch.randn(size, num_candidates, generator=g) * seen)
 
 
-def work(rank, world, meeting, out):
-    """One worker: all cases in both placements, into a file of its own."""
+def work(rank, world, meeting, out, gpu_forms):
+    """One worker: all cases in both placements, into a file of its own; perhaps in the forms for GPUs."""
+    if gpu_forms:
+        row_sums.is_cpu = lambda device: False
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)

@@ -21,6 +21,7 @@ from findrec.cli.app import main
 from findrec.cli.doctor import Finding
 from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.errors import FindRecError
+from findrec.nvidia import Driver
 from findrec.paths import find_run
 
 
@@ -260,6 +261,45 @@ def test_doctor_fails_when_something_needed_is_missing(
         "           -> tight",
         "1 to fix before training, 1 to consider",
     ]
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "said"),
+    [
+        (None, None, ""),
+        (Driver("470.256.02", ("A100",)), None, "driver 470.256.02 is too old for PyTorch"),
+        (Driver("535.183.01", ("A100",), (8.0,)), None, "the build for CPUs: .* the build for CUDA 12"),
+        (Driver("535.183.01", ("A100",), (8.0,)), "13.0", "needs a driver of 580 .* the build for CUDA 12"),
+        (Driver("535.183.01", ("A100",), (8.0,)), "12.6", "CUDA does not start"),
+        (Driver("580.65.06", ("H100",), (9.0,)), "13.0", "CUDA does not start"),
+    ],
+)
+def test_doctor_says_why_pytorch_sees_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, driver: Driver | None, cuda: str | None, said: str
+) -> None:
+    import torch
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor, "find_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    (gpus,) = [finding for finding in doctor._accelerator() if finding.what == "GPUs"]
+    assert gpus.value == "none"
+    assert re.search(said, gpus.advice) if said else not gpus.advice
+
+
+def test_doctor_sees_a_driver_that_does_not_work() -> None:
+    finding = doctor._driver(Driver(problem="couldn't communicate with the NVIDIA driver"))
+    assert "couldn't communicate" in finding.value
+    assert "restart" in finding.advice
+
+
+def test_doctor_sees_a_faiss_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from findrec.evaluation.search import faiss_library
+
+    monkeypatch.setattr(faiss_library, "_failures", ["FAISS is installed but does not work (libcudart)"])
+    (faiss,) = [finding for finding in doctor._packages() if finding.what == "faiss"]
+    assert "libcudart" in faiss.advice
 
 
 def test_doctor_sees_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:

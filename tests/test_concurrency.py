@@ -8,11 +8,20 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from clusters import UNTRACKED, Run, command_of, environment, free_port, kill_node, wait_until, weights
+from clusters import (
+    UNTRACKED,
+    Cluster,
+    Run,
+    command_of,
+    environment,
+    free_port,
+    kill_node,
+    wait_until,
+    weights,
+)
 from planted import planted_folder, planted_home
 from small_recipe import contents
 
@@ -50,7 +59,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(home: Path, *overrides: str) -> Run:
     """A run on a local Ray cluster of its own."""
     name, *others = overrides
-    return Run(SimpleNamespace(home=home, join={}), name, *others)
+    return Run(Cluster(home, "local", "", {}, {}), name, *others)
 
 
 def findrec(home: Path, *arguments: str, prefix: Sequence[str] = (), **more: str) -> tuple[int, str]:
@@ -161,8 +170,8 @@ def test_a_disk_that_became_read_only_is_one_error(home: Path) -> None:
     (home / "log.csv").write_text("user,item,timestamp\nu,i,3\n")
     before = contents(home / "runs" / "calm") | contents(home / "data" / "planted")
     for command in (
-        ["train", "--config", "run.yaml", "name=calm", "training.epochs=9"],
-        ["train", "--config", "run.yaml", "name=new"],
+        ["train", "run.yaml", "name=calm", "training.epochs=9"],
+        ["train", "run.yaml", "name=new"],
         ["evaluate", "calm"],
         ["report", "calm"],
         ["index", "calm"],
@@ -177,10 +186,23 @@ def test_a_disk_that_became_read_only_is_one_error(home: Path) -> None:
     assert after == before
 
 
+def test_a_disk_that_is_full_at_a_restart_is_one_error(home: Path, tmp_path: Path) -> None:
+    run, copy = home / "runs" / "calm", tmp_path / "calm"
+    shutil.copytree(run, copy)
+    prefix = changed_mounts(
+        f"mount -t tmpfs -o size=16m tmpfs {run}\n"
+        f"cp -r {copy}/. {run}\n"
+        f"dd if=/dev/zero of={run}/other bs=1k 2>/dev/null || true"
+    )
+    code, said = findrec(home, "train", "run.yaml", "name=calm", prefix=prefix)
+    assert code == 2, said
+    assert "No space left on device" in said.splitlines()[-1], said
+
+
 def test_a_home_that_cannot_be_written_is_enough(home: Path, tmp_path: Path) -> None:
     prefix = changed_mounts(f"mount -t tmpfs -o ro tmpfs {tmp_path}")
     code, said = findrec(
-        *(home, "train", "--config", "run.yaml", "name=homeless", "tracking.enabled=true"),
+        *(home, "train", "run.yaml", "name=homeless", "tracking.enabled=true"),
         prefix=prefix,
         HOME=str(tmp_path),
     )
@@ -200,7 +222,7 @@ def test_a_head_of_another_ray_version_is_refused(home: Path, tmp_path: Path) ->
         wait_until(lambda: os.path.getsize(tmp_path / "head.log") > 0, 60, "the head does not start")
         wait_until(lambda: "Ray runtime started" in (tmp_path / "head.log").read_text(), 90, "no head")
         code, said = findrec(
-            *(home, "train", "--config", "run.yaml", "name=versions"),
+            *(home, "train", "run.yaml", "name=versions"),
             RAY_ADDRESS=f"127.0.0.1:{port}",
             RAY_AUTH_MODE="disabled",
         )

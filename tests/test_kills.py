@@ -20,7 +20,7 @@ from small_recipe import contents
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 KILLS = 6
-TIMED = r"/index/curve\.|/index/\w+/index\.json"
+TIMED = r"/report\.html$|/index/curve\.|/index/[^/]+/index\.json"
 RECIPE = """
 name: shop
 title: A shop

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from findrec import __version__
 from findrec.errors import FindRecError
+from findrec.nvidia import Driver, choose_build, driver_problem, find_driver, find_nvcc
 from findrec.paths import checkout, home
 
 PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "mlflow", "duckdb", "pyarrow", "sentence-transformers")
@@ -48,9 +49,20 @@ def _packages() -> list[Finding]:
         1: "",
         2: "both own the same files: `pip uninstall faiss-cpu faiss-gpu`, then install one extra",
     }[len(faiss)]
-    findings.append(Finding("faiss", ", ".join(faiss) or "missing", advice))
-    findings.append(Finding("mamba_ssm", _version("mamba-ssm") or "none (used on CUDA only)"))
+    findings.append(Finding("faiss", ", ".join(faiss) or "missing", advice or _faiss_problem(faiss)))
+    findings.append(Finding("mamba_ssm", _version("mamba-ssm") or "none (optional, on CUDA only)"))
     return findings
+
+
+def _faiss_problem(installed: list[str]) -> str:
+    """Why the installed FAISS does not work; empty if it does."""
+    from findrec.evaluation.search.faiss_library import need_faiss
+
+    try:
+        need_faiss()
+    except FindRecError as error:
+        return str(error) if installed else ""
+    return ""
 
 
 def _compiler() -> Finding:
@@ -109,32 +121,66 @@ def _machine() -> list[Finding]:
 
 
 def _accelerator() -> list[Finding]:
+    driver = find_driver()
+    findings = [_driver(driver)] if driver is not None else []
     if _version("torch") is None:
-        return []
+        return findings
     import torch
 
     from findrec.ops.scan.selective_scan import scan_backend
 
-    findings = []
     device = "cpu"
     if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        findings.append(Finding("GPUs", ", ".join(names)))
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        names = [f"{gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for gpu in gpus]
+        findings.append(Finding("GPUs", f"{', '.join(names)}; PyTorch for CUDA {torch.version.cuda}"))
+        nvcc = find_nvcc()
+        shown = f"{nvcc[0]} of CUDA {nvcc[1]}" if nvcc else "none (only mamba-ssm needs it)"
+        findings.append(Finding("CUDA compiler", shown))
         device = "cuda"
     else:
-        built = torch.version.cuda
-        has_driver = shutil.which("nvidia-smi") is not None
-        advice = ""
-        if has_driver and built is None:
-            advice = (
-                "a driver is installed but this torch is the CPU build: delete .venv and run `make setup`"
-            )
-        findings.append(Finding("GPUs", "none", advice))
+        findings.append(Finding("GPUs", "none", _why_no_gpu(driver, torch.version.cuda)))
     try:
         findings.append(Finding("selective scan", f"{scan_backend(device)} on {device}"))
     except FindRecError as error:
         findings.append(Finding("selective scan", "unusable", str(error), fatal=True))
     return findings
+
+
+def _driver(driver: Driver) -> Finding:
+    if driver.version:
+        return Finding("NVIDIA driver", f"{driver.version}, {', '.join(driver.gpus)}")
+    advice = "mend or install the driver (Ubuntu: sudo ubuntu-drivers install) and restart the machine"
+    return Finding("NVIDIA driver", f"does not work: {driver.problem}", advice)
+
+
+def _why_no_gpu(driver: Driver | None, cuda: str | None) -> str:
+    """Why PyTorch, built for CUDA version `cuda` or for CPUs, sees no GPU though there is a driver."""
+    if driver is None or not driver.version:
+        return ""
+    choice = choose_build(driver)
+    if choice.build is None:
+        return f"training uses the CPU: {choice.reason}. Install a newer driver, then set up anew"
+    anew = f"delete .venv and run `make setup`, which installs the build for CUDA {choice.build.cuda}"
+    if cuda is None:
+        return f"there is a GPU, but this PyTorch is the build for CPUs: {anew}"
+    if problem := driver_problem(driver, cuda):
+        return f"{problem}: {anew}; or install a newer driver"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} may hide the GPUs"
+    return f"CUDA does not start: {_cuda_error()}"
+
+
+def _cuda_error() -> str:
+    """What PyTorch says when it starts CUDA."""
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split())[:300]
+    return "no reason is given"
 
 
 def examine() -> list[Finding]:

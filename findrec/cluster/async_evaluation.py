@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from findrec.cluster.evaluator import Evaluator
-from findrec.cluster.plan.machines import cluster_machines, has_gpus
+from findrec.cluster.plan.machines import built_for_gpus, cluster_machines, use_gpus
 from findrec.config import RunConfig
 from findrec.errors import Preempted, unwrap_user_error
 from findrec.evaluation.ranking.evaluate import Rows
@@ -149,11 +149,11 @@ class AsyncEvaluation:
         """Whether the cluster has a GPU that no worker needs."""
         import ray
 
-        if self._config.cluster.gpu is False:
+        if self._config.cluster.gpu is False or not built_for_gpus():
             return False
-        workers_use_gpus = self._training and has_gpus(self._config, cluster_machines())
-        gpus = ray.cluster_resources().get("GPU", 0)
-        return bool(gpus - (self._config.cluster.workers if workers_use_gpus else 0) >= 1)
+        placed, workers_use_gpus = use_gpus(self._config, cluster_machines())
+        used = placed.cluster.workers if workers_use_gpus and self._training else 0
+        return bool(ray.cluster_resources().get("GPU", 0) - used >= 1)
 
 
 def _raise_user_error(error: Exception) -> None:

@@ -25,6 +25,7 @@ from findrec.evaluation.ranking.evaluate import Ranked, Rows, rank_split
 from findrec.evaluation.run import evaluate_run, rank_scorers, scorer_names
 from findrec.evaluation.scoring.load import load_ranker
 from findrec.evaluation.validation import describe_row
+from findrec.ops.precision import full_float32
 from findrec.progress import say, warn
 from findrec.ray_session import ray_session, worker_threads
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints, read_state
@@ -107,7 +108,8 @@ class Evaluator:
         torch.set_num_threads(worker_threads(self._config))
         try:
             digest, state = checkpoint_digest(path), read_state(path)
-            scorer = load_ranker(job, self._folder, self._device, checkpoint=path)
+            with full_float32(self._device):
+                scorer = load_ranker(job, self._folder, self._device, checkpoint=path)
         except (FindRecError, OSError) as error:
             self._failures[str(path)] += 1
             if self._failures[str(path)] == _TRIES:
@@ -116,6 +118,7 @@ class Evaluator:
         shards = self._config.evaluation.shards
         protocol = RankingProtocol.of_validation(job.config, self._folder)
         with (
+            full_float32(self._device),
             ray_session(self._config) if shards else nullcontext(),
             scorer.distributed(self._run, shards) as ranker,
         ):

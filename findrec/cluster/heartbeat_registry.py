@@ -23,6 +23,9 @@ class WorkerStatus:
     longest_s: float  # longest time between two ticks while training
     waits: bool  # whether it waits for other workers in a collective
     line: str  # the innermost line of FindRec being executed
+    asynchronous: bool = False  # whether collective calls return before they are done, as on a GPU
+    collectives: int = 0  # number of collective calls entered
+    collective: str = ""  # the last of them
 
     def __str__(self) -> str:
         progress = f"{self.doing}, step {self.step}, at {self.line}"

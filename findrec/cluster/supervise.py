@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from findrec.cluster.heartbeat import find_hung, kill_worker
+from findrec.cluster.heartbeat import describe_hang, find_hung, kill_worker
 from findrec.cluster.heartbeat_registry import RESULT_ERROR, RESULT_STOPPED, HeartbeatRegistry, ObservedStatus
-from findrec.cluster.plan.machines import Machine, cluster_machines, has_gpus, place_workers
+from findrec.cluster.plan.machines import Machine, cluster_machines, place_workers, use_gpus
 from findrec.cluster.plan.placement import (
     draining_machines,
     fitting_workers,
@@ -79,7 +79,7 @@ def train_on_ray(
     Raises `FindRecError` for errors that a restart would not fix.
     """
     machines = cluster_machines()
-    gpu = has_gpus(config, machines)
+    config, gpu = use_gpus(config, machines, announce=True)
     _refuse_split_tracking(config, machines, gpu)
     failures = failed_placements = 0
     committed = _newest_checkpoints(config, run_folder)
@@ -270,8 +270,7 @@ class _Group:
         if now - self._suspects[0] < _CONFIRM_S:
             return
         self._suspects = None
-        still_s = max(max(s.silent_s, s.still_s) for s in hung)
-        self._hung = f"{'; '.join(str(s.status) for s in hung)}: no progress for {still_s:.0f} s"
+        self._hung = describe_hang(hung, statuses)
         warn(f"WARNING: hung: {self._hung}. It is killed")
         for s in hung:
             kill_worker(s.status)

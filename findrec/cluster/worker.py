@@ -13,9 +13,10 @@ from findrec.cluster.heartbeat_registry import RESULT_ERROR, RESULT_STOPPED
 from findrec.cluster.zero.engine import DeepSpeedTower
 from findrec.config import RunConfig, parse_config
 from findrec.datasets.folder.data_folder import DataFolder
-from findrec.errors import DivergedError
+from findrec.errors import DivergedError, FindRecError, system_error
 from findrec.evaluation.validation import validate
 from findrec.models.base import Model
+from findrec.ops.precision import allow_tf32
 from findrec.progress import say
 from findrec.ray_session import worker_threads
 from findrec.tables.base import ITEMS
@@ -40,15 +41,22 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
     import ray
     import ray.train
     import ray.train.torch
+    from ray.train.v2._internal import util as training_errors
     from ray.train.v2._internal.execution import context as reporting
 
     # Ray prints every report of every worker; its logger is named after the file, so Ray settings do not
     # apply.
     logging.getLogger(reporting.__file__).setLevel(logging.WARNING)
+    logging.getLogger(training_errors.__name__).addFilter(_is_unexpected)
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     rank = context.get_world_rank()
-    heartbeat = ReportingHeartbeat(payload["heartbeats"], rank, ray.get_runtime_context().get_node_id())
+    heartbeat = ReportingHeartbeat(
+        payload["heartbeats"],
+        rank,
+        ray.get_runtime_context().get_node_id(),
+        asynchronous=device.type == "cuda",
+    )
     worker = Worker(rank, context.get_world_size(), device, heartbeat)
     config = parse_config(payload["config"])
     keep_freed_memory()
@@ -63,14 +71,23 @@ def train_worker(payload: dict[str, Any]) -> dict[str, Any]:
         return {RESULT_STOPPED: str(stop)}
     except DivergedError as error:
         return {RESULT_ERROR: str(error)}  # the same on all workers
+    except OSError as error:
+        if (message := system_error(error)) is not None:
+            raise message from error
+        raise
     return {}
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Whether a traceback that Ray logs is not that of an error which the driver reports in one message."""
+    return f"{FindRecError.__name__}: " not in record.getMessage()
 
 
 def _train_one(job: TrainingJob, folder: DataFolder, worker: Worker, report: Any) -> None:
     config, run_folder = job.config, job.folder
     torch.manual_seed(config.training.seed)
-    if worker.device.type == "cuda":  # rounds operands of float32 products to 10 bits (or not at all)
-        torch.set_float32_matmul_precision("high" if config.training.precision == "bfloat16" else "highest")
+    if worker.device.type == "cuda":
+        allow_tf32(config.training.precision == "bfloat16")
     model = build_tower_model(config, folder, _artifacts(job, worker))
     if worker.is_rank_zero:
         num_weights = sum(p.numel() for p in model.parameters())

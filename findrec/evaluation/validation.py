@@ -16,6 +16,7 @@ from findrec.evaluation.ranking.distributed import ShardedRowsTable, rank_split_
 from findrec.evaluation.ranking.evaluate import rank_split
 from findrec.evaluation.scoring.load import make_scorer
 from findrec.models.base import SequenceModel
+from findrec.ops.precision import full_float32
 from findrec.progress import say
 from findrec.tables.base import ITEMS, Table
 from findrec.tables.exchange import Shards
@@ -32,18 +33,31 @@ def validate(
     worker: Worker,
 ) -> dict[str, float]:
     """Exact full-catalogue metrics of the validation targets, equal on every rank."""
-    model, table = tower.whole_model().eval(), tables[ITEMS]
+    with full_float32(worker.device):  # whatever precision the steps are trained in
+        ranks = _rank(config, folder, tower, tables, catalogue, worker)
     protocol = RankingProtocol.of_validation(config, folder)
-    if isinstance(table, ShardedRowsTable):
-        assert isinstance(model, SequenceModel)
-        ranks = rank_split_sharded(model, table, catalogue, folder, "valid", protocol)
-    else:
-        scorer = make_scorer(config, model, table.weight, catalogue, worker.device, config.model.title)
-        ranks = rank_split(scorer, folder, "valid", protocol, rank=worker.rank, world=worker.world)
     row = summarise(_gather_ranks(ranks, folder, worker), folder, "valid", protocol, model=config.model.title)
     if worker.is_rank_zero:
         say(f"  validation: {describe_row(row)}")
     return row
+
+
+def _rank(
+    config: RunConfig,
+    folder: DataFolder,
+    tower: Tower,
+    tables: Mapping[str, Table],
+    catalogue: Catalogue,
+    worker: Worker,
+) -> Ranks:
+    """The ranks of this worker's part of the targets."""
+    model, table = tower.whole_model().eval(), tables[ITEMS]
+    protocol = RankingProtocol.of_validation(config, folder)
+    if isinstance(table, ShardedRowsTable):
+        assert isinstance(model, SequenceModel)
+        return rank_split_sharded(model, table, catalogue, folder, "valid", protocol)
+    scorer = make_scorer(config, model, table.weight, catalogue, worker.device, config.model.title)
+    return rank_split(scorer, folder, "valid", protocol, rank=worker.rank, world=worker.world)
 
 
 def describe_row(row: Mapping[str, Any]) -> str:

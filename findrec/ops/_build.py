@@ -1,9 +1,10 @@
 """Compile a C++ source of `csrc/` into a shared library at first use, and cache it.
 
 The sources have a plain C interface and do not use torch's headers: a build needs only a compiler and takes
-seconds. Libraries are cached below `TORCH_EXTENSIONS_DIR`, else `~/.cache/findrec`, under a name derived from
-the source, the flags, the compiler and the CPU. A file lock makes concurrent workers build only once; an
-atomic rename ensures that a killed build leaves no partial library.
+seconds. Libraries are cached below `TORCH_EXTENSIONS_DIR`, else `~/.cache/findrec`, or, where that cannot be
+written, `.cache/findrec` in FindRec's home. Their names are derived from the source, the flags, the compiler
+and the CPU. A file lock makes concurrent workers build only once; an atomic rename ensures that a killed
+build leaves no partial library.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from findrec.files import replacing
+from findrec.paths import home
 
 SOURCES = Path(__file__).resolve().parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-march=native")
@@ -64,8 +66,11 @@ def cache_folder() -> Path:
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR")
     if extensions:
         return Path(extensions).expanduser() / "findrec"
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "findrec"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    # In containers and on clusters the home of a user may be missing or read-only.
+    return (cache if os.access(cache, os.W_OK | os.X_OK) else home() / ".cache") / "findrec"
 
 
 def _key(source: Path, compiler: str) -> str:

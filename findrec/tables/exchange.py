@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from findrec.devices import copy_to
+from findrec.tables.collectives import COLLECTIVES
+
 
 def row_range(num_rows: int, rank: int, world: int) -> range:
     """The range of rows that worker `rank` of `world` holds; sizes differ by one at most."""
@@ -54,7 +57,8 @@ class Shards:
         if self.world == 1:
             return x
         result = x.new_empty(sum(received), *x.shape[1:])
-        dist.all_to_all_single(result, x.contiguous(), received, sent, group=self.group)
+        with COLLECTIVES.call("exchange of rows"):
+            dist.all_to_all_single(result, x.contiguous(), received, sent, group=self.group)
         return result
 
     def gather(self, x: Tensor) -> Tensor:
@@ -62,18 +66,22 @@ class Shards:
         if self.world == 1:
             return x[None]
         result = x.new_empty(self.world, *x.shape)
-        dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
+        with COLLECTIVES.call("gathering of values"):
+            dist.all_gather(list(result.unbind()), x.contiguous(), group=self.group)
         return result
 
     def all_reduce(self, x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         """All-reduce `x` in place and return it; the ring adds in the same order every time."""
         if self.world > 1:
-            dist.all_reduce(x, op, group=self.group)
+            with COLLECTIVES.call("reduction of values"):
+                dist.all_reduce(x, op, group=self.group)
         return x
 
     def lengths(self, *local: int, device: torch.device) -> list[list[int]]:
         """For each of the numbers, its values on all workers in rank order."""
-        values: list[list[int]] = self.gather(torch.tensor(local, device=device)).t().tolist()
+        if self.world == 1:
+            return [[value] for value in local]
+        values: list[list[int]] = self.gather(copy_to(torch.tensor(local), device)).t().tolist()
         return values
 
     def gather_uneven(self, x: Tensor, lengths: list[int]) -> Tensor:
@@ -94,9 +102,9 @@ class Shards:
         parts = self.exchange(x, lengths, [length] * self.world)
         return parts.view(self.world, length, *x.shape[1:]).sum(0)
 
-    def total(self, value: float, device: torch.device) -> float:
-        """The sum of `value` over all workers."""
-        return float(self.gather(torch.tensor(value, dtype=torch.float64, device=device)).sum())
+    def total(self, value: Tensor) -> float:
+        """The sum of `value` `[]` over all workers, in float64."""
+        return float(self.gather(value.double()).sum())
 
 
 class Route:
@@ -104,12 +112,13 @@ class Route:
 
     def __init__(self, shards: Shards, ids_U: Tensor) -> None:
         self._shards = shards
-        owner_U = shards.owner(ids_U)
-        self._order_U = owner_U.argsort(stable=True)
-        sent = torch.bincount(owner_U, minlength=shards.world)
+        owner_U, self._order_U = shards.owner(ids_U).sort(stable=True)
+        sent = torch.searchsorted(owner_U, torch.arange(shards.world + 1, device=owner_U.device)).diff()
         each = [1] * shards.world
-        self._sent: list[int] = sent.tolist()
-        self._received: list[int] = shards.exchange(sent, each, each).tolist()
+        counts = torch.stack([sent, shards.exchange(sent, each, each)])
+        self._sent: list[int]
+        self._received: list[int]
+        self._sent, self._received = counts.tolist()  # where the host waits for a GPU, once
         self.index_R = self.to_owners(ids_U) - shards.local.start  # local indices of the requested rows
 
     def to_owners(self, x_U: Tensor) -> Tensor:

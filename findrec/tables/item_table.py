@@ -15,6 +15,7 @@ from torch import Tensor
 
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus, linear_cross_entropy
 from findrec.tables.base import CatalogueLoss, Transform
+from findrec.tables.collectives import COLLECTIVES
 from findrec.tables.exchange import Shards
 from findrec.tables.local_table import LocalTable
 from findrec.tables.table_spec import TableSpec
@@ -67,12 +68,14 @@ class ItemTable(LocalTable):
         """See `Table`."""
         index_p, grad_pd = self._local.gradient()
         shards = Shards(len(self.weight))
-        if index_p is None and shards.world > 1:
-            dist.all_reduce(grad_pd)
-        elif index_p is not None and shards.world > 1:
-            (lengths,) = shards.lengths(len(index_p), device=grad_pd.device)
-            index_A = shards.gather_uneven(index_p, lengths)
-            grad_Ad = shards.gather_uneven(grad_pd, lengths)
+        if index_p is None:
+            with COLLECTIVES.call(f"sum of the gradients of table {self.name!r}"):
+                shards.all_reduce(grad_pd, dist.ReduceOp.SUM)
+        elif shards.world > 1:
+            with COLLECTIVES.call(f"gathering of the gradients of table {self.name!r}"):
+                (lengths,) = shards.lengths(len(index_p), device=grad_pd.device)
+                index_A = shards.gather_uneven(index_p, lengths)
+                grad_Ad = shards.gather_uneven(grad_pd, lengths)
             self._local.clear()
             self._local.add(index_A, grad_Ad)
             index_p, grad_pd = self._local.gradient()

@@ -18,6 +18,7 @@ from torch.optim.adamw import adamw
 
 from findrec.config import OptimConfig
 from findrec.tables.base import SavedRows
+from findrec.tables.row_sums import add_rows_
 
 
 class LocalRows:
@@ -42,7 +43,7 @@ class LocalRows:
         elif index_p is None:
             self._dense += grad_pd
         else:
-            self._dense.index_add_(0, index_p, grad_pd)
+            add_rows_(self._dense, index_p, grad_pd)
 
     @property
     def dense_gradient(self) -> Tensor | None:
@@ -59,7 +60,7 @@ class LocalRows:
             return torch.zeros(0, dtype=torch.int64, device=self.weight.device), self.weight[:0]
         indices, grads = (torch.cat(parts) for parts in zip(*self._parts, strict=True))
         index_p, row = torch.unique(indices, return_inverse=True)
-        grad_pd = self.weight.new_zeros(len(index_p), self.weight.shape[1]).index_add_(0, row, grads)
+        grad_pd = add_rows_(self.weight.new_zeros(len(index_p), self.weight.shape[1]), row, grads)
         padding = int(self._first == 0 and len(index_p) > 0 and int(index_p[0]) == 0)
         return index_p[padding:], grad_pd[padding:]
 
@@ -96,7 +97,7 @@ class LocalRows:
             [exp_avg],
             [exp_avg_sq],
             [],
-            [torch.tensor(float(self.steps), device=grad.device)],
+            [torch.full((), float(self.steps), device=grad.device)],  # filled there, not copied
             fused=True,  # one pass over the rows instead of ten
             amsgrad=False,
             beta1=beta1,

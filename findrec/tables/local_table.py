@@ -19,6 +19,7 @@ class LocalTable(Table):
     """A `Table` that holds a range of the rows of `spec`."""
 
     def __init__(self, spec: TableSpec, part: range) -> None:
+        self.name = spec.name
         self._local = spec.local_rows(part)
         self.weight = self._local.weight
         self._tile_bytes = tile_bytes(spec.device, spec.loss.tile_mib << 20)

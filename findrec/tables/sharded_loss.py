@@ -20,6 +20,7 @@ from torch import Tensor
 
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus, tile_rows
 from findrec.tables.exchange import Shards
+from findrec.tables.row_sums import add_some_rows_
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def sharded_cross_entropy(
         torch.mm(p, rows_nd, out=dh_Ad[part]).mul_(scale)
         dh_Ad[part] -= rows_nd[target] * target_is_local[:, None]
         drows_nd.addmm_(p.t(), h * (scale * share))
-        drows_nd.index_add_(0, target[target_is_local], h[target_is_local], alpha=-share)
+        add_some_rows_(drows_nd, target, h, target_is_local, -share)
         if dbonus_AN is not None:
             is_target = candidate_ids == tokens.target_A[part, None]
             dbonus_AN[part] = (p.gather(1, index).mul_(scale) - is_target.to(p.dtype)) * is_local

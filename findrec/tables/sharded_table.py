@@ -12,14 +12,17 @@ wheel for each torch version.
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.tables.base import CatalogueLoss, Scored, Transform
+from findrec.tables.collectives import COLLECTIVES
 from findrec.tables.exchange import Route, Shards
 from findrec.tables.local_table import LocalTable
 from findrec.tables.sharded_loss import sharded_cross_entropy
@@ -48,6 +51,8 @@ class ShardedItemTable(LocalTable):
             )
         part = self.shards.local
         super().__init__(spec, part)
+        # Of ids that are still in use: their gradients, pushed with the same tensor, go the same way.
+        self._routes: MutableMapping[Tensor, Route] = WeakIdKeyDictionary()
         classes = spec.classes()
         allowed = torch.ones(len(part), dtype=torch.bool)
         if classes is not None:
@@ -64,16 +69,18 @@ class ShardedItemTable(LocalTable):
     def lookup(self, ids_U: Tensor) -> Tensor:
         """See `Table`."""
         assert len(self.weight) == len(self.shards.local), "the table was created before the process group"
-        route = Route(self.shards, ids_U)
-        return route.to_requesters(self.weight[route.index_R]).requires_grad_()
+        with COLLECTIVES.call(f"lookup in table {self.name!r}"):
+            route = self._routes[ids_U] = Route(self.shards, ids_U)
+            return route.to_requesters(self.weight[route.index_R]).requires_grad_()
 
     def push(self, ids_U: Tensor | None, grad_Ud: Tensor) -> None:
         """See `Table`; a collective call only with ids."""
         if ids_U is None:
             self._local.add(None, grad_Ud)
             return
-        route = Route(self.shards, ids_U)
-        self._local.add(route.index_R, route.to_owners(grad_Ud))
+        with COLLECTIVES.call(f"gradients of the rows of table {self.name!r}"):
+            route = self._routes.get(ids_U) or Route(self.shards, ids_U)
+            self._local.add(route.index_R, route.to_owners(grad_Ud))
 
     def _exact_loss(
         self,
@@ -91,7 +98,7 @@ class ShardedItemTable(LocalTable):
             rows.requires_grad_()
             vectors = transform(self.shards.local, rows)
             gradient = torch.zeros_like(rows)
-        with torch.no_grad():
+        with torch.no_grad(), COLLECTIVES.call(f"loss over table {self.name!r}"):
             result = sharded_cross_entropy(
                 self.shards,
                 h_Td,
@@ -110,7 +117,6 @@ class ShardedItemTable(LocalTable):
     def step(self, lr: float) -> float:
         """See `Table`."""
         index_p, grad_pd = self._local.gradient()
-        local_norm = float(torch.linalg.vector_norm(grad_pd))
-        norm = math.sqrt(self.shards.total(local_norm * local_norm, grad_pd.device))
+        norm = math.sqrt(self.shards.total(torch.linalg.vector_norm(grad_pd).double().square()))
         self._local.update(index_p, grad_pd, lr=lr, norm=norm)
         return norm

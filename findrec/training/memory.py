@@ -6,6 +6,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from findrec.tables.collectives import COLLECTIVES
 from findrec.training.worker import Worker
 
 
@@ -16,5 +17,6 @@ def memory_values(worker: Worker) -> dict[str, float]:
         values["memory/gpu_peak_gib"] = float(torch.cuda.max_memory_allocated(worker.device))
     largest = torch.tensor(list(values.values()), dtype=torch.float64, device=worker.device)
     if worker.world > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        with COLLECTIVES.call("memory in use"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
     return {name: value / 2**30 for name, value in zip(values, largest.tolist(), strict=True)}

@@ -13,6 +13,7 @@ from torch import Tensor
 from findrec.datasets.folder.splits import Int64Array
 from findrec.errors import DivergedError
 from findrec.models.base import StepLoss
+from findrec.tables.collectives import COLLECTIVES
 from findrec.training.worker import Worker
 
 
@@ -37,7 +38,8 @@ def sum_over_workers(shares: Mapping[int, StepLoss], microbatches: int, worker: 
     totals[-1] = float(worker.heartbeat.stop_requested)
     if worker.world > 1:
         totals = totals.to(worker.device)
-        dist.all_reduce(totals)
+        with COLLECTIVES.call("sum of the losses"):
+            dist.all_reduce(totals)
     *sums, stop = totals.tolist()
     values = dict(zip(names, sums, strict=False))
     for name in first.diagnostics:

@@ -26,6 +26,7 @@ class Tower(Protocol):
     """A model with its optimizer. Gradients of microbatches are accumulated until `step`."""
 
     model: Model[Any]
+    replicated: bool  # whether every worker holds all weights
     backward_factor: float  # the factor by which `backward` scales the gradients of table rows
 
     def loss(self, microbatch: Microbatch[Any], tables: Tables) -> StepLoss:
@@ -91,6 +92,17 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=1e-8, fused=True)
 
 
+def zero_state(holder: Tensor, steps: int) -> dict[str, Tensor]:
+    """The state of the fused AdamW for the weights `holder` after `steps` steps, with moments of zero.
+
+    All of it is on the device of `holder`: on a GPU the fused kernel reads the number of steps there.
+    """
+    return {
+        "step": torch.full((), float(steps), dtype=torch.float32, device=holder.device),
+        **{moment: torch.zeros_like(holder) for moment in OPTIMIZER_STATE},
+    }
+
+
 def set_lr(groups: Iterable[dict[str, object]], lr: float) -> None:
     """Set the learning rate of all parameter groups."""
     for group in groups:
@@ -100,6 +112,7 @@ def set_lr(groups: Iterable[dict[str, object]], lr: float) -> None:
 class PlainTower:
     """One process, no DeepSpeed: the reference for every other engine."""
 
+    replicated = True
     backward_factor = 1.0
 
     def __init__(self, model: Model[Any], optim: OptimConfig) -> None:
@@ -145,7 +158,6 @@ class PlainTower:
         """See `Tower`."""
         self.model.load_state_dict(dict(weights))
         for name, p in self.model.named_parameters():
-            self._optimizer.state[p] = {
-                "step": torch.tensor(float(steps)),
-                **{moment: optimizer_state[f"{name}.{moment}"].clone() for moment in OPTIMIZER_STATE},
-            }
+            state = self._optimizer.state[p] = zero_state(p, steps)
+            for moment in OPTIMIZER_STATE:
+                state[moment].copy_(optimizer_state[f"{name}.{moment}"])

@@ -87,8 +87,11 @@ def test_it_takes_a_gpu_that_no_worker_needs(monkeypatch, gpus, overrides, train
     import ray
 
     from findrec.cluster import async_evaluation
+    from findrec.cluster.plan import machines
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(gpus)})
+    for module in (machines, async_evaluation):
+        monkeypatch.setattr(module, "built_for_gpus", lambda: True)
     monkeypatch.setattr(
         async_evaluation, "cluster_machines", lambda: [Machine("here", 8, 1 << 34, gpus=gpus)]
     )

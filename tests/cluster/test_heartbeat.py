@@ -1,10 +1,14 @@
 """Which workers are reported as hung; what is known of a thread from outside."""
 
+import json
 import threading
+import time
 
 import pytest
+from forked import forked
+from hanging_on_workers import CALLS, work
 
-from findrec.cluster.heartbeat import find_hung, thread_position
+from findrec.cluster.heartbeat import describe_hang, find_hung, thread_position
 from findrec.cluster.heartbeat_registry import HeartbeatRegistry, ObservedStatus, WorkerStatus
 from findrec.cluster.plan.placement import min_workers, shareable
 from findrec.config import parse_config
@@ -13,8 +17,10 @@ from findrec.progress import progress
 from findrec.training.worker import Heartbeat
 
 
-def seen(rank, *, silent_s=0.0, still_s=0.0, doing="training", waits=False, longest_s=0.1):
-    status = WorkerStatus(rank, "n", "h", 100 + rank, doing, 7, 21, longest_s, waits, "loop.py:1 (step)")
+def seen(rank, *, silent_s=0.0, still_s=0.0, doing="training", waits=False, longest_s=0.1, **collectives):
+    status = WorkerStatus(
+        *(rank, "n", "h", 100 + rank, doing, 7, 21, longest_s, waits, "loop.py:1 (step)"), **collectives
+    )
     return ObservedStatus(status, silent_s, still_s)
 
 
@@ -34,6 +40,54 @@ def test_the_one_the_others_wait_for_is_blamed():
     assert hung(seen(0, still_s=61)) == [0]
     everybody = [seen(rank, still_s=61, waits=True) for rank in range(3)]
     assert hung(*everybody) == [0, 1, 2]
+
+
+def on_gpu(rank, collectives, name, **values):
+    """A worker that makes no progress, after a number of asynchronous collective calls."""
+    values |= {"asynchronous": True, "collectives": collectives, "collective": name}
+    return seen(rank, still_s=61, **values)
+
+
+def test_on_gpus_the_one_that_did_not_enter_a_collective_call_is_blamed():
+    blocked = [on_gpu(rank, 9, "sum of the losses") for rank in (0, 2)]  # in `tolist`, not in a call
+    behind = on_gpu(1, 8, "update of the tower")
+    assert hung(blocked[0], behind, blocked[1]) == [1]
+    text = describe_hang([behind], [blocked[0], behind, blocked[1]])
+    assert text == (
+        "rank 1 (process 101 on h), training, step 7, at loop.py:1 (step): no progress for 61 s, "
+        "while the others wait in: sum of the losses"
+    )
+
+
+def test_on_gpus_workers_that_entered_the_same_calls_are_told_apart_by_where_they_are():
+    inside, outside = (on_gpu(rank, 9, "update of the tower", waits=rank == 0) for rank in (0, 1))
+    assert hung(inside, outside) == [1]
+    assert hung(inside, on_gpu(1, 9, "update of the tower", waits=True)) == [0, 1]
+
+
+def test_on_a_cpu_the_number_of_calls_does_not_matter():
+    worker = seen(1, still_s=61, waits=True, collectives=3, collective="sum of the losses")
+    other = seen(0, still_s=61, collectives=4, collective="update of the tower")
+    assert hung(other, worker) == [0]
+    assert "while the others wait" not in describe_hang([other], [other, worker])
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_the_worker_that_did_not_join_is_named_though_all_wait_outside_of_the_call(tmp_path, late):
+    """Three processes; the calls return at once, as with NCCL, and each waits for its result later."""
+    with forked(work, 3, str(tmp_path / "meeting"), str(tmp_path), late):
+        statuses, deadline = [], time.monotonic() + 60
+        while not statuses or {s.collectives for s in statuses if s.rank != late} != {CALLS}:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            files = list(tmp_path.glob("status-*.json"))
+            statuses = [WorkerStatus(**json.loads(file.read_text())) for file in files if len(files) == 3]
+        assert not any(status.waits for status in statuses)
+        observed = [ObservedStatus(status, 0, 61) for status in statuses]
+        named = find_hung(observed, hang_s=60, timeout_s=300)
+        assert [s.status.rank for s in named] == [late]
+        assert describe_hang(named, observed).endswith("wait in: sum of the losses > reduction of values")
+        (tmp_path / "go").touch()
 
 
 def test_slow_steps_are_no_hang():

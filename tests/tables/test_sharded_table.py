@@ -9,11 +9,11 @@ from tables_on_workers import CASES, TABLES, train, work
 from findrec.tables.item_table import ItemTable
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_placements_on_workers_equal_one_table_in_one_process(tmp_path, world):
+@pytest.mark.parametrize(("world", "gpu_forms"), [(1, False), (2, False), (3, False), (3, True), (4, False)])
+def test_placements_on_workers_equal_one_table_in_one_process(tmp_path, world, gpu_forms):
     """Every loss with every combination of accumulation and clipping, and own items, transforms, classes."""
     want = {}
-    with forked(work, world, str(tmp_path / "meeting"), str(tmp_path / "out")):
+    with forked(work, world, str(tmp_path / "meeting"), str(tmp_path / "out"), gpu_forms):
         for number, case in enumerate(CASES):
             total = world * case.accumulation
             values = train(ItemTable(case.spec()), case, range(total), total)

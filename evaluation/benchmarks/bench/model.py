@@ -110,10 +110,11 @@ def published_step(shape: Shape, scan: Literal["parallel", "ours"] = "parallel")
     return step
 
 
-def findrec_step(shape: Shape, overrides: Sequence[str] = ()) -> Callable[[], int]:
+def findrec_step(shape: Shape, overrides: Sequence[str] = (), device: str = "cpu") -> Callable[[], int]:
     """Return a function that makes one step of FindRec and returns its number of targets.
 
-    `overrides` are `dotted.key=value` of the run configuration (`training.loss.kind=sampled`).
+    `overrides` are `dotted.key=value` of the run configuration (`training.loss.kind=sampled`). On a GPU the
+    batch lies there already, as in training the next one is prepared meanwhile.
     """
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
@@ -126,7 +127,8 @@ def findrec_step(shape: Shape, overrides: Sequence[str] = ()) -> Callable[[], in
         feature_dims={name: table.shape[1] for name, table in tables.items()},
         max_length=shape.length,
     )
-    model = build_model(config.model, facts)
+    model = build_model(config.model, facts).to(device)
+    model.low_precision = config.training.precision == "bfloat16"
     item_BX = draw_items(shape.rows * (shape.length + 1), shape.items, generator).view(shape.rows, -1)
     table = ItemTable(
         TableSpec(
@@ -136,13 +138,15 @@ def findrec_step(shape: Shape, overrides: Sequence[str] = ()) -> Callable[[], in
             loss=config.training.loss,
             optim=config.training.optim,
             train_count=torch.bincount(item_BX.flatten(), minlength=shape.items + 1),
+            device=device,
         )
     )
     tower = PlainTower(model.train(), config.training.optim)
-    catalogue = InMemoryFeatures(tables)
+    catalogue = InMemoryFeatures({name: values.to(device) for name, values in tables.items()})
+    ready = None if device == "cpu" else next_item_batch(item_BX).to(device)
 
     def step() -> int:
-        batch = next_item_batch(item_BX)
+        batch = next_item_batch(item_BX) if ready is None else ready
         microbatch = Microbatch(batch, catalogue, len(batch.target), num_microbatches=1, seed=0)
         run_microbatch(tower, {ITEMS: table}, microbatch)
         tower.step(1e-3)

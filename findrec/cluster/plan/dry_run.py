@@ -21,9 +21,9 @@ from findrec.cluster.plan.activations import MicrobatchShape, measure_microbatch
 from findrec.cluster.plan.machines import (
     Machine,
     cluster_machines,
-    has_gpus,
     place_workers,
     this_machine,
+    use_gpus,
 )
 from findrec.cluster.plan.memory import Sizes, WorkerMemory, evaluator_memory, worker_memory
 from findrec.config import RunConfig, parse_config
@@ -93,18 +93,25 @@ def dry_run(config: RunConfig) -> None:
     say(f"plan of run {config.name!r}: nothing is started")
     with _machines(config) as machines:
         for job in training_jobs(config, Path()):
-            plan = make_plan(job.config, folder, machines)
             say(f"training of {job.name}")
+            plan = make_plan(job.config, folder, machines, announce=True)
             for line in describe(plan):
                 say(line)
             check_memory_fits(plan, folder, machines)
-    say("it fits; start it with the same command without --dry-run")
+        unknown = plan.gpu and any(machine.gpu_memory is None for machine, _ in plan.placed)
+    checked = "it fits, as far as is known: the memory of GPUs was not checked" if unknown else "it fits"
+    say(f"{checked}; start it with the same command without --dry-run")
 
 
-def make_plan(config: RunConfig, folder: DataFolder, machines: Sequence[Machine]) -> Plan:
-    """Plan a run on `machines`; reads one microbatch and builds the model, but no tables."""
+def make_plan(
+    config: RunConfig, folder: DataFolder, machines: Sequence[Machine], *, announce: bool = False
+) -> Plan:
+    """Plan a run on `machines`; reads one microbatch and builds the model, but no tables.
+
+    `announce` tells the user about GPUs as in `use_gpus`.
+    """
+    config, gpu = use_gpus(config, machines, announce=announce)
     workers = config.cluster.workers
-    gpu = has_gpus(config, machines)
     model = build_tower_model(config, folder)
     source: ExampleSource[Any] = model.examples(config, folder)
     epoch = source.plan(0)
@@ -219,8 +226,9 @@ def describe(plan: Plan) -> Iterator[str]:
     for machine, count in plan.placed:
         used, has = _demand(plan, count), machine.memory
         line = f"  {machine.name}: {_gib(used)} of {_gib(has)} for {count} workers, Ray and the driver"
-        if plan.gpu and machine.gpu_memory:
-            line += f"; {_gib(plan.memory.total('device'))} of {_gib(machine.gpu_memory)} on each GPU"
+        if plan.gpu:
+            has_gpu = "unknown, not checked" if machine.gpu_memory is None else _gib(machine.gpu_memory)
+            line += f"; {_gib(plan.memory.total('device'))} on each GPU, of {has_gpu}"
         yield line
 
 
@@ -242,7 +250,7 @@ def _shortage(plan: Plan) -> str | None:
         if used > machine.memory:
             return f"{machine.name} has {_gib(machine.memory)} of memory, {count} workers need {_gib(used)}"
         on_gpu = plan.memory.total("device")
-        if plan.gpu and 0 < machine.gpu_memory < on_gpu:
+        if plan.gpu and machine.gpu_memory is not None and machine.gpu_memory < on_gpu:
             return f"a GPU of {machine.name} has {_gib(machine.gpu_memory)}, a worker needs {_gib(on_gpu)}"
     return None
 

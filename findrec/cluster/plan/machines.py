@@ -9,28 +9,29 @@ from pathlib import Path
 
 import torch
 
-from findrec.cluster.plan.placement import min_workers
+from findrec.cluster.plan.placement import min_workers, shareable
 from findrec.config import RunConfig
 from findrec.errors import FindRecError
-from findrec.ray_session import usable_cpus
+from findrec.progress import say, warn
+from findrec.ray_session import usable_cpus, usable_gpus
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The resources of one machine; `gpu_memory` is that of one GPU, 0 if unknown."""
+    """The resources of one machine; `gpu_memory` is that of its smallest GPU, None if unknown."""
 
     name: str
     cpus: float
     memory: int  # bytes
     gpus: int = 0
-    gpu_memory: int = 0  # bytes
+    gpu_memory: int | None = None  # bytes
 
 
 def this_machine() -> Machine:
     """The machine this process runs on."""
-    gpus = torch.cuda.device_count()
-    gpu_memory = torch.cuda.get_device_properties(0).total_memory if gpus else 0
-    return Machine("this machine", usable_cpus(), machine_memory(), gpus, gpu_memory)
+    gpus = usable_gpus()
+    sizes = [torch.cuda.get_device_properties(gpu).total_memory for gpu in range(gpus)]
+    return Machine("this machine", usable_cpus(), machine_memory(), gpus, min(sizes, default=None))
 
 
 def machine_memory() -> int:
@@ -45,7 +46,7 @@ def machine_memory() -> int:
 
 
 def cluster_machines() -> list[Machine]:
-    """The living nodes of the Ray cluster this process has joined."""
+    """The living nodes of the Ray cluster this process has joined; Ray does not tell the memory of GPUs."""
     import ray
 
     machines = []
@@ -87,8 +88,49 @@ def place_workers(config: RunConfig, machines: Sequence[Machine], *, gpu: bool) 
     return placed
 
 
-def has_gpus(config: RunConfig, machines: Sequence[Machine]) -> bool:
-    """Whether each worker gets a GPU; with `cluster.gpu=auto`, if `cluster.min_workers` GPUs exist."""
-    if config.cluster.gpu == "auto":
-        return sum(machine.gpus for machine in machines) >= min_workers(config)
-    return config.cluster.gpu
+def use_gpus(
+    config: RunConfig, machines: Sequence[Machine], *, announce: bool = False
+) -> tuple[RunConfig, bool]:
+    """Decide whether each worker gets a GPU; returns the run, perhaps with fewer workers, and the decision.
+
+    With `cluster.gpu=auto` workers get GPUs if `cluster.min_workers` of them exist. If there are some, but
+    fewer than workers, and the number of workers is the default, it becomes that of the GPUs, or the next
+    smaller one that divides the microbatches; results do not depend on it. With `announce` the user is told
+    of every decision but the usual one. Raises `FindRecError` if GPUs are requested (`cluster.gpu=true`), but
+    the installed PyTorch is a build for CPUs.
+    """
+    cluster, gpus = config.cluster, sum(machine.gpus for machine in machines)
+    tell = warn if announce else _silent
+    if cluster.gpu is False or (cluster.gpu == "auto" and not gpus):
+        return config, False
+    if not built_for_gpus():
+        problem = "the installed PyTorch is the build for CPUs (`findrec doctor` says which one fits)"
+        if cluster.gpu is True:
+            raise FindRecError(f"cluster.gpu=true, but {problem}")
+        tell(f"{gpus} GPUs are not used: {problem}")
+        return config, False
+    if gpus >= min_workers(config):
+        return config, True
+    if gpus and "workers" not in cluster.model_fields_set:
+        workers = shareable(config, gpus)
+        if announce:
+            say(f"{workers} instead of {cluster.workers} workers, as there are {gpus} GPUs: one for each")
+        return config.model_copy(update={"cluster": cluster.model_copy(update={"workers": workers})}), True
+    if cluster.gpu is True:
+        return config, True  # more may come; otherwise placing the workers fails
+    least = shareable(config, gpus)
+    tell(
+        f"TRAINING ON THE CPU: {min_workers(config)} workers need a GPU each, and there are {gpus} in all. "
+        f"Set cluster.workers={least} to train on a GPU each, with the same result, or cluster.gpu=false to "
+        "train on the CPU without this warning"
+    )
+    return config, False
+
+
+def built_for_gpus() -> bool:
+    """Whether the installed PyTorch is a build with CUDA or ROCm; workers have the same one."""
+    return torch.version.cuda is not None or torch.version.hip is not None
+
+
+def _silent(_: str) -> None:
+    pass

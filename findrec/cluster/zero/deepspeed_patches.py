@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 
 
-def import_deepspeed() -> Any:
-    """Import and return DeepSpeed, with the accelerator, the log level and the patches below set."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def import_deepspeed(device: torch.device | None = None) -> Any:
+    """Import and return DeepSpeed, with the accelerator, the log level and the patches below set.
+
+    `device` is that of the worker, by default a GPU if there is one. DeepSpeed itself would put a worker that
+    trains on the CPU of a machine with a GPU (`cluster.gpu=false`) on the GPU.
+    """
+    uses_gpu = torch.cuda.is_available() if device is None else device.type == "cuda"
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if uses_gpu else "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     with _hidden_module("mlflow"):
         import deepspeed
@@ -32,8 +37,11 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Stage 3 warns that it does not look inside batches and `Out` for tensors. None of them needs that.
     zero_utils.warned = True
-    # Without this, DeepSpeed compiles a shared-memory collective (a minute, once) that gloo already provides.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # No op is compatible. At the first look at this table DeepSpeed would ask of each op whether it could be
+    # built, which runs nvcc and the C++ compiler for seconds. It looks for one op only: a shared-memory
+    # collective, which it would compile (a minute, once) and which gloo already provides. Ops that are loaded
+    # by name, as the optimizer in host memory is, do not need the table.
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     return deepspeed
 
 

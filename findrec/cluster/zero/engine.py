@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from findrec.cluster.zero.deepspeed_patches import import_deepspeed
 from findrec.cluster.zero.state import ZeroState
 from findrec.config import OptimConfig
 from findrec.models.base import Microbatch, Model, StepLoss
+from findrec.tables.collectives import COLLECTIVES
 from findrec.tables.view import Tables
 from findrec.training.tower import make_optimizer, set_lr
 
@@ -77,8 +79,9 @@ class DeepSpeedTower:
         offload_optimizer: bool = False,
     ) -> None:
         """`accumulation` is the number of microbatches this worker runs in a step (K / W)."""
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(device)
         self._stage = stage
+        self.replicated = stage < 3
         # With sharded weights, evaluation uses a complete copy of the model.
         self._empty = copy.deepcopy(model).to("meta") if stage == 3 else None
         self.model = model.to(device)
@@ -104,12 +107,15 @@ class DeepSpeedTower:
 
     def loss(self, microbatch: Microbatch[Any], tables: Tables) -> StepLoss:
         """See `Tower`."""
-        loss: StepLoss = self.engine(microbatch, tables)
+        gathers = COLLECTIVES.call("forward pass of the tower") if self._stage == 3 else nullcontext()
+        with gathers:
+            loss: StepLoss = self.engine(microbatch, tables)
         return loss
 
     def backward(self, loss: Tensor) -> None:
         """See `Tower`; the engine reduces gradients at each accumulation boundary."""
-        self.engine.backward(loss * self.backward_factor, scale_wrt_gas=False)
+        with COLLECTIVES.call("backward pass of the tower"):
+            self.engine.backward(loss * self.backward_factor, scale_wrt_gas=False)
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()  # only counts the microbatch; `step` updates after the last one
 
@@ -119,7 +125,8 @@ class DeepSpeedTower:
         norm = None
         if self._stage == 0:  # DeepSpeed does not return the norm it clips by
             norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        self.engine.step()
+        with COLLECTIVES.call("update of the tower"):
+            self.engine.step()
         return float(self.engine.get_global_grad_norm() or 0.0 if norm is None else norm)
 
     def weights(self) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from findrec.training.tower import OPTIMIZER_STATE
+from findrec.training.tower import OPTIMIZER_STATE, zero_state
 
 
 class ZeroState:
@@ -86,10 +86,7 @@ class ZeroState:
         else:
             optimizer, holders = self._zero.optimizer, self._zero.single_partition_of_fp32_groups
         for holder in holders:
-            optimizer.state[holder] = {
-                "step": torch.tensor(float(steps)),
-                **{moment: torch.zeros_like(holder) for moment in OPTIMIZER_STATE},
-            }
+            optimizer.state[holder] = zero_state(holder, steps)
         self._link()
 
     def _link(self) -> None:

@@ -2,37 +2,84 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from findrec.errors import FindRecError
+from findrec.progress import warn
 
 GPU_MOST = 2048  # maximum number of items that a GPU index returns, and of lists that it probes
 
 Gpus = Literal["none", "replicate", "shard"]
 
+_failures: list[str] = []  # of the import, which would take seconds again
+
 
 def import_faiss() -> Any:
-    """The configured `faiss` module; None if it is not installed."""
+    """The configured `faiss` module; None if it is not installed, or, with one warning, does not work."""
     try:
-        import faiss
-    except ImportError:
+        faiss, problem = _import()
+    except ModuleNotFoundError:
         return None
-    faiss.cvar.distance_compute_blas_threshold = 1  # always use BLAS, which is faster
+    if problem:
+        _warn_once(problem)
     return faiss
 
 
 def need_faiss() -> Any:
-    """The `faiss` module; raises `FindRecError` if it is not installed."""
-    faiss = import_faiss()
-    if faiss is None:
+    """The `faiss` module; raises `FindRecError` if it is not installed or does not work."""
+    try:
+        faiss, problem = _import()
+    except ModuleNotFoundError:
         raise FindRecError(
             "FAISS is not installed, which indexes need: pip install faiss-cpu (on a CUDA machine faiss-gpu; "
             "never both, as they install the same files)"
-        )
+        ) from None
+    if problem:
+        raise FindRecError(problem)
     return faiss
+
+
+def _import() -> tuple[Any, str]:
+    """The module, or None and why it does not work; raises `ModuleNotFoundError` if it is not installed."""
+    if _failures:
+        return None, _failures[0]
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        if error.name == "faiss":
+            raise
+        failed: Exception = error
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        failed = error  # the GPU package raises any of them for missing CUDA libraries
+    else:
+        faiss.cvar.distance_compute_blas_threshold = 1  # always use BLAS, which is faster
+        return faiss, ""
+    said = " ".join(str(failed).split())[:300] or type(failed).__name__
+    _failures.append(
+        f"FAISS is installed but does not work ({said}). Where there is no GPU, or it cannot be mended: pip "
+        "uninstall faiss-gpu faiss-cpu, then pip install faiss-cpu"
+    )
+    return None, _failures[0]
+
+
+@cache
+def _warn_once(problem: str) -> None:
+    warn(problem)
+
+
+def _num_gpus(faiss: Any) -> int:
+    # FAISS aborts the process where the CUDA driver cannot start, so PyTorch is asked first.
+    if not hasattr(faiss, "StandardGpuResources") or not torch.cuda.is_available():
+        return 0
+    try:
+        return int(faiss.get_num_gpus())
+    except RuntimeError:
+        return 0
 
 
 def choose_gpus(requested: str | None = None) -> Gpus:
@@ -41,7 +88,7 @@ def choose_gpus(requested: str | None = None) -> Gpus:
     Raises `FindRecError` for an unknown mode, or if GPUs are requested and FAISS has none.
     """
     faiss = need_faiss()
-    has_gpu = bool(hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus())
+    has_gpu = _num_gpus(faiss) > 0
     if requested == "none" or (requested is None and not has_gpu):
         return "none"
     if requested not in (None, "replicate", "shard"):

@@ -17,14 +17,13 @@ P pairs.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from findrec.ops._tiles import GPU_TILE_BYTES, tile_bytes
+from findrec.ops.precision import full_float32
 from findrec.ops.ranking.counting import CaseOrder, Counts, sum_true, too_late
 
 SAFE_NORM = 2.0**60  # vectors up to here cannot overflow a float32 product
@@ -64,7 +63,7 @@ def torch_count(
     # Narrow tiles stay in a CPU's cache and leave fewer scores to search for doubtful ones; counts are
     # summed in float32, exact up to 2^24.
     tile = max(1, min(pairs // step, 4096 if users_Bd.device.type == "cpu" else 1 << 24))
-    with _full_float32(users_Bd.device):
+    with full_float32(users_Bd.device):  # the bounds speak of IEEE sums
         for lo in range(0, len(order.rows), step):
             hi = min(lo + step, len(order.rows))
             rows = order.rows[lo:hi]
@@ -233,19 +232,3 @@ def _rescore(
         counts.greater.index_add_(0, case_P, (score_P > t_C[case_P]).long())
         counts.equal.index_add_(0, case_P, (score_P == t_C[case_P]).long())
     doubtful.clear()
-
-
-@contextlib.contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Switch TF32, bfloat16 products of float32 and autocast off: the bounds speak of IEEE sums."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    cuda = torch.backends.cuda.matmul
-    reduced = cuda.allow_bf16_reduced_precision_reduction
-    cuda.allow_bf16_reduced_precision_reduction = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        cuda.allow_bf16_reduced_precision_reduction = reduced

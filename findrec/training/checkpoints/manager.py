@@ -11,6 +11,7 @@ from findrec.errors import FindRecError
 from findrec.progress import warn
 from findrec.tables.base import Table
 from findrec.training.checkpoints.checkpoint import TrainState, checkpoint_path
+from findrec.training.checkpoints.replicas import check_replicas
 from findrec.training.checkpoints.saving import save_training, snapshot_training
 from findrec.training.checkpoints.store import CheckpointStore, Sender
 from findrec.training.checkpoints.validations import protected_checkpoints, prune_checkpoints
@@ -48,6 +49,8 @@ class CheckpointManager:
     def save(self, state: TrainState, *, must: bool = False, wait: bool = False) -> bool:
         """Commit a checkpoint and return whether it was written (a collective call).
 
+        Raises `FindRecError` if the workers' copies of the weights differ (`check_replicas`).
+
         A full disk or an unavailable file share gives a warning, and the next save tries again; with `must`
         it raises `FindRecError`. Where `saves_in_background` holds and neither `must` nor `wait` is set, this
         returns as soon as the tensors are copied, and a later failure is reported as a warning.
@@ -55,9 +58,10 @@ class CheckpointManager:
         worker = self._worker
         with worker.heartbeat.busy("saving"):
             self._finish_writing()
+            check_replicas(self._tower, self._tables, worker, state.step)
             if saves_in_background(self._tables, worker) and not must and not wait:
-                write = snapshot_training(self._root, state, self._tower, self._tables)
-                if worker.is_rank_zero:
+                write = snapshot_training(self._root, state, self._tower, self._tables, worker)
+                if write is not None:
                     self._writing = self._writer.submit(self._write, state, write)
                 return True
             try:

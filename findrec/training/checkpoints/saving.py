@@ -48,19 +48,23 @@ def save_training(
 
 
 def snapshot_training(
-    root: Path, state: TrainState, tower: Tower, tables: Mapping[str, Table]
-) -> Callable[[], Path]:
-    """Copy the content of a checkpoint to host memory (a collective call; not for sharded tables).
+    root: Path, state: TrainState, tower: Tower, tables: Mapping[str, Table], worker: Worker
+) -> Callable[[], Path] | None:
+    """Copy the content of a checkpoint to host memory on rank 0 (a collective call; not for sharded tables).
 
-    Returns a function that writes the copy; one worker calls it, while training may continue.
+    Returns a function that writes the copy, while training may continue; None on the other workers.
     """
-    weights, optimizer_state = _copied(tower.weights()), _copied(tower.optimizer_state())
-    rows = {name: _copied(table.state()) for name, table in tables.items()}
+
+    def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if not worker.is_rank_zero:
+            return {}
+        return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+
+    weights, optimizer_state = copied(tower.weights()), copied(tower.optimizer_state())  # collectives
+    if not worker.is_rank_zero:
+        return None
+    rows = {name: copied(table.state()) for name, table in tables.items()}
     return lambda: save_checkpoint(root, state, tower=weights, optimizer_state=optimizer_state, tables=rows)
-
-
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _save_parts(root: Path, state: TrainState, tables: Mapping[str, Table], worker: Worker) -> FileEntries:

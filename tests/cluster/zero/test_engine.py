@@ -45,10 +45,12 @@ class Setting:
     workers: Callable[[int], Workers]
     want: Outcome
 
-    def train(self, stage, world, name=None, config=None, folder=None):
+    def train(self, stage, world, name=None, config=None, folder=None, *, gpu_paths=False):
         place = self.path / (name or f"stage{stage}world{world}")
         data = (folder or self.folder).path
-        return self.workers(world).train(stage, data, place / "checkpoints", config or self.config)
+        return self.workers(world).train(
+            stage, data, place / "checkpoints", config or self.config, gpu_paths=gpu_paths
+        )
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,24 @@ def test_the_same_number_of_workers_gives_the_same_bits(setting, stage):
     first, second = (setting.train(stage, 2, f"bits{stage}{turn}") for turn in (1, 2))
     assert torch.equal(first.losses, second.losses)
     assert all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "offload"), [(1, "sampled", False), (2, "gbce", True), (3, "exact", True)]
+)
+def test_with_the_code_for_gpus_a_training_continues_bit_for_bit(setting, stage, kind, offload):
+    """Torch's forms of all operations, bfloat16 products, checkpoints saved beside training."""
+    training = {"precision": "bfloat16", "loss": {"kind": kind, "negatives": 16}, "save_steps": 3, "keep": 99}
+    config = changed(setting.config, training=training, cluster={"offload_optimizer": offload})
+    name = f"gpu{stage}"
+    whole = setting.train(stage, 2, name, config, gpu_paths=True)
+    steps = sorted((setting.path / name / "checkpoints").glob("step-*"))
+    for path in steps[len(steps) // 2 :]:  # as if the run had been killed
+        shutil.rmtree(path)
+    rest = setting.train(stage, 2, name, config, gpu_paths=True)
+    assert 0 < len(rest.losses) < len(whole.losses)
+    assert torch.equal(rest.losses, whole.losses[-len(rest.losses) :])
+    assert all(torch.equal(rest.weights[name], value) for name, value in whole.weights.items())
 
 
 OTHER_MODELS = {

@@ -264,8 +264,10 @@ class FakeGpus:
 @pytest.mark.parametrize("gpus", ["replicate", "shard"])
 def test_lists_too_long_for_gpus_use_exact_search(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeGpus(monkeypatch)
-    assert faiss_library.choose_gpus() == "replicate"
-    assert faiss_library.choose_gpus(gpus) == gpus
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        assert faiss_library.choose_gpus() == "replicate"
+        assert faiss_library.choose_gpus(gpus) == gpus
     torch.manual_seed(0)
     items, users = torch.randn(3001, DIM), torch.randn(6, DIM)
     index = build_index(items, "Flat", gpus=gpus)

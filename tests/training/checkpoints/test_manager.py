@@ -1,13 +1,16 @@
 """Checkpoints written beside training hold the step they were taken at; a disk that fails stops nothing."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 from planted import Silent, planted_folder, planted_run
 
 from findrec.errors import FindRecError
 from findrec.training.checkpoints import manager, saving
-from findrec.training.checkpoints.checkpoint import list_checkpoints, read_state
+from findrec.training.checkpoints.checkpoint import TrainState, list_checkpoints, read_state
+from findrec.training.worker import Worker
 
 TRAINING = {"epochs": 3, "save_steps": 2, "keep": 99}
 
@@ -81,3 +84,25 @@ def test_older_ones_are_deleted_after_the_newer_is_written(folder, tmp_path, bes
     left = list_checkpoints(run / "checkpoints")
     newest = read_state(left[-1])
     assert {path.name for path in left} == {f"step-{step:08d}" for step in (newest.step, newest.best_step)}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_worker_that_writes_copies_the_tensors(tmp_path, rank):
+    """The others take part in the collective calls of a tower that is sharded."""
+    calls = []
+
+    def noted(name):
+        def values():
+            calls.append(name)
+            return {name: torch.ones(2, 2)}
+
+        return values
+
+    tower = SimpleNamespace(weights=noted("weights"), optimizer_state=noted("optimizer_state"))
+    table = SimpleNamespace(state=noted("table"))
+    state = TrainState(epoch=1, step=5, plan="p", best=0.5, best_step=5, stale=0)
+    write = saving.snapshot_training(tmp_path, state, tower, {"items": table}, Worker(rank, 2))
+    assert calls == ["weights", "optimizer_state", *["table"] * (rank == 0)]
+    assert (write is None) == (rank == 1)
+    if write is not None:
+        assert write().name == "step-00000005"
