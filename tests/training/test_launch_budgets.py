@@ -23,7 +23,7 @@ SCAN = ("ops/scan", "models/parts/mamba.py")  # have kernels of their own on a G
 @pytest.mark.parametrize(
     ("kind", "waits", "kernels", "updates"),
     # The sampled losses ask the GPU which ids are distinct.
-    [("exact", 0, 725, 4), ("sampled", 1, 790, 6), ("gbce", 1, 750, 6)],
+    [("exact", 0, 725, 3), ("sampled", 1, 790, 5), ("gbce", 1, 750, 5)],
 )
 def test_a_step_of_findrec_stays_within_its_budget(card, kind, waits, kernels, updates):
     step = card(train_step, NAME, kind, places=True)
