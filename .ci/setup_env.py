@@ -18,7 +18,7 @@ import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 OLDEST, TOO_NEW = (3, 11), (3, 15)
-DISK_GB_CPU, DISK_GB_GPU = 4, 14
+DISK_GB_CPU, DISK_GB_GPU = 5, 14
 STILL_EVERY_S = 20
 INDEX = "https://download.pytorch.org/whl/"
 BYTES_PER_COMPILER = 16 << 30  # nvcc compiles each of mamba-ssm's files for four architectures at a time
@@ -205,12 +205,11 @@ def mamba_step(pip, build, nvcc, environ):
         found = f"{nvcc[0]} is of CUDA {nvcc[1]}" if nvcc else "there is no nvcc"
         needs = f"it needs the CUDA {build.cuda} toolkit, but {found}"
         return Step(what, says=(f"!! mamba-ssm is left out: {needs}. FindRec's own scan is used.",))
-    packages = [pinned(name, "constraints.txt") for name in ("mamba-ssm", "einops")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     jobs = max(1, min(os.cpu_count() or 1, memory // BYTES_PER_COMPILER))
     return Step(
         what,
-        [*pip, "--no-build-isolation", "--no-deps", *packages],
+        [*pip, "--no-build-isolation", "--no-deps", pinned("mamba-ssm", "constraints.txt")],
         environment={
             "MAMBA_FORCE_BUILD": "TRUE",
             "CUDA_HOME": os.path.dirname(os.path.dirname(nvcc[0])),

@@ -1,13 +1,19 @@
 """Order of the tests, and what each leaves behind."""
 
 import multiprocessing
+import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import emulated_card
 import pytest
+import torch
 
 LONGEST = ("test_train_dist.py", "test_failures.py", "test_engine.py", "test_beside.py")
+
+# Triton reads this when it is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

@@ -11,6 +11,7 @@ from bench.memory import peak_bytes
 from bench.scan import BASELINES, bench_scan, input_bytes, make_warm_run
 from torch import Tensor
 
+from findrec.errors import FindRecError
 from findrec.ops.scan.selective_scan import selective_scan
 
 MIB = 2**20
@@ -47,6 +48,23 @@ def test_rows_for_each_baseline_and_ours_against_each() -> None:
         assert row.impl not in BASELINES
         assert row.ratio == baseline.median_s / row.median_s
     assert {row.shape for row in rows} == {"B1 L8 D4 N4"}
+
+
+@pytest.mark.parametrize(
+    ("best", "usable", "measured"),
+    [("mamba_ssm", True, ["mamba_ssm", "triton"]), ("triton", True, ["triton"]), ("torch", False, ["torch"])],
+)
+def test_on_cuda_triton_is_measured_where_it_works(
+    best: str, usable: bool, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backend(device: str, impl: str = "auto") -> str:
+        if impl == "triton" and not usable:
+            raise FindRecError("no triton")
+        return best if impl == "auto" else impl
+
+    monkeypatch.setattr(scan, "scan_backend", backend)
+    assert scan.our_impls("cuda") == measured
+    assert scan.our_impls("cpu") == [best]
 
 
 def test_a_missing_package_is_reported(

@@ -15,6 +15,7 @@ channels. Code loaded by the first call is not counted: a tiny scan runs before.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from bench.rows import Row
 from torch import Tensor
 from torch.nn import functional as F
 
+from findrec.errors import FindRecError
 from findrec.ops.scan.selective_scan import scan_backend, selective_scan
 from findrec.progress import say
 
@@ -119,17 +121,26 @@ def input_bytes(shape: Shape) -> int:
     return 4 * (batch * length * (3 * width + 2 * states) + width * (states + 1))
 
 
+def our_impls(device: str) -> list[str]:
+    """The implementation that `auto` selects, and on CUDA also `triton` if it works."""
+    chosen = [scan_backend(device)]  # before timing, as it may build the kernel
+    if device == "cuda" and "triton" not in chosen:
+        with contextlib.suppress(FindRecError):
+            chosen.append(scan_backend(device, "triton"))
+    return chosen
+
+
 def bench_scan(shapes: Sequence[Shape] = SHAPES, runs: int = 11) -> list[Row]:
-    """Measure each baseline, and the `auto` implementation against each, at each shape."""
+    """Measure each baseline, and our implementations against each, at each shape."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     baselines = usable_baselines()
-    ours = scan_backend(device)  # before timing, as it may build the kernel
+    ours = our_impls(device)
     cases = [
         Case(
             shape,
             "B{} L{} D{} N{}".format(*shape),
             baselines,
-            [ours],
+            ours,
             min(runs, max(FEWEST_RUNS, MANY_STATES // math.prod(shape))),
         )
         for shape in shapes

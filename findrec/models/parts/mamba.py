@@ -31,19 +31,21 @@ class _CausalConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor, dtype: torch.dtype | None
+    ) -> Tensor:
         ctx.save_for_backward(x_BLE, taps_EK)
         length, taps = x_BLE.shape[1], taps_EK.shape[1]
         taps_KE = taps_EK.t().contiguous()
         y_BLE = torch.addcmul(bias_E, x_BLE, taps_KE[-1])
         for back in range(1, min(taps, length)):
             y_BLE[:, back:].addcmul_(x_BLE[:, :-back], taps_KE[-1 - back])
-        return y_BLE
+        return y_BLE if dtype is None else y_BLE.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x_BLE, taps_EK = ctx.saved_tensors
-        dy_BLE = grads[0]
+        dy_BLE = grads[0].to(torch.promote_types(grads[0].dtype, taps_EK.dtype))
         length, taps = x_BLE.shape[1], taps_EK.shape[1]
         taps_KE = taps_EK.t().contiguous()
         dx_BLE = dy_BLE * taps_KE[-1]
@@ -52,13 +54,26 @@ class _CausalConv(torch.autograd.Function):
         for back in range(1, min(taps, length)):
             dx_BLE[:, :-back].addcmul_(dy_BLE[:, back:], taps_KE[-1 - back])
             dtaps_KE[-1 - back] = (dy_BLE[:, back:] * x_BLE[:, :-back]).sum((0, 1))
-        return dx_BLE, dtaps_KE.t(), dy_BLE.sum((0, 1))
+        return dx_BLE, dtaps_KE.t(), dy_BLE.sum((0, 1)), None
 
 
-def causal_conv(x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor) -> Tensor:
-    """`y_l = bias + sum_k taps[:, K - 1 - k] * x_{l - k}`: depthwise and causal."""
-    y_BLE: Tensor = _CausalConv.apply(x_BLE, taps_EK, bias_E)  # type: ignore[no-untyped-call]
+def causal_conv(x_BLE: Tensor, taps_EK: Tensor, bias_E: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`y_l = bias + sum_k taps[:, K - 1 - k] * x_{l - k}`: depthwise and causal.
+
+    Summed in the wider of the types of `x_BLE` and the parameters; `dtype` is that of the result, by default
+    the same.
+    """
+    y_BLE: Tensor = _CausalConv.apply(x_BLE, taps_EK, bias_E, dtype)  # type: ignore[no-untyped-call]
     return y_BLE
+
+
+def _scan_dtype(u_BLE: Tensor) -> torch.dtype | None:
+    """The type in which the scan gets its inputs: that of the projections on a GPU, under autocast bfloat16.
+
+    The kernels keep their states in float32 whatever they read, and wider inputs would cost twice the memory
+    and its bandwidth. A CPU converts them to float32 anyway, so there they stay as the convolution sums them.
+    """
+    return None if u_BLE.device.type == "cpu" else u_BLE.dtype
 
 
 @dataclass(frozen=True)
@@ -103,7 +118,7 @@ class Mamba(nn.Module):
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`, causal."""
         u_BLE, z_BLE = self.in_proj(x_BLd).chunk(2, dim=-1)
-        u_BLE = F.silu(causal_conv(u_BLE, self.conv_taps, self.conv_bias))
+        u_BLE = F.silu(causal_conv(u_BLE, self.conv_taps, self.conv_bias, _scan_dtype(u_BLE)))
         delta_BLE, B_BLN, C_BLN = self._select(u_BLE)
         y_BLE = selective_scan(
             u_BLE, delta_BLE, self._decay_rates(), B_BLN, C_BLN, self.D, z_BLE, impl=self.scan
@@ -140,7 +155,8 @@ class Mamba(nn.Module):
         num_tail = tail_BKE.shape[1]
         u_BLE, z_BLE = self.in_proj(x_BLd).chunk(2, dim=-1)
         joined_BLE = torch.cat([tail_BKE, u_BLE], dim=1)
-        u_BLE = F.silu(causal_conv(joined_BLE, self.conv_taps, self.conv_bias)[:, num_tail:])
+        conv_BLE = causal_conv(joined_BLE, self.conv_taps, self.conv_bias, _scan_dtype(u_BLE))
+        u_BLE = F.silu(conv_BLE[:, num_tail:])
         delta_BLE, B_BLN, C_BLN = self._select(u_BLE)
         # A time step of zero leaves the state unchanged: exp(0 A) = 1 and 0 B u = 0.
         steps_L = torch.arange(x_BLd.shape[1], device=x_BLd.device)

@@ -18,4 +18,6 @@ class StreamConfig(Part):
     d_state: int = Field(16, ge=1)
     d_conv: int = Field(4, ge=2)
     expand: int = Field(2, ge=1)
-    scan: Literal["auto", "reference", "torch", "cpp", "mamba_ssm"] = may_change("warm_start", "auto")
+    scan: Literal["auto", "reference", "torch", "cpp", "triton", "mamba_ssm"] = may_change(
+        "warm_start", "auto"
+    )

@@ -5,6 +5,7 @@ Letters as in `findrec/ops/scan/selective_scan.py`; S steps of a chunk.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 16  # steps whose states are stored at the same time
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Switch autocast off, which would round the states in matrix products to bfloat16."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def step_states(
@@ -62,32 +70,37 @@ class ChunkedScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLD: Tensor, dlast_BDN: Tensor) -> tuple[Tensor, ...]:
-        u, delta, A, B, C, borders = ctx.saved_tensors
-        wide = borders.dtype
-        inputs = [x.transpose(0, 1) for x in (u, delta, B, C, dy_BLD)]
-        A_ND = A.t().to(wide).contiguous()
-        carry_BND = dlast_BDN.transpose(1, 2).contiguous()
-        du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
-        dA_ND = torch.zeros_like(A_ND)
-        for chunk in reversed(range(len(borders))):
-            lo = chunk * CHUNK
-            to = slice(lo, lo + CHUNK)
-            u_SBD, delta_SBD, B_SBN, C_SBN, dy_SBD = _cut(inputs, lo, wide)
-            decay, states = _chunk_states(u_SBD, delta_SBD, A_ND, B_SBN, borders[chunk])
-            dC[:, to] = (states @ dy_SBD.unsqueeze(3)).squeeze(3).transpose(0, 1)
-            # g is the gradient of each state: from its own output, and from the next state.
-            g = C_SBN.unsqueeze(3) * dy_SBD.unsqueeze(2)
-            for g_BND, decay_BND in zip(reversed(g.unbind(0)), reversed(decay.unbind(0)), strict=True):
-                g_BND.add_(carry_BND)
-                carry_BND = g_BND * decay_BND
-            from_input = (B_SBN.unsqueeze(2) @ g).squeeze(2)  # gradient of delta * u
-            dB[:, to] = (g @ (delta_SBD * u_SBD).unsqueeze(3)).squeeze(3).transpose(0, 1)
-            before = torch.cat([borders[chunk][None], states[:-1]])
-            exponent = g.mul_(decay).mul_(before)  # gradient of delta * A
-            ddelta[:, to] = (exponent * A_ND).sum(2).addcmul_(from_input, u_SBD).transpose(0, 1)
-            dA_ND += (exponent * delta_SBD.unsqueeze(2)).sum((0, 1))
-            du[:, to] = (from_input * delta_SBD).transpose(0, 1)
-        return du, ddelta, dA_ND.t().to(A.dtype), dB, dC, carry_BND.transpose(1, 2)
+        with full_precision(dy_BLD.device):  # backward passes may be called under autocast
+            return _gradients(ctx.saved_tensors, dy_BLD, dlast_BDN)
+
+
+def _gradients(saved: tuple[Tensor, ...], dy_BLD: Tensor, dlast_BDN: Tensor) -> tuple[Tensor, ...]:
+    u, delta, A, B, C, borders = saved
+    wide = borders.dtype
+    inputs = [x.transpose(0, 1) for x in (u, delta, B, C, dy_BLD)]
+    A_ND = A.t().to(wide).contiguous()
+    carry_BND = dlast_BDN.transpose(1, 2).contiguous()
+    du, ddelta, dB, dC = (torch.empty_like(x) for x in (u, delta, B, C))
+    dA_ND = torch.zeros_like(A_ND)
+    for chunk in reversed(range(len(borders))):
+        lo = chunk * CHUNK
+        to = slice(lo, lo + CHUNK)
+        u_SBD, delta_SBD, B_SBN, C_SBN, dy_SBD = _cut(inputs, lo, wide)
+        decay, states = _chunk_states(u_SBD, delta_SBD, A_ND, B_SBN, borders[chunk])
+        dC[:, to] = (states @ dy_SBD.unsqueeze(3)).squeeze(3).transpose(0, 1)
+        # g is the gradient of each state: from its own output, and from the next state.
+        g = C_SBN.unsqueeze(3) * dy_SBD.unsqueeze(2)
+        for g_BND, decay_BND in zip(reversed(g.unbind(0)), reversed(decay.unbind(0)), strict=True):
+            g_BND.add_(carry_BND)
+            carry_BND = g_BND * decay_BND
+        from_input = (B_SBN.unsqueeze(2) @ g).squeeze(2)  # gradient of delta * u
+        dB[:, to] = (g @ (delta_SBD * u_SBD).unsqueeze(3)).squeeze(3).transpose(0, 1)
+        before = torch.cat([borders[chunk][None], states[:-1]])
+        exponent = g.mul_(decay).mul_(before)  # gradient of delta * A
+        ddelta[:, to] = (exponent * A_ND).sum(2).addcmul_(from_input, u_SBD).transpose(0, 1)
+        dA_ND += (exponent * delta_SBD.unsqueeze(2)).sum((0, 1))
+        du[:, to] = (from_input * delta_SBD).transpose(0, 1)
+    return du, ddelta, dA_ND.t().to(A.dtype), dB, dC, carry_BND.transpose(1, 2)
 
 
 def _cut(inputs_LB: list[Tensor], lo: int, dtype: torch.dtype) -> list[Tensor]:

@@ -11,16 +11,19 @@ takes whole histories; `selective_scan_step` appends one event to a state, at a 
 | `reference` | anywhere          | plain loop under autograd, any dtype: reference for the tests         |
 | `torch`     | anywhere          | chunks of whole-tensor operations, hand-written backward              |
 | `cpp`       | CPU, needs g++    | one fused kernel for each direction, built at first use               |
-| `mamba_ssm` | CUDA              | the kernel of the mamba-ssm package                                   |
+| `triton`    | CUDA              | one fused kernel for each direction, compiled by triton at first use  |
+| `mamba_ssm` | CUDA              | the kernels of the mamba-ssm package                                  |
 
-All are deterministic on CPU for a fixed number of threads (`cpp` for any number).
-States are accumulated in at least float32, also for bfloat16 tensors.
+`auto` takes `cpp` on a CPU; on CUDA `mamba_ssm` for calls that it can run (no initial state, no float64, no
+gradient of the last state), else `triton`; and `torch` where these do not work, with a warning.
+All are deterministic on CPU for a fixed number of threads (`cpp` for any number), `triton` on CUDA; the
+gradients of `mamba_ssm` depend on the order of its threads: `torch.use_deterministic_algorithms` excludes it.
+States are accumulated in at least float32, also for bfloat16 tensors and under autocast.
 Shape letters: B rows, L steps, D channels, N states of a channel.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import Literal, overload
 
@@ -30,14 +33,17 @@ from torch.nn import functional as F
 
 from findrec.errors import FindRecError
 from findrec.ops.scan._scan_cpp import cpp_scan, cpp_scan_problem
-from findrec.ops.scan._scan_torch import ChunkedScan, reference_scan, step_states
+from findrec.ops.scan._scan_mamba import mamba_call_problem, mamba_problem, mamba_scan
+from findrec.ops.scan._scan_torch import ChunkedScan, full_precision, reference_scan, step_states
+from findrec.ops.scan._scan_triton import triton_call_problem, triton_problem, triton_scan
 from findrec.progress import warn
 
-IMPLS = ("auto", "reference", "torch", "cpp", "mamba_ssm")
+ScanInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+IMPLS = ("auto", "reference", "torch", "cpp", "triton", "mamba_ssm")
 
 
 def scan_backend(device: torch.device | str, impl: str = "auto") -> str:
-    """The implementation that `impl` selects on a device. May build the CPU kernel.
+    """The implementation that `impl` selects on a device. May build kernels, and try them on a small scan.
 
     Raises `FindRecError` when `impl` is unknown or unavailable.
     """
@@ -46,30 +52,37 @@ def scan_backend(device: torch.device | str, impl: str = "auto") -> str:
         raise FindRecError(f"scan implementation {impl!r} is unknown: choose one of {', '.join(IMPLS)}")
     if impl == "auto":
         return _best(kind)
-    if impl == "cpp" and (problem := "it runs on the CPU only" if kind != "cpu" else cpp_scan_problem()):
-        raise FindRecError(f"scan implementation 'cpp' cannot be used on {kind}: {problem}; try 'auto'")
-    if impl == "mamba_ssm" and (kind != "cuda" or not _has_mamba_ssm()):
-        raise FindRecError(
-            f"scan implementation 'mamba_ssm' cannot be used on {kind}: it needs a CUDA device and the "
-            "package mamba-ssm with its CUDA kernels (pip install findrec[gpu]); or use 'auto'"
-        )
+    problem = None
+    if impl == "cpp":
+        problem = "it runs on the CPU only" if kind != "cpu" else cpp_scan_problem()
+    elif impl == "triton":
+        problem = triton_problem(kind)
+    elif impl == "mamba_ssm":
+        problem = mamba_problem(kind)
+    if problem is not None:
+        raise FindRecError(f"scan implementation {impl!r} cannot be used on {kind}: {problem}; try 'auto'")
     return impl
 
 
 @cache
 def _best(kind: str) -> str:
-    """The implementation that `auto` selects; warns once when it is not the fast one."""
+    """The implementation that `auto` selects; warns once when it is not a fast one."""
     if kind == "cuda":
-        if _has_mamba_ssm():
-            return "mamba_ssm"
-        reason = "mamba_ssm with its CUDA kernels cannot be imported"
-    elif kind == "cpu":
-        problem = cpp_scan_problem()
-        if problem is None:
-            return "cpp"
-        reason = problem
-    else:
-        reason = f"there is no kernel for {kind}"
+        problem = mamba_problem(kind)
+        return "mamba_ssm" if problem is None else _triton_or_torch(kind, f"mamba_ssm: {problem}; ")
+    problem = cpp_scan_problem() if kind == "cpu" else f"there is no kernel for {kind}"
+    return "cpp" if problem is None else _torch_because(problem)
+
+
+@cache
+def _triton_or_torch(kind: str, other_problem: str) -> str:
+    """What `auto` selects on CUDA without mamba-ssm; warns once when it is not a fast one."""
+    problem = triton_problem(kind)
+    return "triton" if problem is None else _torch_because(f"{other_problem}triton: {problem}")
+
+
+@cache
+def _torch_because(reason: str) -> str:
     warn(
         "!"
         * 80
@@ -79,15 +92,19 @@ def _best(kind: str) -> str:
     return "torch"
 
 
-@cache
-def _has_mamba_ssm() -> bool:
-    if importlib.util.find_spec("mamba_ssm") is None:
-        return False
-    try:  # the package may be installed without its kernels; only the import tells
-        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn  # noqa: F401
-    except Exception:
-        return False
-    return True
+def _choose(inputs: ScanInputs, want_last: bool, impl: str) -> str:
+    """The implementation that runs a call: that of `scan_backend`, or another if it cannot run this one."""
+    u, A = inputs[0], inputs[2]
+    chosen = scan_backend(u.device, impl)
+    if chosen == "mamba_ssm" and (problem := mamba_call_problem(inputs, want_last)):
+        if impl != "auto":
+            raise FindRecError(f"scan implementation 'mamba_ssm' {problem}; use 'auto'")
+        chosen = _triton_or_torch(u.device.type, f"mamba_ssm {problem}; ")
+    if chosen == "triton" and (problem := triton_call_problem(A)):
+        if impl != "auto":
+            raise FindRecError(f"scan implementation 'triton' {problem}; use 'auto'")
+        chosen = _torch_because(f"triton {problem}")
+    return chosen
 
 
 @overload
@@ -144,32 +161,34 @@ def selective_scan(
     Raises `ValueError` for shapes that do not fit and `FindRecError` for an `impl` that cannot work here.
     """
     _check_shapes(u, delta, A, B, C, D, z, initial_state)
-    chosen = scan_backend(u.device, impl)
     inputs = (u, delta, A, B, C, D, z, initial_state)
-    if chosen == "mamba_ssm" and (problem := _mamba_ssm_problem(inputs, return_last_state)):
-        if impl != "auto":
-            raise FindRecError(f"scan implementation 'mamba_ssm' {problem}; use 'auto'")
-        chosen = "torch"
-    last: Tensor | None
-    if chosen == "cpp":
-        y, last = cpp_scan(u, delta, A, B, C, D, z, initial_state, want_last=return_last_state)
-    elif chosen == "mamba_ssm":
-        y, last = _mamba_ssm_scan(u, delta, A, B, C, D, z)
-    else:
-        wide = torch.promote_types(u.dtype, torch.float32)
-        if initial_state is None:
-            initial_state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=wide)
-        initial_state = initial_state.to(wide)
-        if chosen == "reference":
-            u_, delta_, A_, B_, C_ = (x.to(wide) for x in (u, delta, A, B, C))
-            y, last = reference_scan(u_, delta_, A_, B_, C_, initial_state)
-        else:
-            y, last = ChunkedScan.apply(u, delta, A, B, C, initial_state)  # type: ignore[no-untyped-call]
-        y = _skip_and_gate(y, u, D, z)
+    chosen = _choose(inputs, return_last_state, impl)
+    with full_precision(u.device):
+        y, last = _run(chosen, inputs, return_last_state)
     if not return_last_state:
         return y
     assert last is not None
     return y, last
+
+
+def _run(chosen: str, inputs: ScanInputs, want_last: bool) -> tuple[Tensor, Tensor | None]:
+    u, delta, A, B, C, D, z, initial_state = inputs
+    if chosen == "cpp":
+        return cpp_scan(*inputs, want_last=want_last)
+    if chosen == "triton":
+        return triton_scan(*inputs, want_last=want_last)
+    if chosen == "mamba_ssm":
+        return mamba_scan(u, delta, A, B, C, D, z)
+    wide = torch.promote_types(u.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1], dtype=wide)
+    initial_state = initial_state.to(wide)
+    if chosen == "reference":
+        u_, delta_, A_, B_, C_ = (x.to(wide) for x in (u, delta, A, B, C))
+        y, last = reference_scan(u_, delta_, A_, B_, C_, initial_state)
+    else:
+        y, last = ChunkedScan.apply(u, delta, A, B, C, initial_state)  # type: ignore[no-untyped-call]
+    return _skip_and_gate(y, u, D, z), last
 
 
 def selective_scan_step(
@@ -245,30 +264,3 @@ def _check(where: str, **expected: tuple[Tensor | None, tuple[int, ...]]) -> Non
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(f"{where}: {name} has shape {tuple(tensor.shape)}, expected {shape}")
-
-
-def _mamba_ssm_problem(inputs: tuple[Tensor | None, ...], want_last: bool) -> str | None:
-    """Why the package's kernel cannot run this call, or None; its backward pass ignores the last state."""
-    u, initial_state = inputs[0], inputs[-1]
-    if initial_state is not None:
-        return "takes no initial state"
-    if u is not None and u.dtype == torch.float64:
-        return "knows no float64"
-    if want_last and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return "gives no gradient through the last state"
-    return None
-
-
-def _mamba_ssm_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Call mamba-ssm: channels before steps, parameters in float32, one dtype for everything else."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-
-    first = (x.to(u.dtype).transpose(1, 2) for x in (u, delta))
-    second = (x.to(u.dtype).transpose(1, 2) for x in (B, C))
-    gate = None if z is None else z.to(u.dtype).transpose(1, 2)
-    y_BDL, last = selective_scan_fn(
-        *first, A.float(), *second, None if D is None else D.float(), z=gate, return_last_state=True
-    )
-    return y_BDL.transpose(1, 2), last

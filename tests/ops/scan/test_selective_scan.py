@@ -9,12 +9,16 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from triton_interpreter import fast_scans, needs_interpreter  # noqa: F401
 
 from findrec.errors import FindRecError
 from findrec.ops.scan import _scan_cpp
 from findrec.ops.scan import selective_scan as scan
 from findrec.ops.scan.selective_scan import scan_backend, selective_scan, selective_scan_step
 
+pytestmark = pytest.mark.usefixtures("fast_scans")
+
+FAST = ["torch", "cpp", pytest.param("triton", marks=needs_interpreter)]
 SHAPES = [
     (1, 1, 1, 1),
     (2, 2, 3, 4),
@@ -26,6 +30,8 @@ SHAPES = [
     (3, 100, 1, 4),
 ]
 LONG = (1, 1000, 5, 16)
+OPTIONS = list(itertools.product([False, True], repeat=3))  # D, z, initial state
+CASES = [*itertools.product(SHAPES, OPTIONS), (LONG, OPTIONS[-1])]
 STEP_NAMES = {"u": "u_BD", "delta": "delta_BD", "A": "A_DN", "B": "B_BN", "C": "C_BN"}
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}  # relative to the largest value of a tensor
 
@@ -64,19 +70,7 @@ def run(impl: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-@cache
-def expected_of(shape: tuple[int, int, int, int], skip: bool, gate: bool, start: bool) -> dict[str, Tensor]:
-    inputs = make_inputs(shape, skip, gate, start, torch.float32)
-    return run("reference", {name: x.double() for name, x in inputs.items()})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("shape", "options"),
-    [*itertools.product(SHAPES, itertools.product([False, True], repeat=3)), (LONG, (True, True, True))],
-)
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
-def test_agrees_with_the_loop(
+def check_agreement(
     impl: str, shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
 ) -> None:
     expected = expected_of(shape, *options)
@@ -86,10 +80,28 @@ def test_agrees_with_the_loop(
         assert error < TOLERANCE[dtype], f"{name}: {error:.2e}"
 
 
+@cache
+def expected_of(shape: tuple[int, int, int, int], skip: bool, gate: bool, start: bool) -> dict[str, Tensor]:
+    inputs = make_inputs(shape, skip, gate, start, torch.float32)
+    return run("reference", {name: x.double() for name, x in inputs.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "options"), CASES)
 @pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_agrees_with_the_loop(
+    impl: str, shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
+) -> None:
+    check_agreement(impl, shape, options, dtype)
+
+
+@pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("shape", [(2, 1, 3, 2), (1, 17, 2, 3), (2, 66, 1, 2)])
 def test_gradients_are_the_derivatives(impl: str, shape: tuple[int, int, int, int]) -> None:
-    inputs = make_inputs(shape, True, True, True, torch.float64)
+    b, length, channels, states = shape
+    if impl == "triton":
+        length = min(length, 20)  # an interpreter takes its time
+    inputs = make_inputs((b, length, channels, states), True, True, True, torch.float64)
 
     def scan_of(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         named = dict(zip(inputs, tensors, strict=True))
@@ -99,7 +111,7 @@ def test_gradients_are_the_derivatives(impl: str, shape: tuple[int, int, int, in
 
 
 @pytest.mark.parametrize("output", [0, 1])
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_either_output_may_go_unused(impl: str, output: int) -> None:
     inputs = make_inputs((2, 70, 5, 4), True, True, True, torch.float64)
 
@@ -112,13 +124,30 @@ def test_either_output_may_go_unused(impl: str, output: int) -> None:
     torch.testing.assert_close(gradients(impl), gradients("reference"))
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_no_gradient_of_the_gradient_is_made_up(impl: str) -> None:
     inputs = make_inputs((1, 5, 2, 4), True, True, False, torch.float64)
     y = selective_scan(**inputs, impl=impl)  # type: ignore[call-overload]
     (du,) = torch.autograd.grad(y.square().sum(), inputs["u"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         du.sum().backward()  # type: ignore[no-untyped-call]
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("shape", "options", "dtype"),
+    [
+        *((SHAPES[1], options, torch.float64) for options in OPTIONS),
+        *((shape, OPTIONS[-1], torch.float32) for shape in SHAPES),
+        ((1, 16, 2, 5), OPTIONS[0], torch.float32),  # one chunk
+        ((2, 32, 33, 9), OPTIONS[0], torch.float32),  # whole chunks, blocks that are not
+        ((1, 19, 5, 70), OPTIONS[-1], torch.float32),  # smaller chunks, for many states
+    ],
+)
+def test_triton_agrees_with_the_loop(
+    shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
+) -> None:
+    check_agreement("triton", shape, options, dtype)
 
 
 def check_bfloat16(impl: str, device: str) -> None:
@@ -136,14 +165,24 @@ def check_bfloat16(impl: str, device: str) -> None:
         assert (actual.cpu().double() - expected[name]).abs().max() / scale < 2**-7, name
 
 
-@pytest.mark.parametrize("impl", ["reference", "torch", "cpp"])
+@pytest.mark.parametrize("impl", ["reference", *FAST])
 def test_bfloat16_is_computed_in_float32(impl: str) -> None:
     check_bfloat16(impl, "cpu")
 
 
+@pytest.mark.parametrize("impl", ["reference", *FAST])
+def test_autocast_does_not_reach_the_scan(impl: str) -> None:
+    inputs = make_inputs((2, 40, 8, 16), True, True, True, torch.float32)
+    expected = run(impl, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = run(impl, inputs)  # with the backward pass
+    for name, wanted in expected.items():
+        assert torch.equal(actual[name], wanted), name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("impl", ["torch", "auto"])
+@pytest.mark.parametrize("impl", ["torch", "triton", "auto"])
 def test_cuda_bfloat16(impl: str) -> None:
     check_bfloat16(impl, "cuda")
 
@@ -151,7 +190,7 @@ def test_cuda_bfloat16(impl: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("shape", "options"),
-    [*itertools.product(SHAPES[:3], itertools.product([False, True], repeat=3)), (LONG, (True, True, True))],
+    [*itertools.product(SHAPES[:3], OPTIONS), (LONG, OPTIONS[-1])],
 )
 def test_steps_are_the_scan(
     shape: tuple[int, int, int, int], options: tuple[bool, bool, bool], dtype: torch.dtype
@@ -173,20 +212,25 @@ def test_steps_are_the_scan(
         assert (actual.double() - wanted).abs().max() / wanted.abs().max().clamp(min=1.0) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_slices_and_broadcasts_are_taken_as_they_are(impl: str) -> None:
     torch.manual_seed(0)
-    both = torch.randn(2, 21, 48).double()
-    mixed = torch.randn(2, 21, 40).double()
-    u, z = both.chunk(2, dim=-1)
-    parts = mixed.split([24, 8, 8], dim=-1)
-    delta, A = parts[0].abs(), -torch.rand(1, 8).double().expand(24, 8)
-    expected = selective_scan(u, delta, A, parts[1], parts[2], z=z, impl="reference")
-    found = selective_scan(u, delta, A, parts[1], parts[2], z=z, impl=impl)  # type: ignore[call-overload]
-    assert torch.allclose(found, expected, atol=1e-12)
+    both = torch.randn(2, 21, 48).double().requires_grad_()
+    mixed = torch.randn(21, 2, 40).double().requires_grad_()  # steps before rows
+    rates = torch.rand(1, 8).double().requires_grad_()
+
+    def outcome(impl: str) -> list[Tensor]:
+        u, z = both.chunk(2, dim=-1)
+        delta, B, C = mixed.transpose(0, 1).split([24, 8, 8], dim=-1)
+        A = -rates.expand(24, 8)
+        y = selective_scan(u, delta.abs(), A, B, C, z=z, impl=impl)  # type: ignore[call-overload]
+        dy = torch.linspace(-1, 1, 24).double().expand_as(y)
+        return [y, *torch.autograd.grad(y, (both, mixed, rates), dy)]
+
+    torch.testing.assert_close(outcome(impl), outcome("reference"), atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.parametrize("impl", FAST)
 def test_two_halves_with_carried_state_are_the_whole(impl: str) -> None:
     inputs = make_inputs((2, 70, 5, 4), True, True, False, torch.float64)
     whole = selective_scan(**inputs, impl=impl)  # type: ignore[call-overload]
@@ -200,9 +244,11 @@ def test_two_halves_with_carried_state_are_the_whole(impl: str) -> None:
     assert torch.allclose(torch.cat([first, second], dim=1), whole, atol=1e-12)
 
 
-@pytest.mark.parametrize("impl", ["torch", "cpp"])
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # numpy's, below Triton's interpreter
+@pytest.mark.parametrize("impl", FAST)
 def test_long_strongly_decaying_histories_stay_finite(impl: str) -> None:
-    inputs = make_inputs((1, 3000, 8, 16), True, True, False, torch.float32)
+    length = 200 if impl == "triton" else 3000  # an interpreter takes its time
+    inputs = make_inputs((1, length, 8, 16), True, True, False, torch.float32)
     with torch.no_grad():
         inputs["delta"].mul_(60)  # exponents far below what float32 can express
         inputs["z"].mul_(60)
@@ -242,10 +288,13 @@ def test_mistakes_are_named() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_agrees_with_the_loop() -> None:
-    inputs = make_inputs((2, 65, 16, 16), True, True, False, torch.float32)
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 1000, 256, 16), (1, 16384, 20, 5), (2, 100, 9, 300)])
+@pytest.mark.parametrize("start", [False, True])
+def test_cuda_agrees_with_the_loop(impl: str, shape: tuple[int, int, int, int], start: bool) -> None:
+    inputs = make_inputs(shape, True, True, start, torch.float32)
     expected = run("reference", {name: x.double() for name, x in inputs.items()})
-    actual = run("auto", {name: x.cuda() for name, x in inputs.items()})
+    actual = run(impl, {name: x.cuda() for name, x in inputs.items()})
     for name, value in expected.items():
         scale = value.abs().max().clamp(min=1.0)
         assert ((actual[name].cpu().double() - value).abs().max() / scale) < 1e-4, name
@@ -256,7 +305,7 @@ def test_without_a_compiler_it_says_so_and_goes_on(
 ) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    for function in (_scan_cpp._library, scan._best):
+    for function in (_scan_cpp._library, scan._best, scan._torch_because):
         function.cache_clear()
     try:
         assert scan_backend("cpu") == "torch"
@@ -266,5 +315,5 @@ def test_without_a_compiler_it_says_so_and_goes_on(
         with pytest.raises(FindRecError, match="C\\+\\+ compiler"):
             scan_backend("cpu", "cpp")
     finally:
-        for function in (_scan_cpp._library, scan._best):
+        for function in (_scan_cpp._library, scan._best, scan._torch_because):
             function.cache_clear()
