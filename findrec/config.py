@@ -46,7 +46,7 @@ class LossConfig(Part):
     classes: Literal["auto", "trained", "all"] = "auto"
     negatives: int = Field(2048, ge=1)  # sampled, gbce: per microbatch
     calibration: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy
-    tile_mib: int = Field(32, ge=1)  # exact: size of a tile of logits
+    tile_mib: int = Field(32, ge=1)  # exact: size of a tile of logits; on a GPU at least 256
 
 
 class OptimConfig(Part):

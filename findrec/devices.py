@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,24 @@ def copy_to(value: Tensor, device: torch.device | str) -> Tensor:
     if device.type == "cuda" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
+
+
+def copy_all_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Tensors on a device, by name; from the CPU to a GPU in one copy for each of their types (`copy_to`).
+
+    The copies on a GPU are parts of one tensor.
+    """
+    if is_cpu(device) or any(not is_cpu(value.device) for value in values.values()):
+        return {name: value.to(device) for name, value in values.items()}
+    copies: dict[str, Tensor] = {}
+    for dtype in {value.dtype for value in values.values()}:
+        some = {name: value for name, value in values.items() if value.dtype == dtype}
+        joined = copy_to(torch.cat([value.reshape(-1) for value in some.values()]), device)
+        parts = torch.split(joined, [value.numel() for value in some.values()])
+        copies |= {
+            name: part.view(value.shape) for (name, value), part in zip(some.items(), parts, strict=True)
+        }
+    return copies
 
 
 def free_bytes(device: torch.device | str) -> int:

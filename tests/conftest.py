@@ -1,8 +1,11 @@
 """Order of the tests, and what each leaves behind."""
 
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
+import emulated_card
 import pytest
 import torch
 
@@ -22,3 +25,11 @@ def pytest_collection_modifyitems(items):
 def same_import_path(monkeypatch):
     """Entry points take the checkout off `sys.path`; processes that later tests spawn need it there."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture(scope="session")
+def card():
+    """`card(function, *arguments)` runs a function of a module in a process with an emulated GPU."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=emulated_card.register) as process:
+        yield lambda function, *args, **kwargs: process.submit(function, *args, **kwargs).result(120)

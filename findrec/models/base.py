@@ -25,12 +25,14 @@ from findrec.datasets.batches.examples import ExampleSource
 from findrec.datasets.batches.windows import WindowExamples
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.features import ModalRows
+from findrec.devices import is_cpu
 from findrec.models.config import ModelConfig
 from findrec.models.parts.activation_checkpointing import CheckpointedModule
 from findrec.models.parts.repeat import repeat_candidates
 from findrec.tables.base import ITEMS, Transform
 from findrec.tables.view import Tables, attach_gradients
 
+_FEATURE_BYTES = 2 << 30  # of features in float32 that are transformed at a time
 Examples = TypeVar("Examples")
 Built = TypeVar("Built", bound="Model[Any]")
 
@@ -88,7 +90,8 @@ class StepLoss:
     total: Tensor  # [] the sum to differentiate
     loss: Tensor  # [] the main loss for the log, detached
     aux: Mapping[str, Tensor] = field(default_factory=dict)  # [] each, unweighted, for the log
-    diagnostics: Mapping[str, float] = field(default_factory=dict)  # averaged, not summed
+    # Averaged, not summed. Numbers of a GPU stay there as tensors [], which are read once a step.
+    diagnostics: Mapping[str, float | Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Out:
     h: Tensor
     repeat: Tensor | None = None  # [T, R] weights of the repeat features (findrec/models/parts/repeat.py)
     aux: dict[str, Term] = field(default_factory=dict)  # only in training mode
-    diagnostics: dict[str, float] = field(default_factory=dict)  # only in training mode, cheap
+    diagnostics: dict[str, float | Tensor] = field(default_factory=dict)  # only in training mode, cheap
 
     def float(self) -> Out:
         """The same in float32."""
@@ -195,10 +198,28 @@ class SequenceModel(Model[Batch]):
 
     @torch.no_grad()
     def item_vectors(self, rows_nd: Tensor, catalogue: ItemFeatures, part: range | None = None) -> Tensor:
-        """`item_transform` of all items 0..V, or of a range (`part`), in float32."""
+        """`item_transform` of all items 0..V, or of a range (`part`), in float32.
+
+        Features of more than 2 GiB are read and transformed in parts: they need not fit into memory together.
+        """
         if not self.content_scores:
             return rows_nd
-        return self.item_transform(rows_nd, catalogue.all_features(rows_nd.device, part)).float()
+        ids, device = range(len(rows_nd)) if part is None else part, rows_nd.device
+        probe = catalogue.features(torch.zeros(1, dtype=torch.int64, device=device))
+        width = sum(rows.values.shape[1] for rows in probe.values())
+        step = max(1, _FEATURE_BYTES // (4 * max(1, width)))
+        if len(ids) <= step:
+            return self.item_transform(rows_nd, catalogue.all_features(device, part)).float()
+        vectors: Tensor | None = None
+        for lo in range(0, len(ids), step):
+            some = ids[lo : lo + step]
+            features = catalogue.features(torch.arange(some.start, some.stop, device=device))
+            found = self.item_transform(rows_nd[lo : lo + step], features).float()
+            if vectors is None:
+                vectors = found.new_empty(len(ids), found.shape[1])
+            vectors[lo : lo + step] = found
+        assert vectors is not None
+        return vectors
 
     def loss(self, microbatch: Microbatch[Batch], tables: Tables) -> StepLoss:
         """Next-item prediction: the catalogue loss at every target, plus the auxiliary terms of `Out`."""
@@ -221,9 +242,7 @@ class SequenceModel(Model[Batch]):
             tensors.append(catalogue.scored.vectors)
             gradients.append(catalogue.scored.gradient)
         total = attach_gradients(catalogue.loss, tensors, gradients)
-        for term in out.aux.values():
-            total = total + term.value / microbatch.num_microbatches
-        aux = {name: term.reported / microbatch.num_microbatches for name, term in out.aux.items()}
+        total, aux = _add_terms(total, out.aux, microbatch.num_microbatches)
         return StepLoss(total, catalogue.loss, aux, out.diagnostics)
 
     def _content(self, features: ItemFeatures) -> Transform:
@@ -235,3 +254,15 @@ class SequenceModel(Model[Batch]):
             return self.item_transform(rows, features.features(ids))
 
         return transform
+
+
+def _add_terms(total: Tensor, terms: Mapping[str, Term], count: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """`total` plus the values of the terms, and their reported values, all divided by `count`."""
+    if not terms or is_cpu(total.device):
+        for term in terms.values():
+            total = total + term.value / count
+        return total, {name: term.reported / count for name, term in terms.items()}
+    # On a GPU one kernel for all terms, where each by itself would take as long.
+    values = torch.stack([term.value for term in terms.values()])
+    reported = torch.stack([term.reported for term in terms.values()]) / count
+    return total + values.sum() / count, dict(zip(terms, reported.unbind(), strict=True))

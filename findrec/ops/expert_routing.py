@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from findrec.ops._tiles import tile_bytes
+
 Impl = Literal["auto", "reference", "dense", "sparse"]
-_CHUNK_ELEMENTS = 2**18  # of the hidden activations per chunk: they stay in the CPU cache
+_CHUNK_BYTES = 1 << 20  # of the hidden activations in float32 per chunk: they stay in the CPU cache
 
 
 class Routed(NamedTuple):
@@ -94,7 +96,7 @@ def _all_experts(x_THi: Tensor, gates_THE: Tensor, weight_HEio: Tensor, bias_HEo
     heads, num_experts, width, out_width = weight_HEio.shape
     weight_HiX = weight_HEio.transpose(1, 2).reshape(heads, width, num_experts * out_width)
     bias_H1X = bias_HEo.reshape(heads, 1, num_experts * out_width)
-    chunk = max(1, _CHUNK_ELEMENTS // (heads * num_experts * out_width))
+    chunk = max(1, tile_bytes(x_THi.device, _CHUNK_BYTES) // (4 * heads * num_experts * out_width))
     outs = []
     for x_tHi, gates_tHE in zip(torch.split(x_THi, chunk), torch.split(gates_THE, chunk), strict=True):
         hidden_HtX = F.gelu(torch.baddbmm(bias_H1X, x_tHi.transpose(0, 1), weight_HiX))

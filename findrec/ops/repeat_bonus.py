@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from findrec.ops._build import BuildError, load_library
+from findrec.ops._tiles import tile_bytes
 from findrec.progress import warn
 
 NUM_REPEAT_FEATURES = 5
@@ -37,7 +39,7 @@ RECENT = 100  # events covered by the `recent` feature
 LAG_DECAY = 16.0  # decay length, in events, of the last feature: about a shopping basket
 LAG_SCALE = 0.25  # log1p of a lag runs to about 7; the other features stay near 1
 Impl = Literal["auto", "reference", "cpp"]
-_BLOCK_ELEMENTS = 4 << 20  # size limit of one block of the reference's dense [rows, E, N] counts
+_BLOCK_BYTES = 16 << 20  # size limit of one block of the reference's dense [rows, E, N] float32 counts
 
 
 def repeat_bonus(
@@ -62,14 +64,15 @@ def repeat_bonus(
         impl: `auto` is `cpp` for float32 (and below) on a CPU where it can be built, else `reference`.
 
     Differentiable in the weights (`cpp`: once). Computed and returned in at least
-    float32. Raises `ValueError` for an unknown `impl`, for `cpp` where it is unavailable, and for unsorted
-    positions.
+    float32. Raises `ValueError` for an unknown `impl`, for `cpp` where it is unavailable, and on a CPU for
+    unsorted positions (a GPU would have to be waited for to find them).
     """
     if window < 1:
         raise ValueError(f"window={window}: must be at least 1 event")
-    flat_T = row_T * rank_BE.shape[1] + step_T
-    if bool((flat_T[1:] < flat_T[:-1]).any()):
-        raise ValueError("target positions must be sorted by row_T, then by step_T")
+    if row_T.device.type == "cpu":
+        flat_T = row_T * rank_BE.shape[1] + step_T
+        if bool((flat_T[1:] < flat_T[:-1]).any()):
+            raise ValueError("target positions must be sorted by row_T, then by step_T")
     weights_TR = weights_TR.to(torch.promote_types(weights_TR.dtype, torch.float32))
     if _choose(impl, weights_TR) == "cpp":
         result: tuple[Tensor, Tensor] = _FusedBonus.apply(  # type: ignore[no-untyped-call]
@@ -101,11 +104,15 @@ def repeat_features_of_history(
     # Stored as [T, R, N], so that the bonus is one batched matrix product.
     phi_TRN = torch.empty(len(row_T), NUM_REPEAT_FEATURES, num_candidates, dtype=dtype, device=device)
     seen_TN = torch.empty(len(row_T), num_candidates, dtype=torch.bool, device=device)
-    block = max(1, _BLOCK_ELEMENTS // max(1, (events + 1) * (num_candidates + 1)))
-    for lo in range(0, num_rows, block):
+    block = max(1, tile_bytes(device, _BLOCK_BYTES) // (4 * (events + 1) * (num_candidates + 1)))
+    # Positions are sorted by row, so those of a block of rows are contiguous.
+    if block >= num_rows:
+        ends = [0, len(row_T)]
+    else:
+        first_rows = torch.arange(0, num_rows + block, block, device=device)
+        ends = torch.searchsorted(row_T, first_rows).tolist()
+    for (first, end), lo in zip(pairwise(ends), range(0, num_rows, block), strict=False):
         hi = min(lo + block, num_rows)
-        # Positions are sorted by row, so those of a block of rows are contiguous.
-        first, end = torch.searchsorted(row_T, torch.tensor([lo, hi], device=device)).tolist()
         row, step = row_T[first:end] - lo, step_T[first:end]
         occurrences = _running_sum(rank_BE[lo:hi], torch.ones_like(distance_BE[lo:hi]), num_candidates)
         total = occurrences[row, step + 1]

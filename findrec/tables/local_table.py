@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from findrec.ops._tiles import tile_bytes
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.tables.base import CatalogueLoss, SavedRows, Scored, Table, Transform
 from findrec.tables.table_spec import TableSpec
@@ -21,7 +22,7 @@ class LocalTable(Table):
         self.name = spec.name
         self._local = spec.local_rows(part)
         self.weight = self._local.weight
-        self._tile_bytes = spec.loss.tile_mib << 20
+        self._tile_bytes = tile_bytes(spec.device, spec.loss.tile_mib << 20)
         self._negatives = spec.negatives()
 
     def catalogue_loss(

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from findrec.config import LossConfig
+from findrec.devices import copy_to, is_cpu
+from findrec.ops.losses.distinct import distinct_integers
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.ops.losses.sampled_cross_entropy import generalised_bce, sampled_cross_entropy
 
@@ -31,6 +33,7 @@ class Negatives:
     ) -> None:
         self._loss, self._num_items, self._classes, self._device = loss, num_items, classes, device
         self._num_classes = num_items if classes is None else int(classes[1:].sum())
+        self._class_ids = None if classes is None else 1 + classes[1:].nonzero()[:, 0]
         self._cumulative: Tensor | None = None  # [V + 1] float64, cumulative proposal distribution
         if loss.kind != "sampled":
             return
@@ -50,6 +53,12 @@ class Negatives:
         The sampled softmax draws with replacement from the proposal, gBCE uniformly without replacement.
         """
         num = self._loss.negatives
+        if self._cumulative is None and not is_cpu(self._device):
+            # To permute the catalogue takes longer than a microbatch on a GPU. On a CPU it gives the
+            # negatives that it has always given.
+            drawn = distinct_integers(self._num_classes, num, generator)
+            ids = drawn + 1 if self._class_ids is None else self._class_ids[drawn]
+            return copy_to(ids, self._device), None
         if self._cumulative is None:
             pool = torch.arange(1, self._num_items + 1)
             if self._classes is not None:
@@ -60,7 +69,7 @@ class Negatives:
         uniform = torch.rand(num, dtype=torch.float64, generator=generator)
         drawn = torch.searchsorted(self._cumulative, uniform, right=True)
         expected = (self._cumulative[drawn] - self._cumulative[drawn - 1]) * num
-        return drawn.to(self._device), expected.to(self._device)
+        return copy_to(drawn, self._device), copy_to(expected, self._device)
 
     def loss(
         self,

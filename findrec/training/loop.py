@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from findrec.config import RunConfig
-from findrec.datasets.batches.catalogue import Catalogue
+from findrec.datasets.batches.catalogue import Catalogue, ItemFeatures
 from findrec.datasets.batches.examples import ExampleLoader, ExampleSource
 from findrec.datasets.batches.plan import microbatch_seed
+from findrec.datasets.batches.read_ahead import Prepared, read_ahead
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.splits import Int64Array
+from findrec.devices import is_cpu
 from findrec.models.base import Microbatch
 from findrec.progress import Bar, progress
 from findrec.tables.base import ITEMS, Table
@@ -150,6 +152,10 @@ class _Run:
         self.warnings = OneTimeWarnings()
         self.checkpoint_manager = CheckpointManager(config, checkpoints, tower, tables, worker)
         self.stop = False  # whether a stop was requested
+        self.prepare: Callable[[Any], Prepared] | None = None
+        self.features_stay = is_cpu(worker.device)  # or are copied to a GPU
+        if not is_cpu(worker.device):
+            self.prepare = partial(read_ahead, self.catalogue, device=worker.device)
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """Train the rest of an epoch; returns the state after it and the values of the epoch."""
@@ -164,6 +170,7 @@ class _Run:
             rank=worker.rank,
             world=worker.world,
             first_step=state.epoch_step,
+            prepare=self.prepare,
         )
         self.tower.model.train()
         train_seconds = wait_seconds = num_trained = 0.0
@@ -232,8 +239,7 @@ class _Run:
         shares = {}
         for index, examples in microbatches:
             microbatch = Microbatch(
-                examples.to(self.worker.device),
-                self.catalogue,
+                *self._on_device(examples),
                 num_targets=num_targets,
                 num_microbatches=training.microbatches,
                 seed=microbatch_seed(training.seed, state.step, index),
@@ -256,7 +262,17 @@ class _Run:
         for name, table in self.tables.items():
             norms["grad_norm/table" if name == ITEMS else f"grad_norm/{name}"] = table.step(rate)
         check(norms)
+        if not self.features_stay:
+            # After a step, what the GPU has free is more than a step takes.
+            self.catalogue.keep_on(self.worker.device)
+            self.features_stay = True
         return reduced.values | norms | {"train/lr": rate}
+
+    def _on_device(self, examples: Any) -> tuple[Any, ItemFeatures]:
+        """The examples of a microbatch on the worker's device, and the features of items."""
+        if isinstance(examples, Prepared):
+            return examples.to(self.worker.device)
+        return examples.to(self.worker.device), self.catalogue
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         """Log values (rank 0)."""

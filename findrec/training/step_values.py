@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from findrec.datasets.folder.splits import Int64Array
 from findrec.errors import DivergedError
@@ -30,10 +31,8 @@ def sum_over_workers(shares: Mapping[int, StepLoss], microbatches: int, worker: 
     first = next(iter(shares.values()))
     names = ["train/loss", *(f"aux/{name}" for name in first.aux)]
     totals = torch.zeros(len(names) + microbatches + 1, dtype=torch.float64)
-    for microbatch, share in shares.items():
-        parts = torch.stack(
-            [p.to(dtype=torch.float64, device="cpu") for p in (share.loss, *share.aux.values())]
-        )
+    losses, diagnostics = _on_host(shares.values())
+    for microbatch, parts in zip(shares, losses, strict=True):
         totals[: len(names)] += parts
         totals[len(names) + microbatch] = float(not parts.isfinite().all())
     totals[-1] = float(worker.heartbeat.stop_requested)
@@ -44,9 +43,24 @@ def sum_over_workers(shares: Mapping[int, StepLoss], microbatches: int, worker: 
     *sums, stop = totals.tolist()
     values = dict(zip(names, sums, strict=False))
     for name in first.diagnostics:
-        values[f"diagnostics/{name}"] = sum(s.diagnostics[name] for s in shares.values()) / len(shares)
+        values[f"diagnostics/{name}"] = sum(measured[name] for measured in diagnostics) / len(shares)
     bad = [m for m, count in enumerate(sums[len(names) :]) if count]
     return StepValues(values, bad, stop > 0)
+
+
+def _on_host(shares: Iterable[StepLoss]) -> tuple[Tensor, list[dict[str, float]]]:
+    """The losses `[m, n]` (float64) and the diagnostics of m microbatches, in one copy from their device."""
+    shares = list(shares)
+    losses = [tensor for share in shares for tensor in (share.loss, *share.aux.values())]
+    measured = [t for share in shares for t in share.diagnostics.values() if isinstance(t, Tensor)]
+    # Exact: `stack` promotes the scalars to the widest of their types, of which float64 is wider.
+    numbers = torch.stack([t.detach() for t in losses + measured]).to(torch.float64).cpu()
+    values = iter(numbers[len(losses) :].tolist())
+    diagnostics = [
+        {name: next(values) if isinstance(t, Tensor) else t for name, t in share.diagnostics.items()}
+        for share in shares
+    ]
+    return numbers[: len(losses)].view(len(shares), -1), diagnostics
 
 
 def check_finite(

@@ -117,7 +117,7 @@ def test_what_left_the_window_changes_nothing() -> None:
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     positions = make_positions(5, 32, 9, 3)
     whole = repeat_features_of_history(**positions, num_candidates=9, window=12)
-    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 4)
     for a, b in zip(whole, repeat_features_of_history(**positions, num_candidates=9, window=12), strict=True):
         assert torch.equal(a, b)
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from findrec.config import RunConfig
 from findrec.models.base import Microbatch, Model, TableShape
 from findrec.models.parts.repeat import REPEAT_WINDOW
+from findrec.ops._tiles import tile_bytes
 from findrec.ops.losses.linear_cross_entropy import CPU_ROWS, RepeatBonus
 from findrec.ops.repeat_bonus import NUM_REPEAT_FEATURES
 from findrec.tables.base import CatalogueLoss, Transform
@@ -146,13 +147,18 @@ def loss_bytes(
     `rows` is the number of local table rows; `feature_dims` are the widths of the modalities.
     """
     loss, d = config.training.loss, config.model.dim
+    device = "cuda" if on_gpu else "cpu"
     if loss.kind == "exact":
-        tile_rows = max((loss.tile_mib << 20) // (rows * FLOAT), d // 4, 1)
+        tile_rows = max(tile_bytes(device, loss.tile_mib << 20) // (rows * FLOAT), d // 4, 1)
         tile = min(tile_rows, shape.targets if on_gpu else min(shape.targets, CPU_ROWS)) * rows
         scored = rows
     else:
         scored = min(loss.negatives + shape.targets + shape.distinct, rows)
-        tile = shape.targets * loss.negatives * 4 if loss.kind == "gbce" else (2 << 20) // FLOAT
+        tile = tile_bytes(device, 2 << 20) // FLOAT
+        if loss.kind == "gbce":
+            tile = shape.targets * loss.negatives * 4
+        elif on_gpu:  # the whole microbatch in one tile if it fits, masks of samples beside it
+            tile = 4 * min(tile, shape.targets * (loss.negatives + shape.distinct))
     floats = tile + scored * d + 2 * shape.targets * d
     if loss.kind != "exact":
         floats += 2 * (scored + shape.targets + shape.distinct) * d  # rows, and copies by role

@@ -6,10 +6,12 @@ distinct items of one user.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from findrec.devices import copy_all_to
 
 
 @dataclass(frozen=True)
@@ -59,5 +61,5 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        return Batch(**moved)
+        values = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **copy_all_to(values, device))

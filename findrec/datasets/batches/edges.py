@@ -18,6 +18,7 @@ from findrec.datasets.batches.training_pairs import TrainingPairs, negatives_rng
 from findrec.datasets.batches.windows import describe_users
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.splits import Int64Array
+from findrec.devices import copy_to
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Edges:
 
     def to(self, device: torch.device | str) -> Edges:
         """The same on another device."""
-        return Edges(self.user.to(device), self.item.to(device), self.negative.to(device))
+        return Edges(*(copy_to(x, device) for x in (self.user, self.item, self.negative)))
 
 
 class EdgeExamples(EqualSizeExamples):

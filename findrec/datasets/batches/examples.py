@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -126,10 +126,13 @@ class ExampleLoader(Generic[E]):
         rank: int,
         world: int,
         first_step: int = 0,
+        prepare: Callable[[E], Any] | None = None,
     ) -> None:
+        """`prepare` is applied to each microbatch's examples in the thread."""
         self._source, self._plan, self._epoch = source, plan, epoch
         self._rank, self._world, self._first_step = rank, world, first_step
         self._queue: queue.Queue[Step[E] | BaseException | None] = queue.Queue(PREFETCHED_STEPS)
+        self._prepare = prepare
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -152,6 +155,8 @@ class ExampleLoader(Generic[E]):
             for index, step in enumerate(steps, start=self._first_step):
                 own = self._own(step)
                 examples = self._source.read(self._epoch, [part for _, part in own])
+                if self._prepare is not None:
+                    examples = [self._prepare(each) for each in examples]
                 if self._stopped.is_set():
                     return
                 microbatches = [m for m, _ in own]

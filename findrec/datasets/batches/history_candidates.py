@@ -19,6 +19,7 @@ from findrec.datasets.batches.training_pairs import TrainingPairs, negatives_rng
 from findrec.datasets.batches.windows import HistoryExamples
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.splits import Int64Array
+from findrec.devices import copy_to
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class Candidates:
 
     def to(self, device: torch.device | str) -> Candidates:
         """The same on another device."""
-        return Candidates(self.history.to(device), self.candidate.to(device), self.label.to(device))
+        return Candidates(
+            self.history.to(device), copy_to(self.candidate, device), copy_to(self.label, device)
+        )
 
 
 class CandidateExamples(HistoryExamples):

@@ -13,6 +13,7 @@ from findrec.config import RunConfig
 from findrec.datasets.batches.examples import EqualSizeExamples
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.splits import Int64Array
+from findrec.devices import copy_to
 
 _NAMED_ITEMS = 3
 
@@ -25,7 +26,7 @@ class ItemIds:
 
     def to(self, device: torch.device | str) -> ItemIds:
         """The same on another device."""
-        return ItemIds(self.item.to(device))
+        return ItemIds(copy_to(self.item, device))
 
 
 class ItemExamples(EqualSizeExamples):

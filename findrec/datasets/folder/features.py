@@ -32,6 +32,12 @@ class ModalRows:
 
     values: Tensor  # [U, M] float32; zeros where missing
     present: Tensor  # [U] bool; False for padding and for items without this modality
+    known_index: Tensor | None = None  # [n] `present_index`, where it is known without waiting for a GPU
+
+    @property
+    def present_index(self) -> Tensor:
+        """`[n]` int64, ascending: the rows that are present."""
+        return self.present.nonzero().squeeze(1) if self.known_index is None else self.known_index
 
 
 @dataclass(frozen=True)
@@ -201,3 +207,13 @@ class FeatureTable:
         values = torch.from_numpy(self.values[index].astype(np.float32))
         present = torch.from_numpy(self.present[index])
         return ModalRows(values=values.to(ids.device), present=present.to(ids.device))
+
+    def stored_rows(self, ids_n: Tensor) -> tuple[Tensor, Tensor]:
+        """The features `[n, D]` of `ids_n` as they are stored, in fp16, and the mask `[n]`; on the CPU."""
+        index = ids_n.numpy()
+        return torch.from_numpy(self.values[index]), torch.from_numpy(self.present[index])
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole table."""
+        return int(self.values.nbytes + self.present.nbytes)

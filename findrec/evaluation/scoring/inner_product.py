@@ -23,6 +23,7 @@ from torch import Tensor
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.catalogue import Catalogue
 from findrec.datasets.folder.data_folder import DataFolder
+from findrec.devices import is_cpu
 from findrec.evaluation.scoring.base import Query, Scorer, Top
 from findrec.evaluation.scoring.user_vectors import UserVectors, top_items
 from findrec.evaluation.scoring.users import UserBlock
@@ -91,11 +92,13 @@ class InnerProductRanking:
     def top(self, k: int) -> Top:
         """See `Ranking`; scores are float32.
 
-        Uses FAISS if a score is a plain inner product and nothing is filtered, otherwise torch.
+        Uses FAISS if a score is a plain inner product, nothing is filtered and the items are on the CPU (its
+        index would be there); otherwise torch, where the items are.
         """
         scorer, users, query = self.scorer, self.vectors, self.query
         k = min(k, len(scorer.items_Vd) - 1)
-        if users.is_plain and query.seen_BM is None and query.list_times is None:
+        unfiltered = query.seen_BM is None and query.list_times is None
+        if users.is_plain and unfiltered and is_cpu(scorer.items_Vd.device):
             index = scorer.flat_index()
             if index is not None:
                 vectors = users.single()
@@ -163,6 +166,8 @@ class ModelScorer(InnerProductScorer):
         self.max_length = max_length
         self.model, self.catalogue = model.eval(), catalogue
         self.rows_Vd = table_weight.detach().to(device=device, dtype=torch.float32)
+        if not is_cpu(device) and not catalogue.is_on_gpu:
+            catalogue.keep_on(device)
         self.items_Vd = model.item_vectors(self.rows_Vd, catalogue)
         self.signs_d = signs_of(model, self.items_Vd.device)
 

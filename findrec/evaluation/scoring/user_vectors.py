@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from findrec.evaluation.scoring.base import Times, Top
+from findrec.ops._tiles import tile_bytes
 from findrec.ops.ranking.rules import Rules
 
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 64 << 20  # of scores, on a CPU
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def top_items(
 
     `users` and `items_Vd` must be on one device. NaN counts as the lowest score.
     """
-    step = max(1, _TILE_BYTES // (4 * len(items_Vd)))
+    step = max(1, tile_bytes(items_Vd.device, _TILE_BYTES) // (4 * len(items_Vd)))
     if users.users_Bd.dim() == 3:
         step = max(1, step // users.users_Bd.shape[1])
     parts = []

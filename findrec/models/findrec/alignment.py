@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from findrec.devices import copy_to
 from findrec.models.base import Term
 from findrec.models.findrec.config import AlignConfig
 from findrec.models.findrec.latents import Latents
@@ -66,7 +67,7 @@ def sample_pairs(latents: Latents, x_items_Ud: Tensor, rows: int) -> tuple[Tenso
     """
     present_n = latents.present_n
     if len(present_n) > rows:
-        present_n = present_n[torch.randperm(len(present_n))[:rows].to(present_n.device)]
+        present_n = present_n[copy_to(torch.randperm(len(present_n))[:rows], present_n.device)]
     z_nd = latents.z_Ud[present_n].float()
     with torch.no_grad():
         reference_nd = x_items_Ud[present_n].float()

@@ -50,7 +50,7 @@ class ModalEncoder(nn.Module):
 
     def forward(self, rows: ModalRows) -> Latents:
         """Encode the items that have the modality."""
-        present_n = rows.present.nonzero().squeeze(1)
+        present_n = rows.present_index
         hidden = F.gelu(self.norm_hidden(project_normed(self.norm, self.widen, rows.values[present_n])))
         hidden = self.dropout(hidden)
         mean_nd, logvar_nd = self.mean(hidden), self.logvar(hidden).clamp(*LOGVAR_RANGE)

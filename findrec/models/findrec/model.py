@@ -76,7 +76,7 @@ class FindRec(SequenceModel):
         id_BLd = self.stream(self.inputs.drop(self.embed(batch, x_items, features)))
         h_Td = gather_positions(id_BLd, batch)
         aux: dict[str, Term] = {}
-        diagnostics: dict[str, float] = {}
+        diagnostics: dict[str, float | Tensor] = {}
         if self.control is not None:
             latents = {name: encoder(features[name]) for name, encoder in self.encoders.items()}
             correction_Td, routed = self.run_layer(self.control, batch, id_BLd, h_Td, list(latents.values()))
@@ -103,7 +103,7 @@ class FindRec(SequenceModel):
 
     def _auxiliary(
         self, latents: Mapping[str, Latents], x_items: Tensor, routed: Routed
-    ) -> tuple[dict[str, Term], dict[str, float]]:
+    ) -> tuple[dict[str, Term], dict[str, float | Tensor]]:
         """The auxiliary terms and the diagnostics of a training pass."""
         with torch.autocast(x_items.device.type, enabled=False):
             latents = {name: latent.float() for name, latent in latents.items()}
@@ -111,7 +111,7 @@ class FindRec(SequenceModel):
             measured = _measure_routing(routed)
             if self.diagnosing:
                 measured |= diagnose_alignment(latents, x_items, self.config.align.rows)
-            return aux, _as_floats(measured)
+            return aux, {name: value.detach() for name, value in measured.items()}
 
     def embed(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
         """The inputs of the stream `[B, L, d]`, without dropout; arguments as in `forward`."""
@@ -159,8 +159,3 @@ def _measure_routing(routed: Routed) -> dict[str, Tensor]:
     if gates_THE.shape[2] > 1:
         measured["expert_load_max"] = (gates_THE.sum((0, 1)) / count).max()
     return measured
-
-
-def _as_floats(values: Mapping[str, Tensor]) -> dict[str, float]:
-    numbers = torch.stack([value.float() for value in values.values()]).tolist()  # one device transfer
-    return dict(zip(values, numbers, strict=True))

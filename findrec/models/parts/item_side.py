@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from findrec.datasets.folder.features import ModalRows
+from findrec.devices import copy_to
 from findrec.models.parts.layers import project_normed
 
 TABLE_STD = 0.2  # times d^-0.5: initial standard deviation of item rows, and of the content added to them
@@ -40,7 +41,8 @@ class ItemSide(nn.Module):
     def forward(self, rows_nd: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
         """Item vectors `[n, d]`; a missing modality adds nothing."""
         if self.training and self.id_dropout > 0:
-            rows_nd = rows_nd * (torch.rand(len(rows_nd), 1) >= self.id_dropout).to(rows_nd)
+            kept_n1 = torch.rand(len(rows_nd), 1) >= self.id_dropout
+            rows_nd = rows_nd * copy_to(kept_n1, rows_nd.device).to(rows_nd.dtype)
         for name, project in self.projections.items():
             modal = features[name]
             norm = self.norms[name]

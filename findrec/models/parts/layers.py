@@ -17,7 +17,7 @@ NUM_GAP_BUCKETS = 40  # log2 of seconds: 2^39 s is 17,000 years
 
 
 class Dropout(nn.Module):
-    """Inverted dropout with one random byte per element.
+    """Inverted dropout, on a CPU with one random byte per element.
 
     PyTorch draws a 32-bit number for each, which on a CPU costs as much as the layer before it. The rate is
     rounded to a multiple of 1/256 and the scale is computed from that rate, so the expectation is exact.
@@ -31,6 +31,8 @@ class Dropout(nn.Module):
         """Drop elements of `x` and scale up the others; the identity in evaluation mode."""
         if not self.training or self.dropped == 0:
             return x
+        if x.device.type != "cpu":  # one kernel that draws, drops and scales
+            return F.dropout(x, self.dropped / 256)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
         words.random_(torch.iinfo(torch.int64).min, None)  # all 64 bits
         byte = words.view(torch.uint8)[: x.numel()].view(x.shape)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from findrec.datasets.batches.batch import Batch
+from findrec.devices import is_cpu
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 from findrec.ops.repeat_bonus import NUM_REPEAT_FEATURES, Impl, repeat_bonus
 
@@ -48,7 +49,7 @@ class RepeatCandidates:
             window=self.window,
             impl=impl,
         )
-        return RepeatBonus(self.ids_PN, self.row_T, seen_TN, bonus_TN)
+        return RepeatBonus(self.ids_PN, self.row_T, seen_TN, bonus_TN, longest=max(1, self.rank_PE.shape[1]))
 
 
 def repeat_candidates(batch: Batch, window: int = REPEAT_WINDOW) -> RepeatCandidates:
@@ -61,6 +62,10 @@ def repeat_candidates(batch: Batch, window: int = REPEAT_WINDOW) -> RepeatCandid
     num_rows, length = batch.item.shape
     row_T = torch.div(batch.position, length, rounding_mode="floor")
     step_T = batch.position - row_T * length
+    if length <= window and not is_cpu(batch.item.device):
+        # Sizes that the host knows: a GPU need not be waited for. On a CPU fewer candidates are less work.
+        rank_BE, ids_BN = _rank_items(batch.item, max(1, length))
+        return RepeatCandidates(ids_BN, rank_BE, row_T, step_T, window)
     stride, before = (length, 0) if length <= window else (max(1, window // _CHUNKS_PER_WINDOW), window - 1)
     chunks_per_row = -(-length // stride)
     key_T = row_T * chunks_per_row + torch.div(step_T, stride, rounding_mode="floor")
@@ -78,8 +83,11 @@ def repeat_candidates(batch: Batch, window: int = REPEAT_WINDOW) -> RepeatCandid
     return RepeatCandidates(ids_PN, rank_PE, chunk_T, step_T - start_P[chunk_T], window)
 
 
-def _rank_items(item_PE: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of each event's item among the distinct items of its chunk (padding: N), and those items."""
+def _rank_items(item_PE: Tensor, num_candidates: int | None = None) -> tuple[Tensor, Tensor]:
+    """Index of each event's item among the distinct items of its chunk (padding: N), and those items.
+
+    N is `num_candidates`, by default the most distinct items of a chunk.
+    """
     # Padding is replaced by the largest id to be sorted last, so that items get ranks 0, 1, ... in order.
     largest = torch.iinfo(torch.int64).max
     sorted_PE, order_PE = item_PE.masked_fill(item_PE == 0, largest).sort(dim=1, stable=True)
@@ -87,7 +95,8 @@ def _rank_items(item_PE: Tensor) -> tuple[Tensor, Tensor]:
     first_seen_PE[:, 1:] = sorted_PE[:, 1:] != sorted_PE[:, :-1]
     index_PE = first_seen_PE.cumsum(1) - 1
     real_PE = sorted_PE != largest
-    num_candidates = max(1, int((first_seen_PE & real_PE).sum(1).max())) if item_PE.numel() else 1
+    if num_candidates is None:
+        num_candidates = max(1, int((first_seen_PE & real_PE).sum(1).max())) if item_PE.numel() else 1
     index_PE = index_PE.masked_fill(~real_PE, num_candidates)
     ids = item_PE.new_zeros(item_PE.shape[0], num_candidates + 1)
     ids.scatter_(1, index_PE, sorted_PE.masked_fill(~real_PE, 0))

@@ -5,6 +5,7 @@ write into it, all operations are in place, and the gradients are computed from 
 
 Excluded candidates get a logit of -inf. Samples that hit a token's target or its seen items are few, so they
 are looked up in the sorted samples: comparing all pairs of tokens and samples costs as much as the softmax.
+`_sampled_batches` has the parts that a GPU needs otherwise.
 
 Shape letters: T tokens, t tokens of a tile, d width, B users, N repeat candidates of a user, S samples,
 K hits.
@@ -13,35 +14,28 @@ K hits.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from findrec.ops.losses._eager import Gradients
+from findrec.ops.losses._sampled_batches import NUM_FLOATS, Inputs, PaddedCandidates, SampleMask
 
 _CPU_ROWS = 512  # most tokens per tile: larger tiles are no faster
-NUM_FLOATS = 5  # the differentiable fields of `Inputs` come first
 
 
-class Inputs(NamedTuple):
-    """Tensors that the loss reads; those of repeat candidates are all None or none is."""
+def walk_tiles(
+    inputs: Inputs,
+    tile_bytes: int,
+    needs_grad: tuple[bool, ...],
+    *,
+    batched: bool = False,
+    longest: int | None = None,
+) -> tuple[Tensor, Gradients]:
+    """The loss, and the gradients that `needs_grad` selects, in the dtype of the computation.
 
-    h_Td: Tensor
-    target_row_Td: Tensor
-    sample_row_Sd: Tensor
-    candidate_row_BNd: Tensor | None
-    bonus_TN: Tensor | None
-    target_T: Tensor
-    sample_S: Tensor
-    log_expected_S: Tensor | None
-    ids_BN: Tensor | None
-    row_T: Tensor | None
-    seen_TN: Tensor | None
-
-
-def walk_tiles(inputs: Inputs, tile_bytes: int, needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
-    """The loss, and the gradients that `needs_grad` selects, in the dtype of the computation."""
+    `batched` is the form for a GPU (`_sampled_batches`); no user has more than `longest` tokens.
+    """
     dtype = torch.promote_types(inputs.h_Td.dtype, inputs.sample_row_Sd.dtype)
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     h_Td, target_row_Td, sample_row_Sd, candidate_row_BNd, bonus_TN = (
@@ -59,7 +53,15 @@ def walk_tiles(inputs: Inputs, tile_bytes: int, needs_grad: tuple[bool, ...]) ->
     num_tokens, num_candidates = len(h_Td), 0 if bonus_TN is None else bonus_TN.shape[1]
     width = num_candidates + len(sample_row_Sd) + 1
     shift_S = h_Td.new_zeros(1) if inputs.log_expected_S is None else -inputs.log_expected_S.to(dtype)
-    hits = _Hits(inputs)
+    hits = SampleMask(inputs) if batched else _Hits(inputs)
+    own: PaddedCandidates | _OwnCandidates | None = None
+    if candidate_row_BNd is not None:
+        assert inputs.row_T is not None
+        own = (
+            PaddedCandidates(candidate_row_BNd, inputs.row_T, longest)
+            if batched
+            else _OwnCandidates(candidate_row_BNd, inputs.row_T)
+        )
     tile = _tile_rows(num_tokens, width, h_Td, tile_bytes)
     buffer = h_Td.new_empty(tile, width)
     loss = h_Td.new_zeros((), dtype=torch.float64)
@@ -72,20 +74,18 @@ def walk_tiles(inputs: Inputs, tile_bytes: int, needs_grad: tuple[bool, ...]) ->
         torch.addmm(shift_S, h, sample_row_Sd.t(), out=p_sample)
         torch.sum(h * target_row, 1, out=p_target)
         is_target = None
-        if bonus_TN is not None and candidate_row_BNd is not None:
+        if bonus_TN is not None and own is not None:
             assert inputs.ids_BN is not None
             assert inputs.row_T is not None
             assert inputs.seen_TN is not None
             row_t = inputs.row_T[rows]
             is_target = inputs.ids_BN[row_t] == inputs.target_T[rows, None]
-            for user, tokens in _users(row_t):
-                torch.mm(h[tokens], candidate_row_BNd[user].t(), out=p_candidate[tokens])
+            own.logits(h, rows, out=p_candidate)
             p_candidate += bonus_TN[rows]
             p_candidate.masked_fill_(~inputs.seen_TN[rows] | is_target, -torch.inf)
             # The bonus of an unseen target is 0, so its entry can be added in any case.
             p_target += (bonus_TN[rows] * is_target).sum(1)
-        row_K, column_K = hits.of(rows)
-        p_sample[row_K, column_K] = -torch.inf
+        hits.drop(p_sample, rows)
         # In place: logits become exp(s - max), then (softmax - one-hot of the target) * total; dividing the
         # narrow operands by `total` is cheaper than dividing the tile.
         high = p.amax(1, keepdim=True)
@@ -100,12 +100,9 @@ def walk_tiles(inputs: Inputs, tile_bytes: int, needs_grad: tuple[bool, ...]) ->
             torch.mul(scaled_h, p_target[:, None], out=dtarget_Td[rows])
         if dh_Td is not None:
             torch.mm(p_sample, sample_row_Sd, out=dh_Td[rows]).addcmul_(target_row, p_target[:, None])
-        if candidate_row_BNd is not None:
-            for user, tokens in _users(row_t):
-                if dh_Td is not None:
-                    dh_Td[rows][tokens].addmm_(p_candidate[tokens], candidate_row_BNd[user])
-                if dcandidate_BNd is not None:
-                    dcandidate_BNd[user].addmm_(p_candidate[tokens].t(), scaled_h[tokens])
+        if own is not None:
+            dh = None if dh_Td is None else dh_Td[rows]
+            own.add_gradients(p_candidate, scaled_h, rows, dh, dcandidate_BNd)
         if dh_Td is not None:
             dh_Td[rows].div_(total)
         if dbonus_TN is not None and is_target is not None:
@@ -113,6 +110,33 @@ def walk_tiles(inputs: Inputs, tile_bytes: int, needs_grad: tuple[bool, ...]) ->
                 total
             )
     return loss.to(dtype), gradients
+
+
+class _OwnCandidates:
+    """Products of tokens with the repeat candidates of their users, one for each user of a tile."""
+
+    def __init__(self, candidate_row_BNd: Tensor, row_T: Tensor) -> None:
+        self._rows_BNd, self._row_T = candidate_row_BNd, row_T
+
+    def logits(self, h_td: Tensor, rows: slice, *, out: Tensor) -> None:
+        """Write the products `[t, N]` of the tokens in `rows`."""
+        for user, tokens in _users(self._row_T[rows]):
+            torch.mm(h_td[tokens], self._rows_BNd[user].t(), out=out[tokens])
+
+    def add_gradients(
+        self,
+        dlogit_tN: Tensor,
+        h_td: Tensor,
+        rows: slice,
+        dh_td: Tensor | None,
+        dcandidate_BNd: Tensor | None,
+    ) -> None:
+        """Add `dlogit candidate` to `dh_td` and `dlogit^T h` to `dcandidate_BNd`."""
+        for user, tokens in _users(self._row_T[rows]):
+            if dh_td is not None:
+                dh_td[tokens].addmm_(dlogit_tN[tokens], self._rows_BNd[user])
+            if dcandidate_BNd is not None:
+                dcandidate_BNd[user].addmm_(dlogit_tN[tokens].t(), h_td[tokens])
 
 
 class _Hits:
@@ -125,7 +149,12 @@ class _Hits:
         if inputs.ids_BN is not None:
             self._candidate_BN, self._candidate_count_BN = self._find(inputs.ids_BN)
 
-    def of(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def drop(self, logit_tS: Tensor, rows: slice) -> None:
+        """Write -inf to the logits of samples that coincide with an exact candidate of their token."""
+        row_K, column_K = self._of(rows)
+        logit_tS[row_K, column_K] = -torch.inf
+
+    def _of(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Pairs `[K]` each of a token, counted from the first of `rows`, and a column of the samples."""
         first, count = self._target_T[rows, None], self._target_count_T[rows, None]
         if self._row_T is not None and self._seen_TN is not None:

@@ -17,15 +17,18 @@ a tile.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from findrec.ops._tiles import tile_bytes as tile_bytes_on
 from findrec.ops.losses._eager import Gradients, eager_loss
 
-DEFAULT_TILE_BYTES = 32 << 20
+_TILE_BYTES = 32 << 20  # on a CPU
 CPU_ROWS = 512  # most tokens per tile: larger tiles are no faster and leave the cache
 
 
@@ -40,6 +43,7 @@ class RepeatBonus:
     row_T: Tensor  # int64, the row of each token
     seen_TN: Tensor  # bool, the item occurred at or before the token, within the window
     bonus_TN: Tensor  # float, 0 where unseen; carries the gradient
+    longest: int | None = None  # no row has more tokens; None: not known
 
 
 def linear_cross_entropy(
@@ -50,7 +54,7 @@ def linear_cross_entropy(
     repeat: RepeatBonus | None = None,
     allowed_V: Tensor | None = None,
     impl: Literal["auto", "reference", "tiled"] = "auto",
-    tile_bytes: int = DEFAULT_TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> Tensor:
     """Sum over tokens of `logsumexp_v(s_tv) - s_t,target`, in nats, with `s = h table^T (+ repeat bonus)`.
 
@@ -60,20 +64,24 @@ def linear_cross_entropy(
     are computed with and summed in float32. `tiled` is differentiable once, in `h_Td`, `table_Vd` and
     `repeat.bonus_TN`.
 
-    Extra memory of `tiled` (= `auto`): the gradients and one tile of logits, which takes `tile_bytes` or a
-    quarter of the table, whichever is more; half precision adds the inputs in float32. Raises `ValueError`
-    for targets that are not a class, for an `allowed_V` of another shape or dtype, and for an unknown `impl`.
+    Extra memory of `tiled` (= `auto`): the gradients and one tile of logits, which takes `tile_bytes`
+    (default: 32 MiB on a CPU, 256 MiB on a GPU) or a quarter of the table, whichever is more; half precision
+    adds the inputs in float32. Raises `ValueError` for an `allowed_V` of another shape or dtype, for an
+    unknown `impl` and, on a CPU, for targets that are not a class. A GPU would have to be waited for to tell:
+    there such a target makes the loss infinite, or fails in a kernel if it is not a row of the table.
     """
     _check(table_Vd, target_T, allowed_V, impl)
-    blocked = target_T.new_zeros(1) if allowed_V is None else _blocked(allowed_V)
+    blocked = _blocked(target_T, allowed_V)
     if impl == "reference":
         return _dense(h_Td, table_Vd, target_T, repeat, blocked)
     bonus, ids, row = (
         (repeat.bonus_TN, repeat.ids_BN, repeat.row_T) if repeat is not None else (None, None, None)
     )
 
+    size = tile_bytes_on(h_Td.device, _TILE_BYTES) if tile_bytes is None else tile_bytes
+
     def walk(tensors: tuple[Tensor | None, ...], needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
-        return _walk(_Inputs(*tensors), tile_bytes, needs_grad)  # type: ignore[arg-type]
+        return _walk(_Inputs(*tensors), size, needs_grad)  # type: ignore[arg-type]
 
     return eager_loss(walk, 3, h_Td, table_Vd, bonus, target_T, ids, row, blocked)
 
@@ -81,8 +89,8 @@ def linear_cross_entropy(
 def _check(table_Vd: Tensor, target_T: Tensor, allowed_V: Tensor | None, impl: str) -> None:
     if impl not in ("auto", "reference", "tiled"):
         raise ValueError(f"impl={impl!r} is unknown: choose one of auto, reference, tiled")
-    num_rows = table_Vd.shape[0]
-    if target_T.numel() and (int(target_T.min()) < 1 or int(target_T.max()) >= num_rows):
+    num_rows, on_cpu = table_Vd.shape[0], target_T.device.type == "cpu"
+    if on_cpu and target_T.numel() and (int(target_T.min()) < 1 or int(target_T.max()) >= num_rows):
         raise ValueError(f"targets must lie in 1..{num_rows - 1}; 0 is padding and never a target")
     if allowed_V is None:
         return
@@ -91,8 +99,7 @@ def _check(table_Vd: Tensor, target_T: Tensor, allowed_V: Tensor | None, impl: s
         raise ValueError(
             f"allowed_V must be bool of shape ({num_rows},), one entry a table row; it is {found}"
         )
-    outside = ~allowed_V[target_T]
-    if bool(outside.any()):
+    if on_cpu and bool((outside := ~allowed_V[target_T]).any()):
         example = int(target_T[outside][0])
         raise ValueError(
             f"{int(outside.sum())} targets, {example} among them, are not allowed by allowed_V: "
@@ -100,11 +107,20 @@ def _check(table_Vd: Tensor, target_T: Tensor, allowed_V: Tensor | None, impl: s
         )
 
 
-def _blocked(allowed_V: Tensor) -> Tensor:
+_blocked_of: MutableMapping[Tensor, tuple[int, Tensor]] = WeakIdKeyDictionary()
+
+
+def _blocked(target_T: Tensor, allowed_V: Tensor | None) -> Tensor:
     """Ids of the rows that are not a class; the first is always padding."""
-    classes = allowed_V.clone()
-    classes[0] = False
-    return (~classes).nonzero()[:, 0]
+    if allowed_V is None:
+        return target_T.new_zeros(1)
+    version, blocked = _blocked_of.get(allowed_V, (None, target_T))
+    if version != allowed_V._version:  # looked for again, at the cost of waiting for the device, if changed
+        classes = allowed_V.clone()
+        classes[0] = False
+        blocked = (~classes).nonzero()[:, 0]
+        _blocked_of[allowed_V] = allowed_V._version, blocked
+    return blocked
 
 
 def _dense(

@@ -13,6 +13,10 @@ plain autograd over `[T, S]`; the sampled softmax has two implementations:
 | `reference` | all logits under autograd, any dtype; the other is tested against it                       |
 | `tiled`     | one tile of tokens at a time in one buffer, gradients computed in the forward pass         |
 |             | (`_sampled_tiles`, as in linear_cross_entropy.py); nothing of size T x S is stored         |
+| `batched`   | the same for a GPU, which is never waited for: one product with the repeat candidates of   |
+|             | all users instead of one for each, and samples compared with all tokens of a tile          |
+
+`auto` is `tiled` on a CPU and `batched` elsewhere.
 
 Shape letters: T tokens, V catalogue size, d width, B users, N distinct items of a user's history, S samples.
 """
@@ -25,11 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from findrec.ops._tiles import tile_bytes as tile_bytes_on
 from findrec.ops.losses._eager import Gradients, eager_loss
-from findrec.ops.losses._sampled_tiles import NUM_FLOATS, Inputs, walk_tiles
+from findrec.ops.losses._sampled_batches import NUM_FLOATS, Inputs, candidates_of_samples
+from findrec.ops.losses._sampled_tiles import walk_tiles
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 
-DEFAULT_TILE_BYTES = 2 << 20  # a tile should fit the CPU cache
+_TILE_BYTES = 2 << 20  # on a CPU, whose cache a tile should fit
 
 
 def sampled_cross_entropy(
@@ -42,8 +48,8 @@ def sampled_cross_entropy(
     *,
     repeat: RepeatBonus | None = None,
     candidate_row_BNd: Tensor | None = None,
-    impl: Literal["auto", "reference", "tiled"] = "auto",
-    tile_bytes: int = DEFAULT_TILE_BYTES,
+    impl: Literal["auto", "reference", "tiled", "batched"] = "auto",
+    tile_bytes: int | None = None,
 ) -> Tensor:
     """Sum over tokens of `log Z_t - s_t,target` with an unbiased estimate of the partition function `Z_t`.
 
@@ -53,18 +59,19 @@ def sampled_cross_entropy(
     candidates are the target and, with `repeat`, the items seen so far; samples that hit one of them are
     dropped, because they are already counted. Tokens of a user are contiguous, users ascend.
 
-    Returns a scalar in the dtype of the inputs; `tiled` (= `auto`) computes half precision in float32 and
-    returns that. `tiled` is differentiable once, in `h_Td`, the three kinds of rows and `repeat.bonus_TN`,
-    and takes `tile_bytes` beside the gradients; `reference` also in `log_expected_S`.
+    Returns a scalar in the dtype of the inputs; `tiled` and `batched` compute half precision in float32 and
+    return that. They are differentiable once, in `h_Td`, the three kinds of rows and `repeat.bonus_TN`, and
+    take `tile_bytes` (default: 2 MiB on a CPU, 256 MiB on a GPU) beside the gradients, `batched` also
+    several tensors of the size of `repeat.bonus_TN`; `reference` is differentiable also in `log_expected_S`.
     Raises `ValueError` when only one of `repeat` and `candidate_row_BNd` is given, for an unknown `impl`, and
-    when `log_expected_S` needs a gradient under `tiled`.
+    when `log_expected_S` needs a gradient under another `impl` than `reference`.
     """
     if (repeat is None) != (candidate_row_BNd is None):
         raise ValueError(
             "repeat and candidate_row_BNd (the rows of repeat.ids_BN, scored exactly) must be given together"
         )
-    if impl not in ("auto", "reference", "tiled"):
-        raise ValueError(f"impl={impl!r} is unknown: choose one of auto, reference, tiled")
+    if impl not in ("auto", "reference", "tiled", "batched"):
+        raise ValueError(f"impl={impl!r} is unknown: choose one of auto, reference, tiled, batched")
     if impl == "reference":
         return _dense(
             h_Td, target_row_Td, sample_row_Sd, target_T, sample_S, log_expected_S, repeat, candidate_row_BNd
@@ -78,8 +85,13 @@ def sampled_cross_entropy(
     )
     floats = (h_Td, target_row_Td, sample_row_Sd, candidate_row_BNd, bonus)
 
+    batched = impl == "batched" or (impl == "auto" and h_Td.device.type != "cpu")
+    size = tile_bytes_on(h_Td.device, _TILE_BYTES) if tile_bytes is None else tile_bytes
+    longest = None if repeat is None else repeat.longest
+
     def walk(tensors: tuple[Tensor | None, ...], needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
-        return walk_tiles(Inputs(*tensors), tile_bytes, needs_grad)  # type: ignore[arg-type]
+        given = Inputs(*tensors)  # type: ignore[arg-type]
+        return walk_tiles(given, size, needs_grad, batched=batched, longest=longest)
 
     others = (target_T, sample_S, log_expected_S, ids, row, seen)
     return eager_loss(walk, NUM_FLOATS, *floats, *others)
@@ -160,11 +172,5 @@ def _candidate_logits(h_Td: Tensor, candidate_row_BNd: Tensor, row_T: Tensor) ->
 
 def _find_candidates(repeat: RepeatBonus, sample_S: Tensor) -> tuple[Tensor, Tensor]:
     """`[T, S]` each: the index of a sample among its token's candidates, and whether it is one of them."""
-    # Candidate ids ascend, with padding zeros first or last; sorting makes the search independent of that.
-    sorted_BN, order_BN = repeat.ids_BN.sort(1)
-    num_users, width = sorted_BN.shape
-    samples = sample_S.expand(num_users, -1).contiguous()
-    index = torch.searchsorted(sorted_BN, samples).clamp_(max=width - 1)
-    is_candidate_BS = sorted_BN.gather(1, index) == samples
-    column_BS = order_BN.gather(1, index)
+    column_BS, is_candidate_BS = candidates_of_samples(repeat.ids_BN, sample_S)
     return column_BS[repeat.row_T], is_candidate_BS[repeat.row_T]

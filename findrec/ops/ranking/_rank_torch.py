@@ -22,13 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from findrec.ops._tiles import GPU_TILE_BYTES, tile_bytes
 from findrec.ops.precision import full_float32
 from findrec.ops.ranking.counting import CaseOrder, Counts, sum_true, too_late
 
 SAFE_NORM = 2.0**60  # vectors up to here cannot overflow a float32 product
 Kind = Literal["float32", "bfloat16", "float64"]
 _PAIRS = 1 << 20  # doubtful pairs scored together
-_NORMED = 1 << 10  # vectors at a time: a float64 copy of them stays in a cache
+_NORMED = 1 << 10  # vectors at a time on a CPU: a float64 copy of them stays in a cache
 
 
 def torch_count(
@@ -56,9 +57,8 @@ def torch_count(
     everything = torch.arange(len(items_Td), device=items_Td.device)
     screened, rest = everything[safe_T], everything[~safe_T]
     order = CaseOrder.of(row_C, len(users_Bd))
-    pairs = max(
-        1, (tile_mib << 20) // (16 * vectors)
-    )  # a score, a comparison and the marks of doubt for each
+    # A score, a comparison and the marks of doubt for each.
+    pairs = max(1, tile_bytes(items_Td.device, tile_mib << 20) // (16 * vectors))
     step = max(1, min(len(order.rows), max(1, 256 // vectors), pairs))
     # Narrow tiles stay in a CPU's cache and leave fewer scores to search for doubtful ones; counts are
     # summed in float32, exact up to 2^24.
@@ -104,7 +104,8 @@ def _norms(x_Nd: Tensor) -> Tensor:
     """`[N]` float64; torch makes a float64 copy of what it is given, so it is given a little at a time."""
     norm_N = x_Nd.new_empty(len(x_Nd), dtype=torch.float64)
     # Into one tensor: small results between the large copies would keep the memory of each from being reused.
-    parts = (torch.split(x, _NORMED) for x in (x_Nd, norm_N))
+    size = _NORMED if x_Nd.device.type == "cpu" else max(1, GPU_TILE_BYTES // (8 * max(1, x_Nd.shape[1])))
+    parts = (torch.split(x, size) for x in (x_Nd, norm_N))
     for x_nd, norm_n in zip(*parts, strict=True):
         torch.linalg.vector_norm(x_nd, dim=1, dtype=torch.float64, out=norm_n)
     return norm_N
@@ -201,8 +202,9 @@ def _decide(
     high_n = high_n / (1 - slip * high_n.sign())
     low_n = low_n / (1 + slip * low_n.sign())
     # Rounding to float32 may step inwards by half a unit; one unit outwards undoes it.
-    high_n = torch.nextafter(high_n.float(), t_n.new_tensor(torch.inf).float())
-    low_n = torch.nextafter(low_n.float(), t_n.new_tensor(-torch.inf).float())
+    high_n, low_n = high_n.float(), low_n.float()
+    high_n = torch.nextafter(high_n, torch.full_like(high_n, torch.inf))
+    low_n = torch.nextafter(low_n, torch.full_like(low_n, -torch.inf))
     above_n = sum_true(torch.gt, scores_nT, high_n)
     counts.greater[case_n] += above_n
     open_n = (sum_true(torch.ge, scores_nT, low_n) > above_n).nonzero()[:, 0]

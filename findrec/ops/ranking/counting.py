@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from findrec.ops._tiles import tile_bytes
+
 EXCLUDED = torch.iinfo(torch.int64).min  # key of an item that does not count
 
 
@@ -39,7 +41,7 @@ def rank_dense(
     once where one tile holds it. `since_V` and `time_C` are those of `target_rank`.
     """
     pair_bytes = 24 if since_V is None else 40
-    tile = max(1, (tile_mib << 20) // (pair_bytes * max(1, num_users)))
+    tile = max(1, tile_bytes(row_C.device, tile_mib << 20) // (pair_bytes * max(1, num_users)))
     spans = [(lo, min(lo + tile, num_items + 1)) for lo in range(1, num_items + 1, tile)]
     order = CaseOrder.of(row_C, num_users)
     key_C = torch.zeros_like(row_C)

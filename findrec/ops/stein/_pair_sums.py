@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = 2**20  # pairs per tile: five such buffers, for any number of rows
+from findrec.ops._tiles import tile_bytes
+
+TILE_ELEMENTS = 2**20  # pairs per tile on a CPU: five such buffers, for any number of rows
 
 Slopes: TypeAlias = tuple[Tensor, Tensor, Tensor]  # a, b, -c
 
@@ -60,7 +62,7 @@ class _LangevinSum(torch.autograd.Function):
         SX1 = C_right[:, :-1]
         grad_SX = torch.zeros_like(C_right[:, :-2])
         total = X_nD.new_zeros(())
-        height = max(1, TILE_ELEMENTS // n)
+        height = max(1, tile_bytes(X_nD.device, 4 * TILE_ELEMENTS) // (4 * n))
         for start in range(0, n, height):
             # Columns from the tile on: its own square holds both orders of a pair, what is right of it one.
             stop = min(start + height, n)
@@ -74,8 +76,9 @@ class _LangevinSum(torch.autograd.Function):
             if slopes_wanted:
                 slopes[0].diagonal().zero_()  # b and c meet x_i - x_i = 0 there
                 _add_slopes(grad_SX, SX1, rows, columns, slopes)
-                a, b, c = (x[:, stop - start :].t() for x in slopes)
-                _add_slopes(grad_SX, SX1, later, rows, (a, b, c))
+                if stop < n:
+                    a, b, c = (x[:, stop - start :].t() for x in slopes)
+                    _add_slopes(grad_SX, SX1, later, rows, (a, b, c))
         ctx.save_for_backward(grad_SX)
         return total
 
@@ -123,7 +126,7 @@ class _RbfSum(torch.autograd.Function):
         grad_X, grad_Y = torch.zeros_like(X_nD), torch.zeros_like(Y_mD)
         square_n, square_m = X_nD.square().sum(1), Y_mD.square().sum(1)
         total = X_nD.new_zeros(())
-        height = max(1, TILE_ELEMENTS // max(1, len(Y_mD)))
+        height = max(1, tile_bytes(X_nD.device, 4 * TILE_ELEMENTS) // (4 * max(1, len(Y_mD))))
         for start in range(0, len(X_nD), height):
             rows = slice(start, start + height)
             k_tm = torch.addmm(square_m, X_nD[rows], Y_mD.t(), alpha=-2)

@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from findrec.devices import is_cpu
 from findrec.ops.stein._pair_sums import langevin_sum, rbf_sum
 from findrec.ops.stein.stein_scores import gaussian_score, kde_score
 
@@ -127,6 +128,8 @@ def median_bandwidth2(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
     Pooled, because the median of Z alone would shrink with a collapsing Z and hide the collapse.
     """
     pooled = torch.cat([Z_nD[:_BANDWIDTH_ROWS], A_mD[:_BANDWIDTH_ROWS]])
+    if not is_cpu(pooled.device):  # one kernel for the distances
+        return torch.nn.functional.pdist(pooled).median().square().div(2).clamp(min=1e-12)
     n = len(pooled)
     upper = torch.triu_indices(n, n, offset=1, device=pooled.device)
     median = _squared_distances(pooled, pooled)[upper[0], upper[1]].median()

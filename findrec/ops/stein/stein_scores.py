@@ -25,7 +25,9 @@ def gaussian_score(Z_nD: Tensor, A_mD: Tensor) -> Tensor:
     eye_DD = torch.eye(width, dtype=A_mD.dtype, device=A_mD.device)
     # The last term keeps the covariance of a constant reference (all rows equal) invertible.
     shrunk_DD = (1 - rho) * cov_DD + (rho * trace / width + 1e-6) * eye_DD
-    precision_DD = torch.cholesky_inverse(torch.linalg.cholesky(shrunk_DD))
+    # A check waits for a GPU. It fails for numbers that are not finite, and then neither is the loss.
+    factor_DD = torch.linalg.cholesky_ex(shrunk_DD, check_errors=A_mD.device.type == "cpu").L
+    precision_DD = torch.cholesky_inverse(factor_DD)
     score_nD: Tensor = (mean_D - Z_nD) @ precision_DD
     return score_nD
 

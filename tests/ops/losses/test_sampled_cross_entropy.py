@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -72,7 +73,7 @@ def assert_same(loss, want, h, table, repeat):
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 13])
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("impl", ["reference", "tiled", "batched"])
 def test_candidates_agree_with_a_naive_loop(impl, num_tokens, corrected, repeat):
     h, table, target, bonus = make(num_tokens, repeat=repeat)
     # Duplicates, the targets themselves and repeat candidates among the samples.
@@ -94,6 +95,7 @@ def test_candidates_agree_with_a_naive_loop(impl, num_tokens, corrected, repeat)
     assert_same(sampled(h, table, target, sample, log_expected, bonus, impl=impl), want, h, table, bonus)
 
 
+@pytest.mark.parametrize("impl", ["tiled", "batched"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("corrected", [False, True])
@@ -101,7 +103,7 @@ def test_candidates_agree_with_a_naive_loop(impl, num_tokens, corrected, repeat)
     ("num_tokens", "num_samples", "tile_rows"),
     [(1, 1, 9), (17, 60, 17), (17, 33, 7), (17, 1, 1), (1000, 33, 300)],
 )
-def test_tiles_agree_with_the_reference(num_tokens, num_samples, tile_rows, corrected, repeat, dtype):
+def test_tiles_agree_with_the_reference(num_tokens, num_samples, tile_rows, corrected, repeat, dtype, impl):
     h, table, target, bonus = make(num_tokens, dtype, repeat=repeat)
     sample = torch.randint(1, NUM_ITEMS + 1, (num_samples,), generator=torch.Generator().manual_seed(4))
     log_expected = torch.linspace(-1, 1, num_samples, dtype=torch.float64) if corrected else None
@@ -113,7 +115,7 @@ def test_tiles_agree_with_the_reference(num_tokens, num_samples, tile_rows, corr
     tile_bytes = tile_rows * width * (8 if dtype == torch.float64 else 4)
     if log_expected is not None and dtype != torch.float64:
         log_expected = log_expected.float()
-    found = sampled(h, table, target, sample, log_expected, bonus, impl="tiled", tile_bytes=tile_bytes)
+    found = sampled(h, table, target, sample, log_expected, bonus, impl=impl, tile_bytes=tile_bytes)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(
         found.double(), want, rtol=1e-12 if dtype == torch.float64 else 1e-5, atol=1e-6
@@ -127,9 +129,11 @@ def test_tiles_agree_with_the_reference(num_tokens, num_samples, tile_rows, corr
         torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=atol)
 
 
-def test_a_retained_graph_gives_the_same_gradients_twice():
+@pytest.mark.parametrize("impl", ["tiled", "batched"])
+def test_a_retained_graph_gives_the_same_gradients_twice(impl):
     h, table, target, repeat = make(13, repeat=True)
-    loss = sampled(h, table, target, torch.arange(1, 20), repeat=repeat)
+    repeat = replace(repeat, longest=9)  # of 7 and 6 tokens
+    loss = sampled(h, table, target, torch.arange(1, 20), repeat=repeat, impl=impl)
     leaves = (h, table, repeat.bonus_TN)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     second = torch.autograd.grad(2 * loss, leaves)
@@ -208,7 +212,9 @@ def test_gbce_with_every_item_drawn_is_plain_binary_cross_entropy():
     assert gbce(h, table, target, few, calibration=1.0) < gbce(h, table, target, few, calibration=0.0)
 
 
-@pytest.mark.parametrize("function", [sampled, partial(sampled, impl="reference"), gbce])
+@pytest.mark.parametrize(
+    "function", [sampled, partial(sampled, impl="batched"), partial(sampled, impl="reference"), gbce]
+)
 def test_gradcheck(function):
     h, table, target, repeat = make(4, repeat=True)
     sample = torch.tensor([1, 4, 8, 9, int(target[0]), int(repeat.ids_BN[0, 1])])
