@@ -19,7 +19,7 @@ from small_recipe import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
-KILLS = 4
+KILLS = 3
 TIMED = r"/report\.html$|/index/curve\.|/index/[^/]+/index\.json"
 RECIPE = """
 name: shop
