@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clusters import wait_until
 from killed import hidden_files, left_processes, run_until
 from planted import planted_folder, planted_run
 from small_recipe import contents
@@ -118,12 +119,14 @@ def test_a_killed_command_completes_when_it_is_run_again(name: str, tmp_path: Pa
     shutil.copytree(start, home)
     changes = run_until(0, home, command)
     expected = result(home)
+    killed = 0
     for moment in sorted(random.Random(0).sample(range(1, changes + 1), min(KILLS, changes))):
         shutil.rmtree(home)
         shutil.copytree(start, home)
-        assert run_until(moment, home, command) == 0
-        assert left_processes(home) == []
+        killed += run_until(moment, home, command) == 0
+        wait_until(lambda: not left_processes(home), 20, "processes are left")
         run_until(0, home, command)
         assert result(home) == expected, f"killed before change {moment} of {changes}"
         assert hidden_files(home) == [], f"killed before change {moment} of {changes}"
-        assert left_processes(home) == []
+        wait_until(lambda: not left_processes(home), 20, "processes are left")
+    assert killed > 0  # a busy machine may make fewer changes, and then ends before the last moment
