@@ -68,18 +68,6 @@ def run_until(change: int, home: Path, command: Sequence[str]) -> int:
     return int(counted.read_text())
 
 
-def left_processes(home: Path) -> list[str]:
-    """The commands of processes whose FINDREC_HOME is `home`."""
-    found = []
-    for proc in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"FINDREC_HOME={home}\0".encode() in (proc / "environ").read_bytes():
-                found.append((proc / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:  # it has ended, or belongs to another user
-            continue
-    return found
-
-
 def hidden_files(folder: Path) -> list[str]:
     """Paths below a folder of which a part begins with a dot: temporary files, scratch folders and locks."""
     names = (os.path.join(root, name) for root, folders, files in os.walk(folder) for name in folders + files)

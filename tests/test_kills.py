@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import wait_until
-from killed import hidden_files, left_processes, run_until
+from clusters import processes_of, wait_until
+from killed import hidden_files, run_until
 from planted import planted_folder, planted_run
 from small_recipe import contents
 
@@ -124,9 +124,9 @@ def test_a_killed_command_completes_when_it_is_run_again(name: str, tmp_path: Pa
         shutil.rmtree(home)
         shutil.copytree(start, home)
         killed += run_until(moment, home, command) == 0
-        wait_until(lambda: not left_processes(home), 20, "processes are left")
+        wait_until(lambda: not processes_of(home, ""), 20, "processes are left")
         run_until(0, home, command)
         assert result(home) == expected, f"killed before change {moment} of {changes}"
         assert hidden_files(home) == [], f"killed before change {moment} of {changes}"
-        wait_until(lambda: not left_processes(home), 20, "processes are left")
+        wait_until(lambda: not processes_of(home, ""), 20, "processes are left")
     assert killed > 0  # a busy machine may make fewer changes, and then ends before the last moment

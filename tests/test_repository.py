@@ -171,7 +171,7 @@ def test_nothing_outside_its_folder_knows_a_model(name: str) -> None:
     package, folder = ROOT / "findrec", ROOT / "findrec" / "models" / name
     known = {
         path.relative_to(package).as_posix(): found.group()
-        for path in package.rglob("*.py")
+        for path in [*package.rglob("*.py"), *package.rglob("*.j2")]
         if folder not in path.parents and (found := words.search(path.read_text()))
     }
     assert known.pop("models/configs.py"), "the registry names every model"

@@ -43,8 +43,8 @@ def withhold(features: Mapping[str, ModalRows], names: Sequence[str]) -> dict[st
 class Explains(Protocol):
     """A multimodal model that can attribute its output to modalities."""
 
-    # Prefixes of the names under which training logs the alignment of modalities.
-    alignment_diagnostics: Sequence[str]
+    # Prefixes of the names under which training logs the alignment of modalities, and what each measures.
+    alignment_diagnostics: Mapping[str, str]
 
     def explain(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Explanation:
         """Run the model in evaluation mode; arguments as in `SequenceModel.forward`.

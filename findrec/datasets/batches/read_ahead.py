@@ -49,9 +49,8 @@ class Prepared:
     examples: OnDevice
     catalogue: Catalogue
     index: Mapping[str, Tensor]  # [n] indices of the items that have the modality
-    stored: Mapping[
-        str, tuple[Tensor, Tensor]
-    ]  # fp16 [U, D] and mask [U]; empty if the tables are on the GPU
+    # fp16 [U, D] and mask [U]; empty if the tables are on the GPU
+    stored: Mapping[str, tuple[Tensor, Tensor]]
 
     def to(self, device: torch.device | str) -> tuple[Any, Catalogue | FeaturesAhead]:
         """The examples and their features on a device."""

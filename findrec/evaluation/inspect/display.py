@@ -204,6 +204,7 @@ def _write_page(path: Path, run: str, inspection: Inspection) -> None:
     curves = [
         {
             "name": curve.name,
+            "meaning": curve.meaning,
             "first": format_number(curve.values[0]),
             "last": format_number(curve.values[-1]),
             "svg": data_uri(svg_of(curve_figure(curve.steps, curve.values)), "image/svg+xml"),

@@ -60,6 +60,7 @@ class Curve:
     """One alignment diagnostic over training."""
 
     name: str  # e.g. ksd_text
+    meaning: str  # what its kind measures, in the model's words
     steps: list[int]
     values: list[float]
 
@@ -175,15 +176,16 @@ def _check_explains(scorer: ModelScorer) -> Explains:
 
 def alignment_curves(run_folder: Path, model: object) -> list[Curve]:
     """Alignment diagnostics logged in training; empty for a model without explanations."""
-    kinds = model.alignment_diagnostics if isinstance(model, Explains) else ()
+    kinds = model.alignment_diagnostics if isinstance(model, Explains) else {}
     curves: dict[str, Curve] = {}
     for line in read_lines(run_folder / "metrics.jsonl"):
         if "step" not in line:
             continue
         for key, value in line.items():
             name = key.removeprefix("diagnostics/")
-            if name != key and name.startswith(tuple(kinds)) and is_finite(value):
-                curve = curves.setdefault(name, Curve(name, [], []))
+            kind = next((kind for kind in kinds if name.startswith(kind)), None)
+            if name != key and kind is not None and is_finite(value):
+                curve = curves.setdefault(name, Curve(name, kinds[kind], [], []))
                 curve.steps.append(int(line["step"]))
                 curve.values.append(float(value))
 

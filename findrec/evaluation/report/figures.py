@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ from findrec.evaluation.inspect.inspect import Curve, Inspection
 from findrec.evaluation.suites.display import suite_figure
 from findrec.evaluation.suites.suites import Suite
 
-_CURVES = {  # key of metrics.jsonl -> title; auxiliary terms follow under their own names
+_CURVES = {  # key of metrics.jsonl -> title; the auxiliary terms and diagnostics of a model follow
     "train/loss": "training loss",
     "valid/ndcg@10": "validation NDCG@10",
     "train/targets_per_s": "targets per second",
     "train/data_wait_share": "share of time waiting for data",
-    "diagnostics/gate_entropy": "gate entropy (nats)",
-    "diagnostics/expert_load_max": "largest share of an expert",
 }
 # Plots about serving: title -> a function that draws it from the run folder and returns None if nothing was
 # measured. Add new measurements here.
@@ -49,11 +47,18 @@ class Plot:
     broad: bool = False  # as wide as the page
 
 
-def training_plots(run_folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[Plot]:
-    """Curves of the values logged during training."""
-    auxiliary = sorted({key for line in lines for key in line if key.startswith("aux/")})
+def training_plots(
+    run_folder: Path, lines: Sequence[Mapping[str, Any]], *, without: Collection[str] = ()
+) -> list[Plot]:
+    """Curves of the values logged during training, except for the diagnostics named in `without`."""
+    keys = sorted({key for line in lines for key in line})
+    titles = _CURVES | {key: key for key in keys if key.startswith("aux/")}
+    for key in keys:
+        name = key.removeprefix("diagnostics/")
+        if name != key and name not in without:
+            titles[key] = name.replace("_", " ")
     drawn = []
-    for key, title in (_CURVES | {key: key for key in auxiliary}).items():
+    for key, title in titles.items():
         points = [(line["step"], line[key]) for line in lines if "step" in line and is_finite(line.get(key))]
         if points:
             steps, values = zip(*points, strict=True)

@@ -71,7 +71,9 @@ def write_report(
         lists=lists,
         list_plots=list_plots(run_folder, test, _list_titles(test)) if lists else [],
         sampled=_sampled(results.get("sampled", [])),
-        curves=training_plots(run_folder, _logged_values(run_folder)),
+        curves=training_plots(
+            run_folder, _logged_values(run_folder), without={curve.name for curve in alignment}
+        ),
         alignment=alignment_plots(run_folder, alignment),
         inspection=_inspection(run_folder, inspection),
         suites=[_suite(run_folder, suite) for suite in read_suites(run_folder)],

@@ -119,4 +119,10 @@ def diagnose_alignment(latents: Mapping[str, Latents], x_items_Ud: Tensor, rows:
     return diagnostics
 
 
-DIAGNOSTICS = ("ksd", "bandwidth", "latent_std", "latent_rank", "latent_cosine")
+DIAGNOSTICS = {
+    "ksd": "the Stein discrepancy from the ID vectors (0: the same distribution)",
+    "bandwidth": "the bandwidth of its kernel",
+    "latent_std": "the mean standard deviation of the latents (near 0: collapsed to a point)",
+    "latent_rank": "the effective rank of the latents (near 1: collapsed to a line)",
+    "latent_cosine": "the mean cosine between an item's latent and its ID vector",
+}

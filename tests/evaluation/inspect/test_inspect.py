@@ -310,6 +310,7 @@ def test_page_and_picture(inspection: Inspection, tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', html)
     assert not re.search(r"@import|url\(", html)
     assert html.count('alt="ksd_text"') == html.count('alt="latent_rank_text"') == 1
+    assert "ksd_text, the Stein discrepancy from the ID vectors" in html
     assert "2.0000 → 0.5000" in html
     for gate in inspection.gates_THE[-1].ravel():
         assert f">{gate:.2f}</td>" in html
