@@ -45,6 +45,11 @@ class LossConfig(Part):
     # as negatives: auto is `trained` if content is scored, else `all`.
     classes: Literal["auto", "trained", "all"] = "auto"
     negatives: int = Field(2048, ge=1)  # sampled, gbce: per microbatch
+    # sampled: items are drawn by (training events + 1) to this power; 0 is uniform.
+    popularity_power: float = Field(0.75, ge=0, le=1)
+    # sampled: weight the negatives so that the loss estimates that of the full softmax (logQ correction).
+    # Without it the loss is a softmax over the target and the negatives only.
+    correct_sampling: bool = True
     calibration: float = Field(0.75, ge=0, le=1)  # gbce: 0 is plain binary cross-entropy
     tile_mib: int = Field(32, ge=1)  # exact: size of a tile of logits; on a GPU at least 256
 

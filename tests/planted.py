@@ -33,7 +33,7 @@ def planted_folder(path, num_users=150, seed=0):
 def make_config(**training):
     tree = {
         "data": {"max_length": 16, "overlap": 0.5},
-        "model": {"dim": 32, "dropout": 0.0, "routing": {"heads": 2, "experts": 2}, "stream": {"layers": 1}},
+        "model": {"dim": 32, "dropout": 0.0, "stream": {"layers": 1}},
         "training": {"epochs": 12, "microbatches": 4, "tokens": 128, "optim": {"lr": 0.01}} | training,
         "evaluation": {"users_per_block": 64},
     }

@@ -16,7 +16,7 @@ from findrec.cli.app import main
 from findrec.config import dump_config, load_config, parse_config
 from findrec.datasets.sources.recipe import load_recipe
 from findrec.errors import FindRecError
-from findrec.models.findrec.config import FindRecConfig
+from findrec.models.findrec_2025.config import FindRecConfig
 from findrec.paths import find_asset
 from findrec.training.runs import read_run_config
 

@@ -24,9 +24,10 @@ class Explanation:
 
     whole: Out
     gates_THE: Tensor  # weights of each head's experts, which sum to 1
+    experts: tuple[str, ...]  # E names
     without: dict[str, Out]  # by modality: the output without that modality
     bare: Out  # the output without any modality
-    shuffled: list[Out]  # outputs with gates permuted among positions; may be empty
+    shuffled: list[Out]  # outputs with gates permuted among positions or items; may be empty
 
 
 def withhold(features: Mapping[str, ModalRows], names: Sequence[str]) -> dict[str, ModalRows]:
@@ -37,6 +38,14 @@ def withhold(features: Mapping[str, ModalRows], names: Sequence[str]) -> dict[st
         else rows
         for name, rows in features.items()
     }
+
+
+def random_cycle(count: int, generator: torch.Generator) -> Tensor:
+    """A random permutation of `count` >= 2 elements that leaves none in its place, to shuffle gates."""
+    cycle = torch.randperm(count, generator=generator)
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)
+    return order
 
 
 @runtime_checkable

@@ -15,11 +15,16 @@ from pydantic import PlainValidator, SerializeAsAny
 from findrec.errors import FindRecError, suggest
 from findrec.models.config import ModelConfig
 from findrec.models.findrec.config import FindRecConfig
+from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.sasrec.config import SASRecConfig
 
 DEFAULT = "findrec"
 TRAINED_BASELINE = "sasrec"  # trained beside the model of a run by default
-CONFIGS: dict[str, type[ModelConfig]] = {"findrec": FindRecConfig, "sasrec": SASRecConfig}
+CONFIGS: dict[str, type[ModelConfig]] = {
+    "findrec": FindRecConfig,
+    "findrec-2025": FindRec2025Config,
+    "sasrec": SASRecConfig,
+}
 
 
 def import_object(path: str, what: str) -> Any:

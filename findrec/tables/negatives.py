@@ -40,7 +40,7 @@ class Negatives:
         if train_count is None:
             raise ValueError("the sampled loss draws negatives by popularity, so it needs train_count")
         # Between popularity (good for frequent items) and uniform (limits the importance weights).
-        proposal = train_count.to(torch.float64).add_(1.0).pow_(0.75)
+        proposal = train_count.to(torch.float64).add_(1.0).pow_(loss.popularity_power)
         proposal[0] = 0.0
         if classes is not None:
             proposal[~classes] = 0.0
@@ -98,7 +98,7 @@ class Negatives:
                 calibration=self._loss.calibration,
                 repeat=repeat,
             )
-        log_expected_S = expected_S.log().to(h.dtype)
+        log_expected_S = expected_S.log().to(h.dtype) if self._loss.correct_sampling else None
         return sampled_cross_entropy(
             h,
             target_Td,

@@ -140,11 +140,13 @@ def loss_bytes(
     shape: MicrobatchShape,
     rows: int,
     *,
+    row_width: int | None = None,
     on_gpu: bool = False,
 ) -> int:
     """Bytes of the catalogue loss: a tile of logits, and the gradients of user and item vectors.
 
-    `rows` is the number of local table rows; `feature_dims` are the widths of the modalities.
+    `rows` is the number of local table rows and `row_width` their width (default: that of item vectors);
+    `feature_dims` are the widths of the modalities.
     """
     loss, d = config.training.loss, config.model.dim
     device = "cuda" if on_gpu else "cpu"
@@ -159,9 +161,10 @@ def loss_bytes(
             tile = shape.targets * loss.negatives * 4
         elif on_gpu:  # the whole microbatch in one tile if it fits, masks of samples beside it
             tile = 4 * min(tile, shape.targets * (loss.negatives + shape.distinct))
-    floats = tile + scored * d + 2 * shape.targets * d
+    width = d if row_width is None else row_width
+    floats = tile + scored * width + 2 * shape.targets * d
     if loss.kind != "exact":
-        floats += 2 * (scored + shape.targets + shape.distinct) * d  # rows, and copies by role
+        floats += 2 * (scored * width + (shape.targets + shape.distinct) * d)  # rows, and copies by role
     if config.model.scores_content and feature_dims:
         # Content added to the scored rows: values, normalised values, vectors.
         floats += scored * (sum(2 * width + 2 * d for width in feature_dims.values()) + 2 * d)

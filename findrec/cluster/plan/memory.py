@@ -123,7 +123,8 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> WorkerMemory
         Part("repeat bonuses", repeat_bonus_bytes(config, shape, on_gpu=gpu), "device"),
     ]
     if items is not None:
-        parts.append(Part("loss chunk", loss_bytes(config, dims, shape, items.rows, on_gpu=gpu), "device"))
+        chunk = loss_bytes(config, dims, shape, items.rows, row_width=items.dim, on_gpu=gpu)
+        parts.append(Part("loss chunk", chunk, "device"))
     if items is not None and items.mode == "sharded" and config.training.loss.kind == "exact":
         # Each worker gathers the user vectors of all workers, and returns their gradients.
         gathered = 2 * FLOAT * cluster.workers * shape.targets * config.model.dim
@@ -143,4 +144,6 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> WorkerMemory
 
 def evaluator_memory(config: RunConfig, sizes: Sizes) -> int:
     """Bytes of the asynchronous evaluator: the model, all rows and item vectors."""
-    return PROCESS_BYTES + FLOAT * (sizes.num_weights + 2 * (sizes.num_items + 1) * config.model.dim)
+    rows = sum((table.num_rows + 1) * table.dim for table in sizes.tables.values())
+    vectors = (sizes.num_items + 1) * config.model.dim
+    return PROCESS_BYTES + FLOAT * (sizes.num_weights + rows + vectors)

@@ -64,13 +64,14 @@ def _fitting_positions(inspection: Inspection, width: int) -> Table:
 def summary(inspection: Inspection) -> list[tuple[str, str]]:
     """Averages over all positions, as pairs of a name and a sentence."""
     _, heads, experts = inspection.gates_THE.shape
-    gates = " ".join(f"{value:.3f}" for value in inspection.mean_gates.mean(0))
+    means = zip(inspection.experts, inspection.mean_gates.mean(0), strict=True)
+    gates = ", ".join(f"{name} {value:.3f}" for name, value in means)
     lines = [
         ("log-probability of the next item", f"{inspection.log_probability_T.mean():+.3f} nats on average"),
         (
             "gate entropy",
             f"{inspection.entropy.mean():.3f} nats; uniform gates have {np.log(experts):.3f} "
-            f"({heads} heads of {experts} experts, mean gates {gates})",
+            f"({heads} {'heads' if heads > 1 else 'head'}, mean gates: {gates})",
         ),
         ("gates shuffled", _shuffled(inspection)),
     ]
@@ -109,7 +110,7 @@ def _shuffled(inspection: Inspection) -> str:
         return "not measured (no router, or a single position)"
     return (
         f"user vectors move by {inspection.shuffled_change:.2%}, log-probability changes by "
-        f"{-inspection.shuffled_gain:+.5f} (near 0 if the gates do not depend on the position)"
+        f"{-inspection.shuffled_gain:+.5f} (near 0 if the gates carry no information)"
     )
 
 
@@ -117,8 +118,8 @@ def _positions(inspection: Inspection, left_out: Sequence[str] = ()) -> Table:
     table = Table(title=Text(f"user {plain(inspection.user)}"), caption_justify="left", box=box.SIMPLE_HEAD)
     table.collapse_padding = True
     caption = (
-        "expert: largest mean gate over heads; heads: the expert with the largest gate of each head (from 1; "
-        "each head has its own experts). Modalities: relative change of the user vector without the modality "
+        "expert: the one with the largest gate, mean over heads; heads: the number of that of each head. "
+        "Modalities: relative change of the user vector without the modality "
         "and gain in log-probability of the next item; the largest change is underlined. The training part "
         "was trained on."
     )
@@ -146,7 +147,7 @@ def _positions(inspection: Inspection, left_out: Sequence[str] = ()) -> Table:
             "part": step.part,
             "rank": f"{inspection.rank_T[t]:g}",
             "log p": f"{inspection.log_probability_T[t]:.2f}",
-            "expert": f"{best + 1} ({inspection.mean_gates[t, best]:.2f})",
+            "expert": Text(f"{inspection.experts[best]} ({inspection.mean_gates[t, best]:.2f})"),
             "heads": " ".join(str(e + 1) for e in inspection.gates_THE[t].argmax(1)),
         }
         contributions = []
@@ -193,7 +194,7 @@ def _write_page(path: Path, run: str, inspection: Inspection) -> None:
                 "step": step,
                 "rank": f"{inspection.rank_T[t]:g}",
                 "log_probability": f"{inspection.log_probability_T[t]:.3f}",
-                "expert": int(inspection.mean_gates[t].argmax()) + 1,
+                "expert": inspection.experts[int(inspection.mean_gates[t].argmax())],
                 "entropy": f"{inspection.entropy[t]:.3f}",
                 "heads": [
                     [_cell(f"{gate:.2f}", gate, 1.0) for gate in row] for row in inspection.gates_THE[t]
@@ -217,7 +218,7 @@ def _write_page(path: Path, run: str, inspection: Inspection) -> None:
         run=run,
         user=inspection.user,
         heads=inspection.gates_THE.shape[1],
-        experts=inspection.gates_THE.shape[2],
+        experts=inspection.experts,
         columns=inspection.columns,
         summary=summary(inspection),
         rows=rows,

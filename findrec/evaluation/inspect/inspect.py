@@ -72,6 +72,7 @@ class Inspection:
     user: str
     steps: list[Step]  # T
     gates_THE: Floats
+    experts: tuple[str, ...]  # E names
     rank_T: Floats  # of the event that followed: 1 + greater + half of the ties
     log_probability_T: Floats
     modalities: list[str]
@@ -153,6 +154,7 @@ def inspect_user(
         user=folder.user_ids[row],
         steps=_steps(folder, row, first, length),
         gates_THE=_array(outputs.gates_THE),
+        experts=outputs.experts,
         rank_T=_array(rank_T),
         log_probability_T=_array(whole_T),
         modalities=list(outputs.without),

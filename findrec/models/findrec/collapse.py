@@ -1,13 +1,12 @@
-"""Warnings about collapsed latents and collapsed expert routing."""
+"""Warnings about collapsed latents and about gates that close to true content."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-MIN_LATENT_STD = 0.02  # prior and reference have standard deviation 1
+MIN_LATENT_STD = 0.002  # item vectors start at 0.2 / sqrt(d), 0.025 at width 64
 MIN_LATENT_RANK = 1.5
-MAX_EXPERT_LOAD = 0.95
-_FIX_LATENTS = "; lower model.align.weight or kl_weight"
+MIN_TRUE_GATE = 0.05
 
 
 def collapse_warnings(values: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -18,12 +17,13 @@ def collapse_warnings(values: Mapping[str, float]) -> list[tuple[str, str]]:
         problem = None
         if name.startswith("latent_std_") and value < MIN_LATENT_STD:
             modality = name.removeprefix("latent_std_")
-            problem = f"latents of {modality!r} have collapsed to a point (std {value:.2g}){_FIX_LATENTS}"
+            problem = f"latents of {modality!r} have collapsed to a point (std {value:.2g})"
         elif name.startswith("latent_rank_") and value < MIN_LATENT_RANK:
             modality = name.removeprefix("latent_rank_")
-            problem = f"latents of {modality!r} have collapsed to a line (rank {value:.2f}){_FIX_LATENTS}"
-        elif name == "expert_load_max" and value > MAX_EXPERT_LOAD:
-            problem = f"one expert takes {value:.0%}: raise model.routing.balance_weight"
+            problem = f"latents of {modality!r} have collapsed to a line (rank {value:.2f})"
+        elif name.startswith("gate_true_") and value < MIN_TRUE_GATE:
+            modality = name.removeprefix("gate_true_")
+            problem = f"true content of {modality!r} is hardly used (mean gate {value:.2f})"
         if problem is not None:
-            warnings.append((key, problem))
+            warnings.append((key, f"{problem}; check the features, or lower training.optim.lr"))
     return warnings

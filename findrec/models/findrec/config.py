@@ -1,4 +1,4 @@
-"""Configuration of FindRec: the sequence stream, the alignment of modalities, the expert routing."""
+"""Configuration of FindRec: the sequence stream, the alignment of content, the control of content."""
 
 from __future__ import annotations
 
@@ -13,39 +13,27 @@ from findrec.schema import Part, may_change
 
 
 class AlignConfig(Part):
-    """Alignment of each modality's latents to the ID stream (arXiv 2507.04651, section 4.1)."""
+    """Alignment of what an item's row remembers of its content with its content (see `alignment.py`)."""
 
-    # mmd: a control. legacy: the incorrect term of the public code, for comparison.
-    kind: Literal["stein", "mmd", "legacy", "none"] = "stein"
-    score: Literal["gaussian", "kde"] = "gaussian"
-    kernel: Literal["rbf", "imq"] = "rbf"
-    weight: float = Field(0.1, ge=0)
-    paired_weight: float = Field(0.0, ge=0)  # InfoNCE between the latent and the ID vector of an item
-    paired_temperature: float = Field(0.1, gt=0)
-    kl_weight: float = Field(0.01, ge=0)
-    free_bits: float = Field(0.05, ge=0)
-    rows: int = Field(512, ge=8)  # latents of a microbatch used to estimate the terms
+    # conditional: item by item. marginal: the Stein discrepancy between the two clouds of vectors. mmd: their
+    # maximum mean discrepancy. The last two, and none, are ablations.
+    kind: Literal["conditional", "marginal", "mmd", "none"] = "conditional"
+    weight: float = Field(1.0, ge=0)
+    rows: int = Field(512, ge=8)  # items of a microbatch used for marginal, mmd and the diagnostics
     diagnose_every: int = Field(20, ge=0)  # steps between alignment diagnostics; 0: never
 
 
-class RoutingConfig(Part):
-    """Cross-modal expert routing."""
+class ControlConfig(Part):
+    """Control of content: how far to trust it, and what training shows of it (see `items.py`, `views.py`)."""
 
-    kind: Literal["learned", "mean"] = "learned"  # mean: equal gates, no router
-    heads: int = Field(4, ge=1)
-    window: int = Field(256, ge=0)  # latest events that attention sees, for linear cost; 0: all
-    experts: int = Field(4, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    top_k: int | None = None  # None: dense
-    balance_weight: float = may_change("warm_start", 1e-2, ge=0)
-    z_weight: float = may_change("warm_start", 1e-3, ge=0)
-
-
-class ItemsConfig(Part):
-    """Item vectors: the id row alone, or with projected modal features added."""
-
-    features: Literal["none", "input", "score", "both"] = "none"  # where features are used
-    id_dropout: float = may_change("warm_start", 0.0, ge=0, lt=1)  # share of items whose id row is dropped
+    # learned: by the agreement with what the row remembers. open: content is always trusted (an ablation).
+    gates: Literal["learned", "open"] = "learned"
+    weight: float = Field(1.0, ge=0)  # of the loss that teaches the gates to detect wrong content
+    # Training inputs: in this share of the microbatches, up to that share of the items have wrong content.
+    altered: float = Field(0.5, ge=0, le=1)
+    swapped: float = Field(0.5, ge=0, le=1)
+    hide_id: float = Field(0.05, ge=0, lt=1)  # share of items shown by content only
+    hide_content: float = Field(0.05, ge=0, lt=1)  # share of items shown by their row only
 
 
 class FindRecConfig(SequenceConfig):
@@ -55,10 +43,9 @@ class FindRecConfig(SequenceConfig):
 
     name: Literal["findrec"] = "findrec"
     modalities: list[str] | Literal["all"] = "all"
-    items: ItemsConfig = ItemsConfig()
     stream: StreamConfig = StreamConfig()
     align: AlignConfig = may_change("warm_start", AlignConfig())
-    routing: RoutingConfig = RoutingConfig()
+    control: ControlConfig = may_change("warm_start", ControlConfig())
 
     @property
     def content(self) -> Literal["all"] | Sequence[str]:
@@ -67,10 +54,5 @@ class FindRecConfig(SequenceConfig):
 
     @property
     def scores_content(self) -> bool:
-        """See `ModelConfig`."""
-        return self.items.features in ("score", "both")
-
-    @property
-    def item_vectors_are_random(self) -> bool:
-        """See `ModelConfig`: id rows are dropped at random."""
-        return self.items.id_dropout > 0
+        """See `ModelConfig`: wherever there are features, items are scored by them too."""
+        return True

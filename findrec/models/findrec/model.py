@@ -1,15 +1,11 @@
 """FindRec: multimodal sequential recommendation by information flow, control and output (arXiv 2507.04651).
 
-Flow: a Mamba stream over item ids, and Gaussian latents of every modality, aligned to the ID vectors by a
-Stein discrepancy. Control: causal attention between the two, then expert routing per head. Output: the routed
-vector corrects that of the ID stream. Everything is causal, so all positions are trained at once.
+Flow: latents of each item's content, and a memory of them in its table row, to which the row is aligned.
+Control: gates decide by the agreement of the two whether the content is used or the memory. Output: a Mamba
+stream over the item vectors; items are scored by the same vectors. README.md in this folder explains what is
+the paper's, and why the rest differs.
 
-Where the paper and its public code disagree, this implementation follows the paper: modalities are aligned to
-the ID stream (not to each other), latents are not normalised, attention is over time (not over users), the
-balance term spreads the load, and evaluation draws no noise.
-
-Shape letters: B users, L steps, T target positions, U distinct items, d width, M modalities, H heads,
-h = d / H, E experts.
+Shape letters: B users, L steps, T target positions, U distinct items, d width.
 """
 
 from __future__ import annotations
@@ -18,25 +14,25 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.catalogue import ItemFeatures
 from findrec.datasets.folder.features import ModalRows
-from findrec.models.base import DataFacts, Out, SequenceModel, Term
+from findrec.models.base import DataFacts, Out, SequenceModel, TableShape, Term
 from findrec.models.capabilities import Explanation
-from findrec.models.findrec.alignment import DIAGNOSTICS, Alignment, diagnose_alignment
+from findrec.models.findrec.alignment import DIAGNOSTICS, alignment_terms, diagnose_alignment
 from findrec.models.findrec.collapse import collapse_warnings
-from findrec.models.findrec.config import FindRecConfig, RoutingConfig
-from findrec.models.findrec.control import Control
+from findrec.models.findrec.config import FindRecConfig
 from findrec.models.findrec.explain import explain
-from findrec.models.findrec.latents import Latents, ModalEncoder
-from findrec.models.findrec.streaming import StreamingFindRec
-from findrec.models.parts.item_side import ItemSide
+from findrec.models.findrec.items import ItemVectors, Rows, Weights, row_width
+from findrec.models.findrec.views import Views, draw_views
 from findrec.models.parts.layers import Inputs, WaitTimeModulation, gather_positions
 from findrec.models.parts.repeat import RepeatHead
+from findrec.models.parts.streaming import StreamingModel
 from findrec.models.parts.streams import TransformerStream, build_stream
-from findrec.ops.expert_routing import Routed
 from findrec.ops.scan.selective_scan import scan_backend
+from findrec.tables.base import ITEMS
 
 
 class FindRec(SequenceModel):
@@ -48,45 +44,78 @@ class FindRec(SequenceModel):
     Config = FindRecConfig
 
     def __init__(self, config: FindRecConfig, facts: DataFacts) -> None:
-        """Raises `FindRecError` if the heads do not divide the width.
-
-        `facts.max_length` matters only for the Transformer stream, which has learned positions.
-        """
+        """`facts.max_length` matters only for the Transformer stream, which has learned positions."""
         super().__init__()
         self.config: FindRecConfig = config
-        dim, feature_dims = config.dim, facts.feature_dims
+        dim = config.dim
         self.inputs = Inputs(dim, config.dropout, gaps=config.gaps, num_event_types=facts.num_event_types)
         self.stream = build_stream(dim, config.dropout, config.stream, facts.max_length)
-        self.encoders = nn.ModuleDict(
-            {name: ModalEncoder(width, dim, config.dropout) for name, width in feature_dims.items()}
-        )
-        self.alignment = Alignment(config.align, list(feature_dims), dim)
-        self.control = Control(config, len(feature_dims)) if feature_dims else None
-        where = config.items.features if feature_dims else "none"
-        self.item_side = None if where == "none" else ItemSide(feature_dims, dim, config.items.id_dropout)
-        self.content_inputs = where in ("input", "both")
-        self.content_scores = where in ("score", "both")
-        # The name `moment` is part of the checkpoint format.
+        self.items = ItemVectors(facts.feature_dims, dim, config.control) if facts.feature_dims else None
+        self.content_scores = self.items is not None
         self.moment = WaitTimeModulation(dim) if config.wait else None
         self.norm = nn.LayerNorm(dim)
         self.repeat_head = RepeatHead(dim) if config.repeat else None
 
+    @classmethod
+    def tables(cls, config: FindRecConfig, facts: DataFacts) -> dict[str, TableShape]:
+        """See `Model`: a row holds the id's part and a memory for each modality."""
+        return {ITEMS: TableShape(facts.num_items, row_width(config.dim, len(facts.feature_dims)))}
+
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
-        """See `SequenceModel`; auxiliary terms are those of `Alignment`, and `balance` and `z` of routing."""
-        id_BLd = self.stream(self.inputs.drop(self.embed(batch, x_items, features)))
-        h_Td = gather_positions(id_BLd, batch)
-        aux: dict[str, Term] = {}
-        diagnostics: dict[str, float | Tensor] = {}
-        if self.control is not None:
-            latents = {name: encoder(features[name]) for name, encoder in self.encoders.items()}
-            correction_Td, routed = self.run_layer(self.control, batch, id_BLd, h_Td, list(latents.values()))
-            h_Td = h_Td + correction_Td
-            if self.training:
-                aux, diagnostics = self._auxiliary(latents, x_items, routed)
+        """See `SequenceModel`; auxiliary terms are `align_<modality>` and `gate_<modality>`."""
+        vectors_Ud, aux, diagnostics = self._vectors(x_items, features)
+        input_BLd = self.inputs.drop(self.inputs(batch, vectors_Ud))
+        h_Td = self.finish(gather_positions(self.stream(input_BLd), batch), batch)
+        return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
+
+    def finish(self, h_Td: Tensor, batch: Batch) -> Tensor:
+        """User vectors from the outputs of the stream at the target positions."""
         if self.moment is not None:
             h_Td = self.moment(h_Td, batch)
-        h_Td = self.norm(h_Td)
-        return Out(h_Td, None if self.repeat_head is None else self.repeat_head(h_Td), aux, diagnostics)
+        normed: Tensor = self.norm(h_Td)
+        return normed
+
+    def _vectors(
+        self, x_items: Tensor, features: Mapping[str, ModalRows]
+    ) -> tuple[Tensor, dict[str, Term], dict[str, float | Tensor]]:
+        """Item vectors `[U, d]`, with the auxiliary terms and the diagnostics of a training pass."""
+        if self.items is None:
+            return x_items, {}, {}
+        with torch.autocast(x_items.device.type, enabled=False):  # vectors are compared, and also scored
+            rows = self.items.split(x_items)
+            latents = self.items.encode(features)
+            if not self.training:
+                return self.items(rows, latents, features)[0], {}, {}
+            views = draw_views(features, rows.known_n, self.config.control)
+            vectors_Ud, weights = self.items(rows, latents, features, views)
+            present_U = {name: features[name].present for name in latents}
+            aux = alignment_terms(rows, latents, present_U, self.config.align)
+            aux |= self._gate_terms(rows, weights, views)
+            measured = _measure_gates(rows, weights, views)
+            if self.diagnosing:
+                measured |= diagnose_alignment(rows, latents, present_U, self.config.align)
+        return vectors_Ud, aux, {name: value.detach() for name, value in measured.items()}
+
+    def _gate_terms(self, rows: Rows, weights: Weights, views: Views) -> dict[str, Term]:
+        """Cross-entropy of the gates' knowledge of which content is wrong, over items with a memory."""
+        terms = {}
+        for name, logit_U in weights.logit_n.items():
+            judged_U = (weights.present_n[name] & rows.known_n).to(logit_U.dtype)
+            true_U = views.true_U[name].to(logit_U.dtype)
+            loss_U = F.binary_cross_entropy_with_logits(logit_U, true_U, reduction="none")
+            loss = (loss_U * judged_U).sum() / judged_U.sum().clamp(min=1)
+            terms[f"gate_{name}"] = Term(self.config.control.weight * loss, loss.detach())
+        return terms
+
+    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """See `SequenceModel`; in training the content of the items is trusted (`ItemVectors.trusting`)."""
+        if self.items is None:
+            return rows
+        split = self.items.split(rows)
+        if self.training:
+            return self.items.trusting(split, features)
+        vectors: Tensor = self.items(split, self.items.encode(features), features)[0]
+        return vectors
 
     def start_step(self, step: int) -> None:
         """See `Model`; enables diagnostics every `model.align.diagnose_every` steps."""
@@ -95,37 +124,12 @@ class FindRec(SequenceModel):
 
     def describe(self, device: torch.device) -> str:
         """See `Model`."""
-        return f"scan {scan_backend(device, self.config.stream.scan)}"
+        inputs = "ids only" if self.items is None else f"ids and {', '.join(self.items.names)}"
+        return f"items by {inputs}, scan {scan_backend(device, self.config.stream.scan)}"
 
     def warnings(self, values: Mapping[str, float]) -> list[tuple[str, str]]:
         """See `Model`."""
         return collapse_warnings(values)
-
-    def _auxiliary(
-        self, latents: Mapping[str, Latents], x_items: Tensor, routed: Routed
-    ) -> tuple[dict[str, Term], dict[str, float | Tensor]]:
-        """The auxiliary terms and the diagnostics of a training pass."""
-        with torch.autocast(x_items.device.type, enabled=False):
-            latents = {name: latent.float() for name, latent in latents.items()}
-            aux = self.alignment(latents, x_items) | _routing_terms(routed, self.config.routing)
-            measured = _measure_routing(routed)
-            if self.diagnosing:
-                measured |= diagnose_alignment(latents, x_items, self.config.align.rows)
-            return aux, {name: value.detach() for name, value in measured.items()}
-
-    def embed(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
-        """The inputs of the stream `[B, L, d]`, without dropout; arguments as in `forward`."""
-        if self.item_side is not None and self.content_inputs:
-            x_items = self.item_side(x_items, features)
-        embedded: Tensor = self.inputs(batch, x_items)
-        return embedded
-
-    def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
-        """See `SequenceModel`: adds content if `model.items.features` is `score` or `both`."""
-        if self.item_side is None or not self.content_scores:
-            return rows
-        vectors: Tensor = self.item_side(rows, features)
-        return vectors
 
     def explain(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Explanation:
         """See `findrec.models.capabilities.Explains`."""
@@ -136,26 +140,26 @@ class FindRec(SequenceModel):
         """See `findrec.models.capabilities.LimitedHistory`: the Transformer stream has learned positions."""
         return self.stream.position.num_embeddings if isinstance(self.stream, TransformerStream) else None
 
-    def open_stream(self, rows_Vd: Tensor, catalogue: ItemFeatures) -> StreamingFindRec:
+    def stream_inputs(self, batch: Batch, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """See `findrec.models.parts.streaming.Streamable`."""
+        embedded: Tensor = self.inputs(batch, self._vectors(rows, features)[0])
+        return embedded
+
+    def open_stream(self, rows_Vd: Tensor, catalogue: ItemFeatures) -> StreamingModel:
         """See `findrec.models.capabilities.Streams`."""
-        return StreamingFindRec(self, rows_Vd, catalogue)
-
-
-def _routing_terms(routed: Routed, config: RoutingConfig) -> dict[str, Term]:
-    if config.kind == "mean":
-        return {}
-    return {
-        "balance": Term(config.balance_weight * routed.balance, routed.balance.detach()),
-        "z": Term(config.z_weight * routed.z, routed.z.detach()),
-    }
+        return StreamingModel(self, rows_Vd, catalogue)
 
 
 @torch.no_grad()
-def _measure_routing(routed: Routed) -> dict[str, Tensor]:
-    """The mean gate entropy (ln E if gates are equal) and the largest mean gate of an expert."""
-    gates_THE = routed.gates_THE
-    count = max(1, gates_THE.shape[0] * gates_THE.shape[1])
-    measured = {"gate_entropy": -(gates_THE * gates_THE.clamp(min=1e-9).log()).sum() / count}
-    if gates_THE.shape[2] > 1:
-        measured["expert_load_max"] = (gates_THE.sum((0, 1)) / count).max()
+def _measure_gates(rows: Rows, weights: Weights, views: Views) -> dict[str, Tensor]:
+    """The mean gate of true and of wrong content by modality, over items with a memory."""
+    measured = {}
+    for name, gate_U in weights.gate_n.items():
+        judged_U = weights.present_n[name] & rows.known_n & views.row_U
+        for kind, of_kind_U in (("true", views.true_U[name]), ("wrong", ~views.true_U[name])):
+            use_U = judged_U & of_kind_U
+            # Without such items the expected value: a mean over microbatches should not depend on them.
+            fallback = 1.0 if kind == "true" else 0.0
+            mean = (gate_U * use_U).sum() / use_U.sum().clamp(min=1)
+            measured[f"gate_{kind}_{name}"] = torch.where(use_U.any(), mean, fallback)
     return measured

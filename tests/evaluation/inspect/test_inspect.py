@@ -30,8 +30,8 @@ from findrec.evaluation.ranking.evaluate import rank_split
 from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.scoring.load import load_scorer
 from findrec.models.capabilities import withhold
-from findrec.models.findrec.explain import explain
-from findrec.models.findrec.model import FindRec
+from findrec.models.findrec_2025.explain import explain
+from findrec.models.findrec_2025.model import FindRec
 from findrec.training.build import build_tower_model
 from findrec.training.checkpoints.checkpoint import TrainState, save_checkpoint
 from findrec.training.runs import training_jobs

@@ -5,7 +5,7 @@ import torch
 from small_models import make_model
 
 from findrec.datasets.folder.features import ModalRows
-from findrec.models.findrec.config import FindRecConfig
+from findrec.models.findrec_2025.config import FindRecConfig
 from findrec.models.parts.item_side import ItemSide
 
 

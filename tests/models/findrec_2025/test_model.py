@@ -9,8 +9,8 @@ from small_models import make_model
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.base import Out
-from findrec.models.findrec.config import AlignConfig, FindRecConfig, RoutingConfig
-from findrec.models.findrec.latents import ModalEncoder
+from findrec.models.findrec_2025.config import AlignConfig, FindRecConfig, RoutingConfig
+from findrec.models.findrec_2025.latents import ModalEncoder
 
 
 def make_batch(num_items: int = 40) -> Batch:

@@ -1,41 +1,57 @@
-"""Streaming inference with FindRec: keeps the state of a user, appends events and ranks items.
+"""Streaming inference with a Mamba stream: keeps the state of a user, appends events and ranks items.
 
-The cost of an event does not depend on the length of the history: the Mamba stream has a state of fixed size,
-attention a cache of the events in its window, the repeat bonus the items in its window. (With
-`model.routing.window=0` attention sees all events, so memory and cost grow with them.) Scores equal those of
-the forward pass over the whole history, up to rounding.
+The cost of an event does not depend on the length of the history: the stream has a state of fixed size, and
+the repeat bonus the items in its window. Scores equal those of the forward pass over the whole history, up to
+rounding.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.catalogue import ItemFeatures
 from findrec.datasets.batches.padding import gap_bucket
+from findrec.datasets.folder.features import ModalRows
 from findrec.errors import FindRecError
+from findrec.models.parts.layers import WaitTimeModulation
 from findrec.models.parts.mamba import MambaState, MambaStream
-from findrec.models.parts.repeat import REPEAT_WINDOW
+from findrec.models.parts.repeat import REPEAT_WINDOW, RepeatHead
 from findrec.ops.repeat_bonus import RECENT, repeat_features
 
-if TYPE_CHECKING:
-    from findrec.models.findrec.model import FindRec
+
+class Streamable(Protocol):
+    """What `StreamingModel` needs of a model; `stream` must be a `MambaStream`."""
+
+    config: Any
+    stream: nn.Module
+    moment: WaitTimeModulation | None
+    norm: nn.LayerNorm
+    repeat_head: RepeatHead | None
+
+    def eval(self) -> Any:
+        """Evaluation mode."""
+
+    def item_vectors(self, rows_nd: Tensor, catalogue: ItemFeatures, part: range | None = None) -> Tensor:
+        """The vectors that items are scored by."""
+
+    def stream_inputs(self, batch: Batch, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
+        """The inputs of the stream `[B, L, d]` in evaluation mode; arguments as in `forward`."""
 
 
 @dataclass
 class UserState:
-    """The state of one user, which `StreamingFindRec.append` changes in place."""
+    """The state of one user, which `StreamingModel.append` changes in place."""
 
     stream: list[MambaState]
-    cache: Tensor | None  # keys and values of the cross-modal attention; None without modalities
+    cache: Tensor | None = None  # further state of a subclass
     vector_d: Tensor | None = None  # user vector before the wait-time modulation and the last norm
     num_events: int = 0
     timestamp: int = 0  # seconds, of the last event
@@ -44,12 +60,12 @@ class UserState:
     last_event: dict[int, int] = field(default_factory=dict)  # index of the last event of each item, from 0
 
 
-class StreamingFindRec:
-    """A trained FindRec with its item table, one user at a time."""
+class StreamingModel:
+    """A trained model with its item table, one user at a time."""
 
     def __init__(
         self,
-        model: FindRec,
+        model: Streamable,
         table_weight: Tensor,
         catalogue: ItemFeatures,
         repeat_window: int = REPEAT_WINDOW,
@@ -62,7 +78,8 @@ class StreamingFindRec:
             raise FindRecError(
                 f"streaming needs model.stream.kind=mamba, but this model has {model.config.stream.kind!r}"
             )
-        self._model, self._stream, self._catalogue = model.eval(), model.stream, catalogue
+        model.eval()
+        self._model, self._stream, self._catalogue = model, model.stream, catalogue
         self._own_window = repeat_window
         self._rows_Vd = table_weight.detach().float()
         self.items_Vd = model.item_vectors(self._rows_Vd, catalogue)
@@ -77,13 +94,9 @@ class StreamingFindRec:
         """
         times = list(timestamps) if len(timestamps) else [0] * len(items)
         codes = list(events) if len(events) else [None] * len(items)
-        state = UserState(stream=self._stream.initial_state(1), cache=None)
+        state = UserState(stream=self._stream.initial_state(1))
         earlier = max(0, len(items) - 1)
-        batch = self._batch(state, items[:earlier], times[:earlier], codes[:earlier])
-        input_1Ld, latents_M1Ld = self._encode(batch)
-        stream_1Ld, state.stream = self._stream.prefill(input_1Ld, batch.length)
-        if self._model.control is not None:
-            state.cache = self._model.control.prefill(stream_1Ld, latents_M1Ld)
+        self._open(state, self._batch(state, items[:earlier], times[:earlier], codes[:earlier]))
         for item, now in zip(items[:earlier], times, strict=False):
             self._record(state, item, now)
         if len(items):
@@ -96,21 +109,23 @@ class StreamingFindRec:
     ) -> None:
         """Append an event; raises `ValueError` for an unknown item or a time before the last event."""
         now = state.timestamp if timestamp is None else timestamp
-        input_11d, latents_M11d = self._encode(self._batch(state, [item], [now], [event]))
-        vector_1d, state.stream = self._stream.step(input_11d[:, 0], state.stream)
-        if self._model.control is not None and state.cache is not None:
-            z_M1d = torch.cat(latents_M11d)
-            correction_1d, state.cache = self._model.control.step(vector_1d, z_M1d, state.cache)
-            vector_1d = vector_1d + correction_1d
+        vector_1d = self._advance(state, self._batch(state, [item], [now], [event]))
         state.vector_d = vector_1d[0]
         self._record(state, item, now)
 
-    def _encode(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """The stream inputs `[1, L, d]` of the events, and their latents of each modality."""
+    def _inputs(self, batch: Batch) -> Tensor:
         features = self._catalogue.features(batch.ids)
-        latents = [encoder(features[name]).z_Ud for name, encoder in self._model.encoders.items()]
-        input_1Ld = self._model.embed(batch, self._rows_Vd[batch.ids], features)
-        return input_1Ld, [F.embedding(batch.index, z_Ud) for z_Ud in latents]
+        return self._model.stream_inputs(batch, self._rows_Vd[batch.ids], features)
+
+    def _open(self, state: UserState, batch: Batch) -> None:
+        """Process the events of `batch`, the first ones of a user, in one parallel pass."""
+        _, state.stream = self._stream.prefill(self._inputs(batch), batch.length)
+
+    def _advance(self, state: UserState, batch: Batch) -> Tensor:
+        """Process the single event of `batch`; returns the output of the stream `[1, d]`."""
+        vector_1d: Tensor
+        vector_1d, state.stream = self._stream.step(self._inputs(batch)[:, 0], state.stream)
+        return vector_1d
 
     def _batch(
         self, state: UserState, items: Sequence[int], times: Sequence[int], events: Sequence[int | None]

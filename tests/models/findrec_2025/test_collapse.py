@@ -1,6 +1,6 @@
 """Diagnostics out of bounds are put in words, healthy ones are not."""
 
-from findrec.models.findrec.collapse import collapse_warnings
+from findrec.models.findrec_2025.collapse import collapse_warnings
 
 HEALTHY = {"train/loss": 5.0, "diagnostics/latent_std_text": 0.9, "diagnostics/latent_rank_text": 30.0}
 SICK = {

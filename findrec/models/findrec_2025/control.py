@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from findrec.datasets.batches.batch import Batch
 from findrec.errors import FindRecError
-from findrec.models.findrec.config import FindRecConfig, RoutingConfig
-from findrec.models.findrec.latents import Latents
+from findrec.models.findrec_2025.config import FindRec2025Config, RoutingConfig
+from findrec.models.findrec_2025.latents import Latents
 from findrec.models.parts.layers import Dropout, LayerScale, gather_positions
 from findrec.ops.cross_modal_attention import cross_modal_attention
 from findrec.ops.expert_routing import Routed, expert_routing
@@ -25,7 +25,7 @@ from findrec.ops.expert_routing import Routed, expert_routing
 class Control(nn.Module):
     """Cross-modal attention, routing per head, and fusion to a correction of the ID stream's vector."""
 
-    def __init__(self, config: FindRecConfig, num_modal: int) -> None:
+    def __init__(self, config: FindRec2025Config, num_modal: int) -> None:
         super().__init__()
         dim, self.routing = config.dim, config.routing
         self.heads = self.routing.heads

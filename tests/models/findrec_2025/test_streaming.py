@@ -12,7 +12,7 @@ from findrec.errors import FindRecError
 from findrec.evaluation.scoring import inner_product
 from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.scoring.users import UserBlock
-from findrec.models.findrec.streaming import StreamingFindRec
+from findrec.models.findrec_2025.streaming import StreamingFindRec
 from findrec.models.parts.repeat import repeat_candidates
 from findrec.tables.base import ITEMS
 from findrec.training.build import build_catalogue, build_tables, build_tower_model

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from findrec.datasets.folder.features import ModalRows
-from findrec.models.findrec.alignment import DIAGNOSTICS, Alignment, diagnose_alignment, prior_term
-from findrec.models.findrec.config import AlignConfig
-from findrec.models.findrec.latents import ModalEncoder
+from findrec.models.findrec_2025.alignment import DIAGNOSTICS, Alignment, diagnose_alignment, prior_term
+from findrec.models.findrec_2025.config import AlignConfig
+from findrec.models.findrec_2025.latents import ModalEncoder
 
 
 def latents_of(mean, std=0.5):

@@ -1,0 +1,169 @@
+"""Item vectors of FindRec: ids, content, and the gates that decide how far content is trusted.
+
+The row of an item has a part for its id and one for each modality, its memory: what the item's content was
+when its events were seen. The vector of an item, which enters the sequence and is what it is scored by, is
+
+    v = id + sum over modalities of  g * latent + (1 - g) * memory
+
+with the latent of the content given. Where content is missing, g = 0 and the memory takes its place; for an
+item without events, which has no memory, g = 1. Otherwise g is the probability that the content belongs to
+the item, from the agreement of latent and memory (`Gate`).
+
+Gates and memories are trained by their own losses only: if the ranking loss reached them, it would prefer
+memories, which fit the training items best, to content, which generalises.
+
+Shape letters: n items, F width of a modality's features, d width of item vectors, M modalities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from findrec.datasets.folder.features import ModalRows
+from findrec.models.findrec.config import ControlConfig
+from findrec.models.findrec.views import Views
+from findrec.models.parts.item_side import TABLE_STD
+from findrec.models.parts.layers import project_normed
+
+GATE_HIDDEN = 16
+COSINE_SCALE = 8.0
+# Logits are small numbers times this, so that a gate becomes sharp within the few thousand steps of a short
+# training, at the learning rate of the other weights.
+LOGIT_SCALE = 4.0
+
+
+def row_width(dim: int, num_modalities: int) -> int:
+    """The width of a table row: the id part and the memories."""
+    return dim * (1 + num_modalities)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The parts of table rows."""
+
+    id_nd: Tensor
+    memory_nd: Mapping[str, Tensor]  # by modality
+    known_n: Tensor  # bool, whether the item has training events: the rows of others are zero
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the vectors of items were composed."""
+
+    logit_n: Mapping[str, Tensor]  # by modality: log-odds that content belongs to its item
+    gate_n: Mapping[str, Tensor]  # by modality: g
+    present_n: Mapping[str, Tensor]  # by modality: bool
+
+
+class Gate(nn.Module):
+    """The probability that content belongs to its item, from the agreement of its latent with the memory.
+
+    Evidence are the cosine and the distance of the two. It is detached: a gate describes the vectors, and
+    must not change them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2, GATE_HIDDEN)
+        self.out = nn.Linear(GATE_HIDDEN, 1)
+        nn.init.constant_(self.out.bias, 2.0 / LOGIT_SCALE)  # content is trusted at first
+
+    def forward(self, latent_nd: Tensor, memory_nd: Tensor) -> Tensor:
+        """Log-odds `[n]`."""
+        latent_nd, memory_nd = latent_nd.detach(), memory_nd.detach()
+        cosine_n = F.cosine_similarity(latent_nd, memory_nd, dim=1, eps=1e-6)
+        distance_n = torch.linalg.vector_norm(latent_nd - memory_nd, dim=1) / TABLE_STD
+        evidence_n2 = torch.stack([COSINE_SCALE * cosine_n, distance_n], dim=1)
+        logit_n: Tensor = LOGIT_SCALE * self.out(F.gelu(self.hidden(evidence_n2))).squeeze(1)
+        return logit_n
+
+
+class ItemVectors(nn.Module):
+    """Composes item vectors from table rows and features."""
+
+    uses_child_weights = True  # `project_normed` reads weights of the norms and projections
+
+    def __init__(self, feature_dims: Mapping[str, int], dim: int, control: ControlConfig) -> None:
+        super().__init__()
+        self.dim, self.names = dim, list(feature_dims)
+        # Rows are initialised, and updated, at the scale of item vectors. A memory has to follow latents that
+        # grow to a multiple of it, from the few updates that a rare item gets.
+        self.memory_scale = 0.5 * dim**0.5
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in feature_dims.items()})
+        self.projections = nn.ModuleDict(
+            {name: nn.Linear(width, dim, bias=False) for name, width in feature_dims.items()}
+        )
+        for name, width in feature_dims.items():
+            projection = self.projections[name]
+            assert isinstance(projection, nn.Linear)
+            nn.init.normal_(projection.weight, std=TABLE_STD * (dim * width) ** -0.5)
+        self.gates = None
+        if control.gates == "learned":
+            self.gates = nn.ModuleDict({name: Gate() for name in feature_dims})
+
+    def split(self, rows_nw: Tensor) -> Rows:
+        """The parts of table rows `[n, (1 + M) d]`."""
+        id_nd, *memories = torch.split(rows_nw, self.dim, dim=1)
+        scaled = {n: m * self.memory_scale for n, m in zip(self.names, memories, strict=True)}
+        return Rows(id_nd, scaled, (id_nd.detach() != 0).any(1))
+
+    def encode(self, features: Mapping[str, ModalRows]) -> dict[str, Tensor]:
+        """The latents `[n, d]` of each modality; zero where it is missing."""
+        latents = {}
+        for name, project in self.projections.items():
+            norm, rows = self.norms[name], features[name]
+            assert isinstance(norm, nn.LayerNorm)
+            assert isinstance(project, nn.Linear)
+            latents[name] = project_normed(norm, project, rows.values) * rows.present[:, None]
+        return latents
+
+    def forward(
+        self,
+        rows: Rows,
+        latents: Mapping[str, Tensor],
+        features: Mapping[str, ModalRows],
+        views: Views | None = None,
+        order_n: Tensor | None = None,
+    ) -> tuple[Tensor, Weights]:
+        """Item vectors `[n, d]` and how they were composed.
+
+        With `views`, of what these show. `order_n`, a permutation of the items, exchanges their gates: a test
+        of whether these carry information.
+        """
+        known_n = rows.known_n if views is None else views.row_U
+        vector_nd = rows.id_nd * known_n[:, None]
+        logits, gates, presents = {}, {}, {}
+        for name, latent_nd in latents.items():
+            present_n = features[name].present
+            if views is not None:
+                latent_nd = latent_nd[views.source_U[name]]
+                present_n = present_n[views.source_U[name]] & views.content_U
+            memory_nd = rows.memory_nd[name].detach()
+            gate_n = present_n.to(latent_nd.dtype)
+            if self.gates is not None:
+                logits[name] = self.gates[name](latent_nd, memory_nd)
+                trust_n = torch.where(known_n, torch.sigmoid(logits[name].detach()), 1.0)
+                gate_n = gate_n * trust_n.to(gate_n.dtype)
+            if order_n is not None:
+                gate_n = gate_n[order_n] * present_n
+            gates[name], presents[name] = gate_n, present_n
+            kept_n1 = ((1 - gate_n) * known_n)[:, None]
+            vector_nd = vector_nd + gate_n[:, None] * latent_nd + kept_n1 * memory_nd
+        return vector_nd, Weights(logits, gates, presents)
+
+    def trusting(self, rows: Rows, features: Mapping[str, ModalRows]) -> Tensor:
+        """Item vectors `[n, d]` with content trusted wherever there is some.
+
+        What items are scored by in training, where the content of the catalogue is the true one: without
+        gates this takes a fraction of the time.
+        """
+        vector_nd = rows.id_nd
+        for name, latent_nd in self.encode(features).items():
+            missing_n1 = (~features[name].present & rows.known_n)[:, None]
+            vector_nd = vector_nd + latent_nd + missing_n1 * rows.memory_nd[name].detach()
+        return vector_nd

@@ -1,0 +1,1 @@
+"""FindRec as published in 2025, kept for comparison."""
