@@ -16,7 +16,7 @@ from findrec.cli.app import main
 from findrec.config import dump_config, load_config, parse_config
 from findrec.datasets.sources.recipe import load_recipe
 from findrec.errors import FindRecError
-from findrec.models.findrec_2025.config import FindRecConfig
+from findrec.models.findrec.config import FindRecConfig
 from findrec.paths import find_asset
 from findrec.training.runs import read_run_config
 
@@ -28,7 +28,7 @@ def test_overrides_are_yaml_values() -> None:
             "training.epochs=7",
             "training.optim.lr=1e-4",
             "training.optim.betas=[0.8, 0.9]",
-            "model.routing.top_k=2",
+            "model.control.hide_id=0.2",
             "data.folder=null",
             "model.repeat=true",
             "evaluation.ks=[1,10]",
@@ -38,7 +38,7 @@ def test_overrides_are_yaml_values() -> None:
     assert config.training.optim.lr == 1e-4
     assert config.training.optim.betas == (0.8, 0.9)
     assert isinstance(config.model, FindRecConfig)
-    assert config.model.routing.top_k == 2
+    assert config.model.control.hide_id == 0.2
     assert config.data.folder is None
     assert config.model.repeat is True
     assert config.evaluation.ks == [1, 10]
@@ -74,7 +74,7 @@ def test_the_tree_given_is_not_changed_and_the_result_is_frozen() -> None:
         ({"model": {"stream": {"d_stat": 3}}}, [], "did you mean 'model.stream.d_state'"),
         ({}, ["training.epochs"], "write dotted.key=value"),
         ({"training": {"epochs": 0}}, [], r"training.epochs: .*given: 0"),
-        ({"model": {"name": "gru"}}, [], "model.name must be one of 'findrec', 'sasrec'"),
+        ({"model": {"name": "gru"}}, [], "model.name must be one of 'findrec', 'findrec-2025', 'sasrec'"),
         ({"name": "../x"}, [], "name: "),
         ({"name": 2024}, [], r"""name: .*a int: write name: "2024" in a file, 'name="2024"' on the"""),
         ({}, ["name=2024"], r"""'name="2024"' on the command line .given: 2024"""),

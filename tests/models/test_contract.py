@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from small_models import make_model
+from small_models import make_model, row_width
 from torch import Tensor
 
 from findrec.config import LossConfig, OptimConfig
@@ -14,7 +14,7 @@ from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Microbatch, Out, SequenceModel
-from findrec.models.configs import CONFIGS
+from findrec.models.configs import CONFIGS, choose_model
 from findrec.models.parts.layers import Dropout
 from findrec.models.parts.repeat import repeat_candidates
 from findrec.ops.repeat_bonus import NUM_REPEAT_FEATURES
@@ -25,21 +25,22 @@ from findrec.training.objectives import run_microbatch
 from findrec.training.tower import PlainTower
 
 DIM, NUM_ITEMS, WIDTHS = 16, 30, {"text": 12, "image": 7}
-CHANGES: dict[str, dict[str, object]] = {  # of the model's configuration, beyond what all cases have
-    "": {},
-    "gru": {"stream": {"kind": "gru"}},
-    "transformer": {"stream": {"kind": "transformer"}},
-    "mean": {"routing": {"kind": "mean"}},
-    "legacy": {"align": {"kind": "legacy", "paired_weight": 0.1}},
-    "window": {"routing": {"window": 5}},
-    "content": {"items": {"features": "both"}},
+CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configuration, by its name and a label
+    ("findrec", "gru"): {"stream": {"kind": "gru"}},
+    ("findrec", "transformer"): {"stream": {"kind": "transformer"}},
+    ("findrec", "marginal"): {"align": {"kind": "marginal"}},
+    ("findrec", "mmd"): {"align": {"kind": "mmd"}},
+    ("findrec-2025", "mean"): {"routing": {"kind": "mean"}},
+    ("findrec-2025", "legacy"): {"align": {"kind": "legacy", "paired_weight": 0.1}},
+    ("findrec-2025", "window"): {"routing": {"window": 5}},
+    ("findrec-2025", "content"): {"items": {"features": "both"}},
 }
 VARIANTS = [
     (name, modalities, repeat, "")
     for name in sorted(CONFIGS)
     for modalities in (("text",), ("text", "image"))
     for repeat in (False, True)
-] + [("findrec", ("text", "image"), False, change) for change in CHANGES if change]
+] + [(name, ("text", "image"), False, change) for name, change in CHANGES]
 
 
 class Case:
@@ -47,16 +48,18 @@ class Case:
 
     def __init__(self, name: str, modalities: tuple[str, ...], repeat: bool, change: str) -> None:
         torch.manual_seed(0)
-        self.table = torch.randn(NUM_ITEMS + 1, DIM) * 0.05
+        sizes = {"name": name, "dim": DIM, "dropout": 0.2, "gaps": True, "repeat": repeat}
+        dims = {m: WIDTHS[m] for m in modalities}
+        config = choose_model(sizes | CHANGES.get((name, change), {}))
+        self.width = row_width(config, dims)
+        self.table = torch.randn(NUM_ITEMS + 1, self.width) * 0.05
         self.table[0] = 0
         self.values = {m: torch.randn(NUM_ITEMS + 1, WIDTHS[m]) for m in modalities}
         self.present = {m: torch.rand(NUM_ITEMS + 1) < 0.7 for m in modalities}
         for m in modalities:
             self.present[m][0] = False
             self.values[m][~self.present[m]] = 0
-        sizes = {"name": name, "dim": DIM, "dropout": 0.2, "gaps": True, "repeat": repeat}
-        dims = {m: WIDTHS[m] for m in modalities}
-        self.model: SequenceModel = make_model(sizes | CHANGES[change], dims, max_length=64)
+        self.model: SequenceModel = make_model(config, dims, max_length=64)
         for p in self.model.parameters():  # away from zeros and ones, so that every path matters
             p.data += 0.05 * torch.randn_like(p)
         self.repeat = repeat
@@ -221,7 +224,8 @@ def test_scores_of_untrained_models_are_small(case: Case) -> None:
     case.model.eval()
     h = case.run(as_batch(histories([40]))).h
     assert 0.3 * DIM**0.5 < h.norm(dim=1).mean() < 3 * DIM**0.5
-    assert (h @ case.table.t()).abs().mean() < 0.5
+    vectors = case.model.item_transform(case.table, case.all_features("cpu"))
+    assert (h @ vectors.t()).abs().mean() < 1.0
 
 
 def test_low_precision_rounds_products_and_nothing_else(case: Case) -> None:
@@ -264,7 +268,7 @@ def test_wrong_configurations_are_explained() -> None:
     with pytest.raises(FindRecError, match=r"multiple of model\.heads"):
         make_model({"name": "sasrec", "dim": 10, "heads": 4})
     with pytest.raises(FindRecError, match=r"multiple of model\.routing\.heads"):
-        make_model({"name": "findrec", "dim": 10}, {"text": 3})
+        make_model({"name": "findrec-2025", "dim": 10}, {"text": 3})
     with pytest.raises(ValueError, match="did you mean 'findrec'"):
         make_model({"name": "findrek"})
 
@@ -279,7 +283,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(case: Case, num_tar
         item, torch.full((3,), 9), torch.arange(3), torch.arange(27), target, torch.ones_like(item)
     )
     optim = OptimConfig()
-    table = ItemTable(TableSpec(NUM_ITEMS, DIM, seed=0, loss=LossConfig(), optim=optim))
+    table = ItemTable(TableSpec(NUM_ITEMS, case.width, seed=0, loss=LossConfig(), optim=optim))
     table.weight.copy_(case.table)
     tower = PlainTower(case.model.train(), optim)
     microbatch = Microbatch(batch, case, num_targets=num_targets, num_microbatches=4, seed=7)

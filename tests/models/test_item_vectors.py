@@ -18,13 +18,19 @@ class Watched(Catalogue):
         return super().features(ids_n)
 
 
+@pytest.mark.parametrize(
+    ("tree", "width"),
+    [
+        ({"name": "findrec", "dim": 16}, 48),
+        ({"name": "findrec-2025", "dim": 16, "items": {"features": "score"}}, 16),
+    ],
+)
 @pytest.mark.parametrize("part", [None, range(5, 47)])
-def test_features_that_are_too_large_are_transformed_in_parts(tmp_path, monkeypatch, part):
+def test_features_that_are_too_large_are_transformed_in_parts(tmp_path, monkeypatch, part, tree, width):
     folder = planted_folder(tmp_path / "data", num_users=5)
     torch.manual_seed(0)
-    tree = {"name": "findrec", "dim": 16, "routing": {"heads": 2}, "items": {"features": "score"}}
     model = make_model(tree, {"text": 12, "image": 8}, num_items=NUM_ITEMS).eval()
-    rows = torch.randn(NUM_ITEMS + 1 if part is None else len(part), 16)
+    rows = torch.randn(NUM_ITEMS + 1 if part is None else len(part), width)
     at_once = Watched(folder, ["text", "image"])
     want = model.item_vectors(rows, at_once, part)
     assert at_once.most == len(rows)

@@ -31,7 +31,7 @@ from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.scoring.load import load_scorer
 from findrec.models.capabilities import withhold
 from findrec.models.findrec_2025.explain import explain
-from findrec.models.findrec_2025.model import FindRec
+from findrec.models.findrec_2025.model import FindRec2025
 from findrec.training.build import build_tower_model
 from findrec.training.checkpoints.checkpoint import TrainState, save_checkpoint
 from findrec.training.runs import training_jobs
@@ -54,7 +54,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 
 def make_run(path: Path, data: DataFolder, **model: Any) -> tuple[Path, RunConfig]:
     """A run folder with a checkpoint of weights far from where training starts, and measured alignment."""
-    sizes = {"dim": DIM, "stream": {"layers": 1}, "routing": {"heads": 2, "experts": 3}}
+    sizes = {
+        "name": "findrec-2025",
+        "dim": DIM,
+        "stream": {"layers": 1},
+        "routing": {"heads": 2, "experts": 3},
+    }
     tree = {
         "name": "small",
         "data": {"folder": str(data.path), "max_length": MAX_LENGTH},
@@ -136,7 +141,7 @@ def some_batch() -> tuple[Batch, Tensor, dict[str, ModalRows]]:
 def test_gates_reproduce_the_output(scorer: ModelScorer) -> None:
     batch, rows, features = some_batch()
     model = scorer.model
-    assert isinstance(model, FindRec)
+    assert isinstance(model, FindRec2025)
     assert model.control is not None
     model.train()
     inspection = explain(model, batch, rows, features, draws=3)
@@ -162,7 +167,7 @@ def test_gates_reproduce_the_output(scorer: ModelScorer) -> None:
 
 def test_outputs_without_a_modality(scorer: ModelScorer) -> None:
     batch, rows, features = some_batch()
-    assert isinstance(scorer.model, FindRec)
+    assert isinstance(scorer.model, FindRec2025)
     inspection = explain(scorer.model, batch, rows, features)
     gone = {m: ModalRows(torch.full_like(r.values, 9.0), r.present & False) for m, r in features.items()}
     with torch.no_grad():
@@ -179,7 +184,7 @@ def test_outputs_without_a_modality(scorer: ModelScorer) -> None:
 def test_a_modality_the_model_ignores_contributes_nothing(data: DataFolder, tmp_path: Path) -> None:
     folder, config = make_run(tmp_path, data)
     scorer = load_scorer(training_jobs(config, folder)[0], data)
-    assert isinstance(scorer.model, FindRec)
+    assert isinstance(scorer.model, FindRec2025)
     encoder: Any = scorer.model.encoders["image"]
     before = inspect_user(scorer, data, 0, last=6)
     encoder.mean.weight.data.zero_()

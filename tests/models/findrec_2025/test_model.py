@@ -9,7 +9,7 @@ from small_models import make_model
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.base import Out
-from findrec.models.findrec_2025.config import AlignConfig, FindRecConfig, RoutingConfig
+from findrec.models.findrec_2025.config import AlignConfig, FindRec2025Config, RoutingConfig
 from findrec.models.findrec_2025.latents import ModalEncoder
 
 
@@ -18,7 +18,7 @@ def make_batch(num_items: int = 40) -> Batch:
     return Batch.build(item, torch.full((3,), 20), torch.arange(3), torch.arange(60), torch.ones(60).long())
 
 
-def run(config: FindRecConfig, *, train: bool = True) -> Out:
+def run(config: FindRec2025Config, *, train: bool = True) -> Out:
     torch.manual_seed(0)
     batch = make_batch()
     model = make_model(config, {"text": 9}).train(train)
@@ -51,7 +51,7 @@ def test_latents_are_noisy_in_training_only() -> None:
     ],
 )
 def test_terms_follow_the_configuration(align: AlignConfig, expected: set[str]) -> None:
-    out = run(FindRecConfig(dim=16, repeat=False, align=align))
+    out = run(FindRec2025Config(dim=16, repeat=False, align=align))
     assert set(out.aux) == expected
     assert out.diagnostics["gate_entropy"] == pytest.approx(1.386, abs=0.05)  # ln 4: starts even
     assert 0.25 <= out.diagnostics["expert_load_max"] < 0.5
@@ -61,7 +61,7 @@ def test_terms_follow_the_configuration(align: AlignConfig, expected: set[str]) 
 def test_without_modalities_it_is_the_stream_alone() -> None:
     torch.manual_seed(0)
     batch = make_batch()
-    model = make_model(FindRecConfig(dim=16, repeat=False)).train()
+    model = make_model(FindRec2025Config(dim=16, repeat=False)).train()
     out = model(batch, torch.randn(len(batch.ids), 16), {})
     assert out.h.shape == (60, 16)
     assert not out.aux
@@ -69,10 +69,10 @@ def test_without_modalities_it_is_the_stream_alone() -> None:
 
 def test_training_starts_near_the_stream_alone() -> None:
     """The modal correction begins small against the stream's own vector."""
-    with_text = run(FindRecConfig(dim=16, repeat=False), train=False).h
+    with_text = run(FindRec2025Config(dim=16, repeat=False), train=False).h
     torch.manual_seed(0)
     batch = make_batch()
-    model = make_model(FindRecConfig(dim=16, repeat=False), {"text": 9}).eval()
+    model = make_model(FindRec2025Config(dim=16, repeat=False), {"text": 9}).eval()
     features = {"text": ModalRows(torch.randn(len(batch.ids), 9), batch.ids > 0)}
     rows = torch.randn(len(batch.ids), 16) * 0.1
     assert torch.allclose(model(batch, rows, features).h, with_text, atol=1e-6)
@@ -82,12 +82,12 @@ def test_training_starts_near_the_stream_alone() -> None:
 
 
 def test_sparse_routing_trains() -> None:
-    out = run(FindRecConfig(dim=16, repeat=False, routing=RoutingConfig(top_k=2)))
+    out = run(FindRec2025Config(dim=16, repeat=False, routing=RoutingConfig(top_k=2)))
     assert out.h.isfinite().all()
     assert out.diagnostics["gate_entropy"] <= 0.6932  # at most ln 2: two experts
 
 
 def test_without_a_router_all_experts_weigh_the_same() -> None:
-    out = run(FindRecConfig(dim=16, repeat=False, routing=RoutingConfig(kind="mean")))
+    out = run(FindRec2025Config(dim=16, repeat=False, routing=RoutingConfig(kind="mean")))
     assert set(out.aux) == {"stein_text", "kl_text"}
     assert out.diagnostics["gate_entropy"] == pytest.approx(1.38629, abs=1e-4)  # ln 4, exactly even

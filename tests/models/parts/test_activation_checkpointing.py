@@ -3,7 +3,7 @@
 import pytest
 import torch
 from planted import planted_folder
-from small_models import make_model
+from small_models import make_model, row_width
 
 from findrec.config import parse_config
 from findrec.datasets.batches.batch import Batch
@@ -36,7 +36,7 @@ def gradients(name, length, checkpoint):
     batch = Batch.build(
         item, torch.tensor([length, 1, length // 2 + 1]), torch.arange(3), position, item.flatten()
     )
-    rows = torch.randn(len(batch.ids), 16, requires_grad=True)
+    rows = torch.randn(len(batch.ids), row_width(config.model, {"text": 12}), requires_grad=True)
     features = {"text": ModalRows(torch.randn(len(batch.ids), 12), batch.ids > 0)}
     kept = {}
 

@@ -5,7 +5,7 @@ import torch
 from small_models import make_model
 
 from findrec.datasets.folder.features import ModalRows
-from findrec.models.findrec_2025.config import FindRecConfig
+from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.parts.item_side import ItemSide
 
 
@@ -43,7 +43,7 @@ def test_id_dropout_leaves_whole_items_to_their_content_in_training_only():
     [("none", False, False), ("input", False, True), ("score", True, False), ("both", True, True)],
 )
 def test_where_content_is_used(where, scores, inputs):
-    config = FindRecConfig.model_validate({"dim": 16, "items": {"features": where}})
+    config = FindRec2025Config.model_validate({"dim": 16, "items": {"features": where}})
     torch.manual_seed(0)
     model = make_model(config, {"text": 5}, max_length=8).eval()
     rows = torch.randn(3, 16)

@@ -86,7 +86,7 @@ def test_sqlite_mirror_and_resume(tmp_path: Path) -> None:
     first = client.get_run(note["run_id"])
     assert first.info.status == "KILLED"
     assert first.data.params["training.epochs"] == "3"
-    assert first.data.params["model.routing.heads"] == "4"
+    assert first.data.params["model.align.kind"] == "conditional"
     assert first.data.tags["run_folder"] == str(run)
     assert set(first.data.metrics) == {"loss"}
     history = client.get_metric_history(note["run_id"], "loss")

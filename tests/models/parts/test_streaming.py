@@ -12,7 +12,6 @@ from findrec.errors import FindRecError
 from findrec.evaluation.scoring import inner_product
 from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.scoring.users import UserBlock
-from findrec.models.findrec_2025.streaming import StreamingFindRec
 from findrec.models.parts.repeat import repeat_candidates
 from findrec.tables.base import ITEMS
 from findrec.training.build import build_catalogue, build_tables, build_tower_model
@@ -34,17 +33,20 @@ def folder(tmp_path_factory):
     return write_data_folder(path, histories, times, features=features, events=events, num_items=NUM_ITEMS)
 
 
+OLD = {"name": "findrec-2025", "routing": {"heads": 2, "experts": 2}}
 VARIANTS = {
     "plain": {"repeat": False},
-    "everything": {"gaps": True, "events": True, "wait": True, "items": {"features": "both"}},
-    "window": {"routing": {"window": 7, "heads": 2}, "repeat": True},
+    "everything": {"gaps": True, "events": True, "wait": True},
     "ids alone": {"modalities": [], "gaps": True},
+    "2025": OLD | {"repeat": False},
+    "2025 everything": OLD | {"gaps": True, "events": True, "wait": True, "items": {"features": "both"}},
+    "2025 window": OLD | {"routing": {"window": 7, "heads": 2}},
 }
 
 
 def build(folder, change):
     tree = make_config().model_dump()
-    tree["model"] |= change
+    tree["model"] = {"dim": 32, "dropout": 0.0, "stream": {"layers": 1}} | change
     tree["data"]["max_length"] = LONGEST
     config = type(make_config()).model_validate(tree)
     torch.manual_seed(0)
@@ -54,10 +56,14 @@ def build(folder, change):
     return model.eval(), table, build_catalogue(config, folder)
 
 
+def open_with_window(model, rows, catalogue, window):
+    return type(model.open_stream(rows, catalogue))(model, rows, catalogue, repeat_window=window)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_ranking_after_each_history_equals_the_full_forward_pass(folder, name):
     model, table, catalogue = build(folder, VARIANTS[name])
-    streaming = StreamingFindRec(model, table.weight, catalogue)
+    streaming = model.open_stream(table.weight, catalogue)
     scorer = ModelScorer(model, table.weight, catalogue, LONGEST, "cpu", name="model")
     users = np.flatnonzero(folder.test_start > 0)
     whole = folder.histories(users)
@@ -91,10 +97,10 @@ def test_repeat_candidates_of_a_window_are_those_of_the_full_forward_pass(folder
     block = UserBlock.read(folder, "test", users, LONGEST)
     assert block.batch.item.shape[1] == LONGEST - 1
     queries = ModelScorer(model, table.weight, catalogue, LONGEST, "cpu", name="model").queries(block)
-    want = queries.users_Bd @ table.weight.t()
+    want = queries.users_Bd @ model.item_vectors(table.weight, catalogue).t()
     want.scatter_add_(1, queries.own_ids_BN, queries.own_bonus_BN)
     assert int((queries.own_ids_BN > 0).sum()) == len(set(block.batch.item[0, -window:].tolist()))
-    streaming = StreamingFindRec(model, table.weight, catalogue, repeat_window=window)
+    streaming = open_with_window(model, table.weight, catalogue, window)
     history = folder.histories(users)
     state = streaming.start(history.item[:-1].tolist(), history.timestamp[:-1].tolist())
     got = streaming.scores(state, int(history.timestamp[-1]))
@@ -102,8 +108,8 @@ def test_repeat_candidates_of_a_window_are_those_of_the_full_forward_pass(folder
 
 
 def test_the_state_does_not_grow_with_the_history(folder):
-    model, table, catalogue = build(folder, {"routing": {"window": 20, "heads": 2}, "repeat": True})
-    streaming = StreamingFindRec(model, table.weight, catalogue, repeat_window=20)
+    model, table, catalogue = build(folder, OLD | {"routing": {"window": 20, "heads": 2}})
+    streaming = open_with_window(model, table.weight, catalogue, 20)
     sizes = []
     for num_events in (30, 120):
         state = streaming.start([1 + i % NUM_ITEMS for i in range(num_events)])
@@ -115,7 +121,7 @@ def test_the_state_does_not_grow_with_the_history(folder):
 
 def test_only_allowed_items_are_recommended(folder):
     model, table, catalogue = build(folder, {"repeat": True})
-    streaming = StreamingFindRec(model, table.weight, catalogue)
+    streaming = model.open_stream(table.weight, catalogue)
     state = streaming.start([3, 9, 3, 11])
     scores = streaming.scores(state).tolist()
     allowed = [3, 8, 21, 40]
@@ -139,7 +145,7 @@ def test_only_allowed_items_are_recommended(folder):
 
 def test_what_cannot_be_is_refused(folder):
     model, table, catalogue = build(folder, {})
-    streaming = StreamingFindRec(model, table.weight, catalogue)
+    streaming = model.open_stream(table.weight, catalogue)
     with pytest.raises(ValueError, match="append an event first"):
         streaming.scores(streaming.start())
     with pytest.raises(ValueError, match="not in the catalogue"):
@@ -148,4 +154,4 @@ def test_what_cannot_be_is_refused(folder):
         streaming.start([1, 2], [100, 50])
     gru, table, catalogue = build(folder, {"stream": {"kind": "gru"}})
     with pytest.raises(FindRecError, match=r"stream\.kind=mamba"):
-        StreamingFindRec(gru, table.weight, catalogue)
+        gru.open_stream(table.weight, catalogue)
