@@ -43,7 +43,7 @@ def test_targets_per_step() -> None:
 
 def test_overrides_reach_the_model() -> None:
     with pytest.raises(Exception, match=r"routing.heads=3"):
-        findrec_step(TINY, ["model.routing.heads=3"])
+        findrec_step(TINY, ["model.name=findrec-2025", "model.routing.heads=3"])
 
 
 def test_items_follow_zipfs_law() -> None:
@@ -66,7 +66,7 @@ def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_peaks")
 def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     rows = bench_published(runs=1, shapes=[TINY])
-    ours = ["findrec exact", "findrec sampled 1024"]
+    ours = ["findrec-2025 exact", "findrec-2025 sampled 1024"]
     assert [row.impl for row in rows] == [BASELINE, OUR_SCAN, *ours, *ours]
     assert [row.baseline for row in rows] == [BASELINE] * 4 + [OUR_SCAN] * 2
     assert {row.shape for row in rows} == {"B3 L5 d16 V30"}

@@ -26,7 +26,7 @@ from findrec.config import parse_config
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.base import DataFacts, Microbatch
-from findrec.models.registry import build_model
+from findrec.models.registry import build_model, model_class
 from findrec.ops.scan.selective_scan import scan_backend
 from findrec.progress import progress
 from findrec.tables.base import ITEMS
@@ -133,7 +133,7 @@ def findrec_step(shape: Shape, overrides: Sequence[str] = (), device: str = "cpu
     table = ItemTable(
         TableSpec(
             shape.items,
-            shape.dim,
+            model_class(config.model).tables(config.model, facts)[ITEMS].dim,
             seed=0,
             loss=config.training.loss,
             optim=config.training.optim,
@@ -188,14 +188,14 @@ class InMemoryFeatures:
 def bench_published(
     runs: int = 3, overrides: Sequence[str] = (), shapes: Sequence[Shape] = PUBLISHED_SHAPES
 ) -> list[Row]:
-    """Measure the published model, and FindRec with the exact and the sampled loss, at L = 50 and 200.
+    """Measure the published model, and our form of it with the exact and the sampled loss, at L = 50 and 200.
 
-    Widths, heads and experts are the published ones; other settings of FindRec are the defaults. Rows of
-    FindRec come twice, against the published model with a generic parallel scan and with our scan.
+    Widths, heads and experts are the published ones; other settings of `findrec-2025` are the defaults. Its
+    rows come twice, against the published model with a generic parallel scan and with our scan.
     """
     scan_backend("cpu")  # before timing, as it may build the kernel
-    heads = f"model.routing.heads={PublishedConfig().heads}"
-    kinds = {"findrec exact": [heads], f"findrec sampled {NEGATIVES}": [heads, *SAMPLED]}
+    same = ["model.name=findrec-2025", f"model.routing.heads={PublishedConfig().heads}"]
+    kinds = {"findrec-2025 exact": same, f"findrec-2025 sampled {NEGATIVES}": [*same, *SAMPLED]}
     rows = []
     with progress("step against the published model", total=len(shapes), unit="shapes") as bar:
         for shape in shapes:
@@ -223,7 +223,7 @@ def bench_lengths(
     """Measure FindRec (d = 64) at each length, with about `tokens` events per microbatch, against L = 200.
 
     Uses the sampled loss, whose cost does not depend on the length. Three variants: the ID stream alone; with
-    the modality and its causal attention; with the repeat-consumption head, whose work grows with the number
+    the modality; with the repeat-consumption head, whose work grows with the number
     of distinct items of a history. `lengths` must include 200.
     """
     scan_backend("cpu")

@@ -38,7 +38,8 @@ def explain(
     """Run the model in evaluation mode over `batch`, 2 + modalities + `draws` times.
 
     Inputs are those of `FindRec2025.forward`. `draws` permutations of the positions are drawn from `seed`;
-    none for a single position or a model without a router. The mode of the model is restored. Raises `ValueError` for a model without modalities, which has no routing.
+    none for a single position or a model without a router. The mode of the model is restored. Raises
+    `ValueError` for a model without modalities, which has no routing.
     """
     if model.control is None:
         raise ValueError("this model was built without modalities, so it has no expert routing to explain")
