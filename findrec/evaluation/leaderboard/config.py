@@ -145,6 +145,7 @@ class Leaderboard:
         config: its keys.
         source: the text of its file.
         overrides: the changes from the command line.
+        shared: the keys of the run configuration that all rows share.
         runs: all trainings, by data set, then row, then seed.
         baselines: by data set, the configuration under which its baselines are evaluated.
         only: the rows that were chosen besides the reference; empty for all.
@@ -153,6 +154,7 @@ class Leaderboard:
     config: LeaderboardConfig
     source: str
     overrides: tuple[str, ...]
+    shared: Tree
     runs: tuple[Run, ...]
     baselines: Mapping[str, RunConfig]
     only: tuple[str, ...] = ()
@@ -216,7 +218,7 @@ def load_leaderboard(path: Path, overrides: Sequence[str] = (), only: Sequence[s
                 whole = merge(of_row, own) | {"name": name, "runs": folder}
                 parsed = parse_config(whole, source=where)
                 runs.append(Run(data, row, seed, whole, parsed))
-    return Leaderboard(config, source, tuple(overrides), tuple(runs), baselines, tuple(only))
+    return Leaderboard(config, source, tuple(overrides), base, tuple(runs), baselines, tuple(only))
 
 
 def _base(config: LeaderboardConfig, path: Path) -> Tree:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.table import Table
 from rich.text import Text
 
@@ -92,6 +93,7 @@ def _tree(leaderboard: Leaderboard, tables: Sequence[DataTable], command: str) -
         "name": leaderboard.config.name,
         "command": command,
         "file": redacted(leaderboard.source),
+        "shared": yaml.safe_load(_shared(leaderboard)),
         "version": __version__,
         "seeds": leaderboard.config.seeds,
         "reference": leaderboard.config.reference,
@@ -108,6 +110,8 @@ def _markdown(leaderboard: Leaderboard, tables: Sequence[DataTable], command: st
     yield f"Made by FindRec {__version__} with the command"
     yield from ("", f"{fence}sh", command, fence, "", "from the file", "")
     yield from (f"{fence}yaml", source, fence, "")
+    yield "What all rows share, with the keys of `config` and of the command line:"
+    yield from ("", "```yaml", _shared(leaderboard), "```", "")
     yield f"Seeds: {', '.join(map(str, leaderboard.config.seeds))}."
     for table in tables:
         yield f"Data of {table.data}: {table.recipe}, events sha256 `{table.events_sha256}`."
@@ -120,6 +124,10 @@ def _markdown(leaderboard: Leaderboard, tables: Sequence[DataTable], command: st
         yield from ("", "## Training time", "")
         yield "Time in training steps, by the logs of the runs; it depends on the machine."
         yield from ("", *_lines(["data", "row", "mean", "each seed"], timings))
+
+
+def _shared(leaderboard: Leaderboard) -> str:
+    return redacted(yaml.safe_dump(leaderboard.shared, sort_keys=False)).rstrip()
 
 
 def _timings(table: DataTable) -> Iterator[list[str]]:
@@ -154,17 +162,16 @@ def _sheets(leaderboard: Leaderboard, table: DataTable) -> Iterator[tuple[str, l
         cells = [line.label, *(cell for metric in metrics for cell in _measured(line.metrics[metric]))]
         rows.append(cells + [column[number] for column in extra.values()])
     yield table.data, [*header, *extra], rows
-    columns = sorted(
-        {(kind, level) for line in table.lines for kind, levels in line.suites.items() for level in levels},
-        key=lambda column: (KINDS.index(column[0]), column[1]),
-    )
-    if columns:
-        header = ["row", *(f"{kind} {level}{'' if kind == 'length' else ' %'}" for kind, level in columns)]
+    if any(line.suites for line in table.lines):
+        suites = leaderboard.config.suites
+        columns = [(kind, level) for kind, levels in suites.items() for level in sorted(set(levels))]
+        names = [f"{kind} {level:,}{'' if kind == 'length' else ' %'}" for kind, level in columns]
         rows = [
-            [line.label, *(_mean(line.suites.get(kind, {}).get(level)) for kind, level in columns)]
+            [line.label, _mean(line.plain)]
+            + [_mean(line.suites.get(kind, {}).get(level)) for kind, level in columns]
             for line in table.lines
         ]
-        yield f"{table.data}, robustness: {table.suite_metric}", header, rows
+        yield f"{table.data}, robustness: {table.suite_metric}", ["row", "as tested", *names], rows
 
 
 def _measured(value: Value) -> list[str]:
@@ -191,9 +198,9 @@ def _notes(leaderboard: Leaderboard, table: DataTable) -> Iterator[str]:
     seeds = len(leaderboard.config.seeds)
     yield f"{table.protocol}; {table.users:,} users, {table.cases:,} cases"
     if seeds > 1:
-        yield f"values of rows: mean ± standard deviation over {seeds} seeds, which differences average per user"
+        yield f"rows: mean ± standard deviation over {seeds} seeds; differences are of the users' means"
     else:
-        yield "values of rows: of one seed, so the variation between seeds is not known"
+        yield "rows: of one seed, so the variation between seeds is not known"
     yield (
         f"differences, intervals and p: paired bootstrap over users, {table.resamples:,} resamples; p after "
         f"Holm's correction for {table.comparisons:,} comparison{'s' * (table.comparisons != 1)}; *: "

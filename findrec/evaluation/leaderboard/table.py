@@ -11,7 +11,7 @@ Shape letters: C cases.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,10 @@ class Line:
     cold: Value | None  # recall@50 of targets without training events, a mean over cases
     weights: int | None
     seconds: tuple[float, ...] | None  # time in training steps of each seed
-    suites: Mapping[str, Mapping[int, Value]] = field(default_factory=dict)  # by kind and level
+    plain: Value  # the metric of the suites with unaltered inputs
+    suites: Mapping[
+        str, Mapping[int, Value]
+    ]  # the same by kind and level, where the line uses what is altered
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def _table(leaderboard: Leaderboard, checked: Checked, data: str, resamples: int
                 cold=_cold(line.tested, cold_C),
                 weights=checked.weights.get((data, line.label)) if line.runs else None,
                 seconds=_seconds(line.runs),
-                suites=_suites(line, suite_metric),
+                plain=_value(first.user, [metric_values(one, suite_metric) for one in line.tested]),
+                suites=_suites(line, suite_metric, wanted),
             )
             for line in lines
         ),
@@ -227,14 +231,14 @@ def _step_seconds(folder: Path) -> float:
     return float(np.where((gaps < 0) | (gaps > _LONG_GAP * usual), usual, gaps).sum()) + usual
 
 
-def _suites(line: _Results, metric: str) -> dict[str, dict[int, Value]]:
-    """The metric by kind of suite and level, over seeds; the level of the plain evaluation is included."""
+def _suites(line: _Results, metric: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Value]]:
+    """The metric over seeds by kind of suite and wanted level."""
     found: dict[str, dict[int, list[float]]] = {}
     for suites, one in zip(line.suites, line.tested, strict=True):
         for suite in suites:
             for curve in suite.curves:
-                if curve.model == one.model:
-                    for point in curve.of(metric):
+                for point in curve.of(metric) if curve.model == one.model else []:
+                    if point.level in wanted[suite.kind]:
                         found.setdefault(suite.kind, {}).setdefault(point.level, []).append(point.value)
     return {
         kind: {level: _summary(values) for level, values in sorted(levels.items())}
