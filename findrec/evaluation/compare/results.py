@@ -29,6 +29,7 @@ from findrec.evaluation.metrics.metrics import (
 )
 from findrec.evaluation.scoring.base import UNKNOWN
 from findrec.files import read_json
+from findrec.paths import resolve
 
 ALL_MODELS = "all"
 _COUNTS = ("user", "target", "greater", "equal")
@@ -112,7 +113,8 @@ def _damaged(path: Path, problem: str) -> FindRecError:
 
 
 def _repair(run: Path) -> str:
-    return f"Write the results again with `findrec evaluate {run.name}`."
+    name = run.name if run.parent == resolve("runs") else run  # others are found by their path
+    return f"Write the results again with `findrec evaluate {name}`."
 
 
 def read_rows(run: Path) -> dict[str, list[dict[str, Any]]]:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,7 @@ from findrec.evaluation.compare.results import read_rows
 from findrec.evaluation.leaderboard.config import Run
 from findrec.evaluation.protocol import RankingProtocol
 from findrec.evaluation.scoring.load import check_run_data
-from findrec.progress import format_seconds, say, warn
+from findrec.progress import format_seconds, progress, say, warn
 from findrec.schema import changes
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
 from findrec.training.checkpoints.manifest import MANIFEST
@@ -35,6 +35,7 @@ from findrec.training.runs import TrainingJob, open_run_folder, read_run_config,
 
 LOG = "train.log"  # the output of a run that is trained beside others
 _MOST_FAILURES = 3  # after which no further runs are started
+_NEWS_S = 5.0  # between updates of the progress of runs side by side
 _LAST_LINES = 5  # of the log of a failed run, in the error
 
 
@@ -131,14 +132,23 @@ class _Processes:
     def train(self, runs: Sequence[Run]) -> list[str]:
         """Train all; returns a description of each failure."""
         failed = []
-        with _sigterm_raises(), ThreadPoolExecutor(self._jobs) as pool:
+        beside = self._jobs > 1  # a single run shows its own progress
+        with (
+            _sigterm_raises(),
+            progress("leaderboard", self._total, "runs", show=beside) as bar,
+            ThreadPoolExecutor(self._jobs) as pool,
+        ):
+            left = {pool.submit(self._run, run) for run in runs}
             try:
-                for future in as_completed([pool.submit(self._run, run) for run in runs]):
-                    if (problem := future.result()) is not None:
+                while left:
+                    done, left = wait(left, timeout=_NEWS_S, return_when=FIRST_COMPLETED)
+                    for problem in filter(None, (future.result() for future in done)):
                         failed.append(problem)
                         warn(f"FAILED: {problem}")
-                    if len(failed) >= min(_MOST_FAILURES, self._total):
+                    if len(failed) >= _MOST_FAILURES:
                         self._stop = True
+                    bar.advance(len(done))
+                    bar.note(running=len(self._running))
             except BaseException as error:  # Ctrl-C or SIGTERM; leaving the block waits for the processes
                 self._end(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
                 raise

@@ -36,17 +36,21 @@ def put(tree: Tree, key: str, value: Any) -> None:
     for part in parents:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise FindRecError(
-                f"{key}: {part} is {node!r} here, not a section of keys. Leave out one of them"
-            )
+            raise _both(key, part, node)
     if isinstance(value, Mapping):
         inner: Tree = node.setdefault(leaf, {})
         if not isinstance(inner, dict):
-            raise FindRecError(f"{key} is given as {inner!r} and as a section. Leave out one of them")
+            raise _both(key, leaf, inner)
         for name, one in value.items():
             put(inner, str(name), one)
+    elif isinstance(node.get(leaf), dict):
+        raise _both(key, leaf, value)
     else:
         node[leaf] = value
+
+
+def _both(key: str, part: str, value: object) -> FindRecError:
+    return FindRecError(f"{key}: {part} is both {value!r} and a section of keys. Leave out one of them")
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Tree:
