@@ -12,7 +12,7 @@ from findrec.training.runs import training_jobs
 MAX_LENGTH = 12
 
 
-def save_run(path, data, *overrides, **sections):
+def save_run(path, data, /, *overrides, **sections):
     """Write `path` (config, checkpoints of every trained model, measured values); returns the path."""
     tree = {
         "name": "small",

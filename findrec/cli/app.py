@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from findrec import __version__
+from findrec.cli.leaderboard import leaderboard
 from findrec.cli.lists import RUN_HELP, index_run, recommend
 from findrec.errors import FindRecError, system_error
 from findrec.paths import drop_checkout_from_sys_path, find_data_folder, find_run, resolve
@@ -277,6 +278,9 @@ def compare(
     if json is not None:
         write_comparison(comparison, json)
         typer.echo(f"written: {json}")
+
+
+app.command()(leaderboard)
 
 
 @app.command("inspect")

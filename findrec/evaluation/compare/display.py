@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.table import Table
 from findrec.errors import FindRecError
 from findrec.evaluation.compare.compare import RunComparison
 from findrec.evaluation.display.wording import format_number
-from findrec.evaluation.metrics.significance import Difference, Estimate
+from findrec.evaluation.metrics.significance import Difference, Estimate, resamples_needed
 from findrec.progress import Console
 
 LOWER_IS_BETTER = ("mean_rank",)
@@ -44,13 +43,13 @@ def comparison_table(compared: RunComparison, metric: str) -> Table:
     for name in (metric, percent, "vs. best", percent, "p", "significantly better than"):
         table.add_column(name, justify="right" if name != "significantly better than" else "left")
     for estimate in ordered:
-        cells = [format_number(estimate.value), _interval(estimate.low, estimate.high), "", "", ""]
+        cells = [format_number(estimate.value), interval(estimate.low, estimate.high), "", "", ""]
         if estimate.model in to_best:
             difference = to_best[estimate.model]
             value, low, high = difference.value, difference.low, difference.high
             if difference.second == estimate.model:
                 value, low, high = -value, -high, -low
-            cells[2:] = [_signed(value), _interval(low, high, signed=True), _p(difference.p_holm)]
+            cells[2:] = [signed(value), interval(low, high, with_sign=True), format_p(difference.p_holm)]
         beats = ", ".join(str(n) for n in sorted(beaten[estimate.model])) or "-"
         table.add_row(str(number[estimate.model]), escape(estimate.model), *cells, beats)
     return table
@@ -68,7 +67,7 @@ def describe(compared: RunComparison) -> Iterator[str]:
     )
     yield "intervals are not corrected for multiple comparisons: one that excludes 0 may still not be real"
     yield "each model is one training: variation between training seeds is not part of the intervals"
-    needed = math.ceil(2 * count / limit)
+    needed = resamples_needed(count, comparison.level)
     if needed > comparison.resamples:
         yield (
             f"NOTE: {comparison.resamples:,} resamples are too few for any of {count:,} differences to be "
@@ -113,15 +112,18 @@ def _best_first(estimates: list[Estimate]) -> list[Estimate]:
     return sorted(estimates, key=lambda e: e.value if e.metric in LOWER_IS_BETTER else -e.value)
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Format a difference with its sign."""
     value += 0.0  # -0.0 becomes 0.0
     return ("+" if value >= 0 else "") + format_number(value)
 
 
-def _interval(low: float, high: float, *, signed: bool = False) -> str:
-    shown = _signed if signed else format_number
+def interval(low: float, high: float, *, with_sign: bool = False) -> str:
+    """Format an interval."""
+    shown = signed if with_sign else format_number
     return f"{shown(low)} .. {shown(high)}"
 
 
-def _p(value: float) -> str:
+def format_p(value: float) -> str:
+    """Format a p-value."""
     return "1" if value >= 1 else f"{value:.4f}" if value >= 1e-4 else f"{value:.0e}"

@@ -181,6 +181,11 @@ def holm(p: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
+def resamples_needed(comparisons: int, level: float = LEVEL) -> int:
+    """The fewest resamples with which one of so many differences can be significant."""
+    return math.ceil(2 * comparisons / (1 - level))
+
+
 def _user_values(values: FloatArray, user_C: IntArray | None, label: str) -> FloatArray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or (user_C is not None and len(values) != len(user_C)):

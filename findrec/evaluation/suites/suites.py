@@ -90,26 +90,21 @@ def run_suite(
     levels: Sequence[int] = (),
     draws: int = DRAWS,
     resamples: int = RESAMPLES,
+    trained: bool = True,
 ) -> Suite:
     """Evaluate a run at each level of a suite, including the reference level.
 
     `levels` are % of the items (0..100) or numbers of events (default: `SHARES` or `LENGTHS` of
-    `suites.inputs`); models with learned positions skip longer histories. Raises `FindRecError` for an
-    unknown suite, invalid levels, a run without a checkpoint, or if no scorer of the run uses features.
+    `suites.inputs`); models with learned positions skip longer histories. Without `trained` only the
+    baselines that need no training are evaluated. Raises `FindRecError` for an unknown suite, invalid levels,
+    a run without a checkpoint, or if no scorer of the run uses features.
     """
-    if kind not in KINDS:
-        raise FindRecError(f"no suite {kind!r}{suggest(kind, KINDS)} (available: {', '.join(KINDS)})")
-    chosen = next(known for known in KINDS if known == kind)
-    least, most = (1, None) if chosen == "length" else (0, 100)
-    for level in levels:
-        if level < least or (most is not None and level > most):
-            expected = "events, 1 or more" if most is None else "per cent of the items, 0 to 100"
-            raise FindRecError(f"suite {kind}: levels are {expected}, not {level}")
+    chosen = check_suite(kind, levels)
     config = read_run_config(run_folder)
     folder = open_data_folder(config.data)
     device, protocol = set_up(config), RankingProtocol.of(config, folder)
     curves, users, cases = [], 0, 0
-    jobs = [job for job in training_jobs(config, run_folder) if job.ranked]
+    jobs = [job for job in training_jobs(config, run_folder) if job.ranked and trained]
     for line in suite_lines(chosen, config, jobs, folder, device, levels, draws):
         say(f"suite {kind}: {line.model}")
         values, user_C = _evaluate(line, protocol, folder)
@@ -135,6 +130,19 @@ def run_suite(
         confidence=LEVEL,
         curves=tuple(curves),
     )
+
+
+def check_suite(kind: str, levels: Sequence[int]) -> Kind:
+    """The kind of a suite; raises `FindRecError` if there is no such suite, or for impossible levels."""
+    if kind not in KINDS:
+        raise FindRecError(f"no suite {kind!r}{suggest(kind, KINDS)} (available: {', '.join(KINDS)})")
+    chosen = next(known for known in KINDS if known == kind)
+    least, most = (1, None) if chosen == "length" else (0, 100)
+    for level in levels:
+        if level < least or (most is not None and level > most):
+            expected = "events, 1 or more" if most is None else "per cent of the items, 0 to 100"
+            raise FindRecError(f"suite {kind}: levels are {expected}, not {level}")
+    return chosen
 
 
 def _evaluate(

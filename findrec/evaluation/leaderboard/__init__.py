@@ -1,0 +1,1 @@
+"""Leaderboards: several configurations trained with several seeds, in one table with significance."""

@@ -1,0 +1,76 @@
+"""Which runs of a leaderboard are trained, and what a failure leaves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from saved_run import save_run
+
+from findrec.datasets.folder.data_folder import DataFolder
+from findrec.errors import FindRecError
+from findrec.evaluation.leaderboard.config import load_leaderboard
+from findrec.evaluation.leaderboard.runs import LOG, is_finished, train_runs
+from findrec.evaluation.run import evaluate_run
+from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
+from findrec.training.checkpoints.manifest import MANIFEST
+from findrec.training.runs import run_folder
+
+Write = Callable[..., Path]
+
+
+def test_a_run_is_finished_once_it_is_trained_and_evaluated(
+    write: Write, folder: DataFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(rows={"narrow": {}}, seeds=[0])
+    (run,) = load_leaderboard(path).runs
+    assert not is_finished(run.config, folder)
+    saved = save_run(run_folder(run.config), folder, **run.tree)
+    assert not is_finished(run.config, folder)
+    evaluate_run(saved, show=False)
+    assert is_finished(run.config, folder)
+    train_runs([run], {"films": folder})  # which has nothing to do
+    assert "1 of 1 runs are finished, 0 are to be trained" in capsys.readouterr().out
+    (longer,) = load_leaderboard(path, ["training.epochs=2"]).runs
+    assert not is_finished(longer.config, folder)
+    with pytest.raises(FindRecError, match=r"another configuration .training.epochs: 1 before, 2 now"):
+        train_runs([longer], {"films": folder})
+    (masked,) = load_leaderboard(path, ["evaluation.mask_seen=true"]).runs
+    assert not is_finished(masked.config, folder)  # it is evaluated again, not trained
+    (checkpoint,) = list_checkpoints(checkpoint_folder(saved))
+    later = (saved / "metrics.json").stat().st_mtime_ns + 1
+    os.utime(checkpoint / MANIFEST, ns=(later, later))
+    assert not is_finished(run.config, folder)
+    os.utime(checkpoint / MANIFEST, ns=(0, 0))
+    assert is_finished(run.config, folder)
+    (saved / "metrics.json").write_text("{")
+    assert not is_finished(run.config, folder)
+
+
+def test_an_unfinished_training_is_not_finished(write: Write, folder: DataFolder) -> None:
+    path = write(rows={"narrow": {}}, seeds=[0])
+    (run,) = load_leaderboard(path, ["training.epochs=2"]).runs
+    evaluate_run(save_run(run_folder(run.config), folder, **run.tree), show=False)  # of the first epoch
+    assert not is_finished(run.config, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_failed_runs_are_named_after_the_others(
+    jobs: int, write: Write, folder: DataFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dead = {"cluster.address": "127.0.0.1:1"}
+    runs = load_leaderboard(write(rows={"narrow": dead}, seeds=[3, 4])).runs
+    with pytest.raises(FindRecError, match="2 of 2 runs failed: films, narrow, seed") as caught:
+        train_runs(runs, {"films": folder}, jobs)
+    output = capfd.readouterr()
+    assert output.out.count("FAILED: films, narrow") == 2
+    for run in runs:
+        assert str(run_folder(run.config)) in str(caught.value)
+        log = run_folder(run.config) / LOG
+        assert log.is_file() == (jobs > 1)
+        text = log.read_text() if jobs > 1 else output.err
+        assert "no Ray cluster answers at '127.0.0.1:1'" in text
+    assert ("no Ray cluster answers" in str(caught.value)) == (jobs > 1)
