@@ -40,7 +40,7 @@ def leaderboard(
         list[str] | None,
         typer.Option(
             metavar="LABEL",
-            help="Train only this row, and compare it with the reference in a table of its own; may be "
+            help="Train only this row and the reference, and compare them in a table of its own; may be "
             "repeated.",
         ),
     ] = None,

@@ -16,7 +16,7 @@ from findrec.evaluation.metrics.metrics import reported
 from findrec.evaluation.protocol import seen_filter
 from findrec.evaluation.scoring.load import scorer_class
 from findrec.progress import progress
-from findrec.training.build import build_tower_model, table_shapes
+from findrec.training.build import build_tower_model, check_modalities, table_shapes
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
 from findrec.training.runs import main_job, run_folder, training_jobs
 from findrec.training.warm_start import find_warm_start
@@ -60,8 +60,9 @@ def check_leaderboard(leaderboard: Leaderboard) -> Checked:
                 raise FindRecError(f"row {row!r} on {data}: {error}") from None
             weights[data, row] = count_weights(run.config, folder)
             bar.advance()
-    for data, config in leaderboard.baselines.items():
-        check_run(config, folders[data])
+    for folder in folders.values():
+        for baseline in leaderboard.config.untrained:
+            check_modalities(baseline.content, folder, baseline.title)
     return Checked(folders, weights)
 
 

@@ -58,3 +58,9 @@ def test_what_cannot_be_trained_or_compared_is_refused(
     leaderboard = load_leaderboard(write(**keys))
     with pytest.raises(FindRecError, match=message):
         check_leaderboard(leaderboard)
+
+
+def test_only_the_models_of_rows_must_fit_the_data(write: Write) -> None:
+    other = {"model": {"name": "sasrec", "events": True}}  # which the data lacks
+    path = write(base=other, rows={"narrow": {"model.events": False}}, baselines=["popularity"])
+    assert check_leaderboard(load_leaderboard(path)).weights.keys() == {("films", "narrow")}

@@ -128,3 +128,13 @@ def test_a_label_is_used_once(write: Write) -> None:
 def test_labels_become_folders() -> None:
     assert folder_name("no alignment (α = 0)") == "no-alignment-0"
     assert folder_name("../x") == "x"
+
+
+def test_the_example_of_the_documentation_is_valid(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "evaluation" / "README.md").read_text(encoding="utf-8")
+    (example,) = [part.split("```")[0] for part in text.split("```yaml\n")[1:]]
+    path = tmp_path / "table.yaml"
+    path.write_text(example)
+    loaded = load_leaderboard(path)
+    assert len(loaded.runs) == len(loaded.rows) * len(loaded.config.seeds)
+    assert loaded.of("shop", "sasrec")[0].config.model.title == "sasrec"

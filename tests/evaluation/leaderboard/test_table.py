@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,13 @@ def test_results_of_other_cases_are_refused(finished: Finished) -> None:
             make_tables(leaderboard, checked)
     finally:
         (run / "ranks.parquet").write_bytes(before)
+
+
+def test_a_table_of_the_reference_alone(finished: Finished, table: DataTable) -> None:
+    leaderboard, checked = finished
+    shared = leaderboard.baselines["films"]
+    none = shared.model_copy(update={"evaluation": shared.evaluation.model_copy(update={"baselines": []})})
+    runs = tuple(leaderboard.of("films", "narrow"))
+    (alone,) = make_tables(replace(leaderboard, runs=runs, baselines={"films": none}), checked)
+    assert (alone.comparisons, len(alone.lines)) == (0, 1)
+    assert alone.lines[0] == line_of(table, "narrow")

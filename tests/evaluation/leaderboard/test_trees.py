@@ -36,7 +36,7 @@ def test_changes_are_merged_without_touching_the_base() -> None:
 
 
 def test_another_model_keeps_what_sequence_models_share() -> None:
-    base = {"model": {"dim": 32, "dropout": 0.1, "label": "ours", "modalities": ["text"]}}
+    base = {"model": {"dim": 32, "dropout": 0.1, "label": "ours", "own": 1}}
     changed = merge(base, {"model": {"name": "sasrec", "layers": 1}})
     assert changed["model"] == {"dim": 32, "dropout": 0.1, "name": "sasrec", "layers": 1}
     assert merge(base, {"model": {"name": "findrec"}})["model"] == base["model"] | {"name": "findrec"}
