@@ -71,7 +71,9 @@ class Gate(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(2, GATE_HIDDEN)
         self.out = nn.Linear(GATE_HIDDEN, 1)
-        nn.init.constant_(self.out.bias, 2.0 / LOGIT_SCALE)  # content is trusted at first
+        # Content is trusted at first: all gates start at sigmoid(2), whatever the evidence.
+        nn.init.zeros_(self.out.weight)
+        nn.init.constant_(self.out.bias, 2.0 / LOGIT_SCALE)
 
     def forward(self, latent_nd: Tensor, memory_nd: Tensor) -> Tensor:
         """Log-odds `[n]`."""
