@@ -5,7 +5,8 @@ import json
 import torch
 
 from findrec.config import dump_config, parse_config
-from findrec.training.build import build_tower_model
+from findrec.tables.base import ITEMS
+from findrec.training.build import build_tower_model, table_shapes
 from findrec.training.checkpoints.checkpoint import TrainState, checkpoint_folder, save_checkpoint
 from findrec.training.runs import training_jobs
 
@@ -17,7 +18,7 @@ def save_run(path, data, /, *overrides, **sections):
     tree = {
         "name": "small",
         "data": {"folder": str(data.path), "max_length": MAX_LENGTH},
-        "model": {"dim": 16, "stream": {"layers": 1}, "routing": {"heads": 2, "experts": 3}},
+        "model": {"dim": 16, "stream": {"layers": 1}},
         "tracking": {"enabled": False},
         "cluster": {"threads": 1},
     } | sections
@@ -29,7 +30,7 @@ def save_run(path, data, /, *overrides, **sections):
         network = build_tower_model(job.config, data)
         for parameter in network.parameters():
             parameter.data += 0.3 * torch.randn_like(parameter)
-        table = 0.5 * torch.randn(data.num_items + 1, config.model.dim)
+        table = 0.5 * torch.randn(data.num_items + 1, table_shapes(job.config, data)[ITEMS].dim)
         table[0] = 0
         state = TrainState(epoch=1, step=40, plan="", best=0.1, best_step=40, stale=0)
         save_checkpoint(

@@ -63,7 +63,7 @@ def train_step(device: str, kind: str, *, kept: bool = True, places: bool = Fals
     """
     tree = {
         "data": {"max_length": 16},
-        "model": {"dim": 32, "dropout": 0.0, "routing": {"heads": 2}, "stream": {"layers": 2}} | model,
+        "model": {"dim": 32, "dropout": 0.0, "stream": {"layers": 2}} | model,
         "training": {"microbatches": 2, "tokens": 400, "loss": {"kind": kind, "negatives": 32}},
     }
     config = parse_config(tree)

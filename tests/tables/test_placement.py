@@ -6,6 +6,7 @@ from findrec.config import parse_config
 from findrec.errors import FindRecError
 from findrec.tables.placement import SHARD_ABOVE_BYTES, place_table
 
+OLD = ["model.name=findrec-2025"]  # has an option that makes item vectors random
 LIMIT = SHARD_ABOVE_BYTES // (4 * 4 * 64)  # rows of width 64 with gradient and moments
 
 
@@ -17,8 +18,8 @@ LIMIT = SHARD_ABOVE_BYTES // (4 * 4 * 64)  # rows of width 64 with gradient and 
         ([], LIMIT + 1, 1, "replicated", LIMIT + 1),
         (["training.loss.kind=sampled"], LIMIT + 1, 2, "replicated", LIMIT + 1),  # no gradient of its size
         (["training.loss.kind=sampled"], LIMIT * 2, 4, "sharded", LIMIT // 2),
-        (["model.items.id_dropout=0.1"], LIMIT * 2, 2, "replicated", LIMIT * 2),
-        (["model.items.id_dropout=0.1", "training.loss.kind=gbce"], LIMIT * 2, 2, "sharded", LIMIT),
+        ([*OLD, "model.items.id_dropout=0.1"], LIMIT * 2, 2, "replicated", LIMIT * 2),
+        ([*OLD, "model.items.id_dropout=0.1", "training.loss.kind=gbce"], LIMIT * 2, 2, "sharded", LIMIT),
         (["training.table=replicated"], LIMIT * 9, 2, "replicated", LIMIT * 9),
         (["training.table=sharded"], 10, 3, "sharded", 4),
     ],
@@ -35,6 +36,6 @@ def test_auto_shards_what_is_large_and_can_be(overrides, rows, workers, mode, he
     [("model.items.id_dropout=0.1", 100, "dropout of ids"), ("model.dim=64", 2, "too few")],
 )
 def test_what_cannot_be_sharded_is_refused(override, items, problem):
-    config = parse_config({}, ["training.table=sharded", override])
+    config = parse_config({}, [*OLD, "training.table=sharded", override])
     with pytest.raises(FindRecError, match=problem):
         place_table(config, items, 64, 4, content=True)

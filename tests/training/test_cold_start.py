@@ -44,9 +44,9 @@ def recall_at_10(scorer, folder):
     return float(np.mean(ranks.rank <= 10))
 
 
-def trained(folder, tmp_path, kind, **items):
+def trained(folder, tmp_path, kind, modalities):
     config = make_config(epochs=15, loss={"kind": kind, "negatives": 64})
-    tree = {**config.model_dump(), "model": {**config.model.model_dump(), "items": items, "repeat": False}}
+    tree = {**config.model_dump(), "model": {**config.model.model_dump(), "modalities": modalities, "repeat": False}}
     config = type(config).model_validate(tree)
     torch.manual_seed(0)
     model, table = build_tower_model(config, folder), build_tables(config, folder)[ITEMS]
@@ -63,8 +63,8 @@ def test_cold_items_are_ranked_well_only_by_content(folder, tmp_path, kind):
     assert (folder.train_count[1:].reshape(GROUPS, EACH)[:, -2:] == 0).all()
     chance = 10 / NUM_ITEMS
     assert recall_at_10(TextKNN(folder), folder) > 0.9  # that the content tells
-    with_content = trained(folder, tmp_path / "with", kind, features="both", id_dropout=0.3)
+    with_content = trained(folder, tmp_path / "with", kind, ["text"])
     assert recall_at_10(with_content, folder) > 5 * chance
     if kind == "exact":
-        without = trained(folder, tmp_path / "without", kind, features="none")
+        without = trained(folder, tmp_path / "without", kind, [])
         assert recall_at_10(without, folder) < 2 * chance

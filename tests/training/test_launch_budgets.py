@@ -17,6 +17,12 @@ from work_on_card import (
     training,
 )
 
+_OLD = {"name": "findrec-2025", "routing": {"heads": 2}}
+MODELS = {
+    "findrec": {},
+    "2025": _OLD,
+    "2025 content": _OLD | {"items": {"features": "both", "id_dropout": 0.2}},
+}
 SCAN = ("ops/scan", "models/parts/mamba.py")  # have kernels of their own on a GPU
 
 
@@ -34,13 +40,12 @@ def test_a_step_of_findrec_stays_within_its_budget(card, kind, waits, kernels, u
 
 
 @pytest.mark.parametrize("kind", ["exact", "sampled", "gbce"])
-@pytest.mark.parametrize("content", ["none", "both"])
-def test_a_step_on_a_gpu_is_that_on_a_cpu(card, kind, content):
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_on_a_gpu_is_that_on_a_cpu(card, kind, model):
     """The code paths of a GPU compute the same; the generator of the emulated one is that of the CPU."""
-    items = {"features": content, "id_dropout": 0.2 if content == "both" else 0.0}
-    want = train_step("cpu", kind, items=items)
+    want = train_step("cpu", kind, **MODELS[model])
     for kept in (True, False):  # features
-        step = card(train_step, NAME, kind, items=items, kept=kept)
+        step = card(train_step, NAME, kind, kept=kept, **MODELS[model])
         assert step.values.keys() == want.values.keys()
         assert step.values == pytest.approx(want.values, rel=1e-4, abs=1e-5)
         torch.testing.assert_close(step.weight, want.weight, rtol=1e-3, atol=1e-4)

@@ -40,11 +40,11 @@ def alignment_terms(
         return {}
     terms = {}
     for name, latent_Ud in latents.items():
-        use_n = (present_U[name] & rows.known_n).nonzero().squeeze(1)
+        use_U = present_U[name] & rows.known_n
         if config.kind == "conditional":
-            value = _conditional(rows.memory_nd[name][use_n], latent_Ud[use_n].detach())
+            value = _conditional(rows.memory_nd[name], latent_Ud.detach(), use_U)
         else:
-            use_n = _sample(use_n, config.rows)
+            use_n = _sample(use_U, config.rows)
             # At unit variance, for which the bandwidths are numerically well chosen.
             unit = latent_Ud.shape[1] ** 0.5 / TABLE_STD
             memory_nd, latent_nd = rows.memory_nd[name][use_n] * unit, latent_Ud[use_n].detach() * unit
@@ -54,13 +54,15 @@ def alignment_terms(
     return terms
 
 
-def _conditional(memory_nd: Tensor, latent_nd: Tensor) -> Tensor:
-    """Mean squared residual, in units of the initial variance of item vectors."""
-    residual = (memory_nd - latent_nd).square().sum() / TABLE_STD**2
-    return residual / max(1, len(memory_nd))
+def _conditional(memory_Ud: Tensor, latent_Ud: Tensor, use_U: Tensor) -> Tensor:
+    """Mean squared residual of the items to use, in units of the initial variance of item vectors."""
+    residual_U = (memory_Ud - latent_Ud).square().sum(1) / TABLE_STD**2
+    return (residual_U * use_U).sum() / use_U.sum().clamp(min=1)
 
 
-def _sample(use_n: Tensor, rows: int) -> Tensor:
+def _sample(use_U: Tensor, rows: int) -> Tensor:
+    """Indices of at most `rows` of the items to use."""
+    use_n = use_U.nonzero().squeeze(1)
     if len(use_n) <= rows:
         return use_n
     return use_n[copy_to(torch.randperm(len(use_n))[:rows], use_n.device)]
@@ -73,7 +75,7 @@ def diagnose_alignment(
     """The values of `DIAGNOSTICS` for each modality, by `<name>_<modality>`, for the items of a batch."""
     diagnostics: dict[str, Tensor] = {}
     for name, latent_Ud in latents.items():
-        use_n = _sample((present_U[name] & rows.known_n).nonzero().squeeze(1), config.rows)
+        use_n = _sample(present_U[name] & rows.known_n, config.rows)
         z_nd, memory_nd = latent_Ud[use_n].float(), rows.memory_nd[name][use_n].float()
         if len(z_nd) < 2:
             values = dict.fromkeys(DIAGNOSTICS, z_nd.new_zeros(()))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from bench.memory import peak_bytes
-from small_models import make_model
+from small_models import make_model, row_width
 
 from findrec.cluster.plan.activations import (
     MicrobatchShape,
@@ -35,7 +35,10 @@ MODELS: dict[str, Any] = {
         {"model": {"dim": 32, "stream": {"kind": "transformer"}}, "training": SAMPLED},
         {"text": 384},
     ),
-    "content": ({"model": {"dim": 32, "items": {"features": "both"}}}, {"text": 384}),
+    "2025": (
+        {"model": {"name": "findrec-2025", "dim": 32, "items": {"features": "both"}}},
+        {"text": 384},
+    ),
 }
 
 
@@ -76,7 +79,7 @@ def one_microbatch(model, shape):
     table = ItemTable(
         TableSpec(
             NUM_ITEMS,
-            config.model.dim,
+            row_width(config.model, dims),
             seed=0,
             loss=config.training.loss,
             optim=config.training.optim,
@@ -100,12 +103,13 @@ def estimate(model, shape):
     torch.manual_seed(0)
     network = make_model(config.model, dims, max_length=config.data.max_length, num_items=NUM_ITEMS).train()
     batch = make_batch(*SHAPES[shape])
-    shapes = {ITEMS: TableShape(NUM_ITEMS, config.model.dim)}
+    width = row_width(config.model, dims)
+    shapes = {ITEMS: TableShape(NUM_ITEMS, width)}
     measured = measure_microbatch(network, shapes, Microbatch(batch, Features(dims), len(batch.target), 1, 0))
     return (
         measured
         + repeat_bonus_bytes(config, shape_of(batch))
-        + loss_bytes(config, dims, shape_of(batch), NUM_ITEMS + 1)
+        + loss_bytes(config, dims, shape_of(batch), NUM_ITEMS + 1, row_width=width)
     )
 
 

@@ -36,7 +36,7 @@ def test_the_plan_names_every_part(planted):
     text = "\n".join(describe(plan))
     assert "2 on here" in text
     assert f"{plan.num_steps:,} per epoch, {3 * plan.num_steps:,} in total" in text
-    assert f"items: {60 * 32:,} parameters, replicated" in text
+    assert f"items: {60 * 3 * 32:,} parameters, replicated" in text
     for part in ("weights", "gradients", "optimizer"):
         assert re.search(f"tower {part} .*MiB\n", text)
         assert re.search(f"table {part} .*MiB\n", text)

@@ -49,7 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
 @pytest.fixture(scope="module")
 def run(data: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Content is scored too, and features were wrong in training already: both must be kept."""
-    model = {"dim": 16, "stream": {"layers": 1}, "items": {"features": "both"}}
+    model = {"dim": 16, "stream": {"layers": 1}}
     path = tmp_path_factory.mktemp("runs") / "small"
     path.mkdir()
     return save_run(path, data, BASELINES, "data.feature_noise=0.2", model=model)
