@@ -21,10 +21,8 @@ PROTOCOL = RankingProtocol(users_per_block=16, max_length=16, mask_seen=True)
 def parts(folder, features, *, placement):
     """Model, table and catalogue, the same for every placement of the table."""
     config = make_config(table=placement)
-    model = config.model.model_copy(
-        update={"items": config.model.items.model_copy(update={"features": features})}
-    )
-    config = config.model_copy(update={"model": model})
+    modalities = [] if features == "none" else "all"
+    config = config.model_copy(update={"model": config.model.model_copy(update={"modalities": modalities})})
     torch.manual_seed(0)
     return (
         build_tower_model(config, folder).eval(),

@@ -97,7 +97,7 @@ class ShardedItemTable(LocalTable):
         if transform is not None:
             rows.requires_grad_()
             vectors = transform(self.shards.local, rows)
-            gradient = torch.zeros_like(rows)
+            gradient = torch.zeros_like(vectors)  # may have another width than rows
         with torch.no_grad(), COLLECTIVES.call(f"loss over table {self.name!r}"):
             result = sharded_cross_entropy(
                 self.shards,
