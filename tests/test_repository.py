@@ -170,7 +170,9 @@ def model_words(name: str, config: type[ModelConfig]) -> re.Pattern[str]:
 def test_nothing_outside_its_folder_knows_a_model(name: str) -> None:
     words = model_words(name, CONFIGS[name])
     package, models = ROOT / "findrec", ROOT / "findrec" / "models"
-    folders = {models / other.replace("-", "_") for other in CONFIGS}  # a model may name what it descends from
+    folders = {
+        models / other.replace("-", "_") for other in CONFIGS
+    }  # a model may name what it descends from
     known = {
         path.relative_to(package).as_posix(): found.group()
         for path in [*package.rglob("*.py"), *package.rglob("*.j2")]

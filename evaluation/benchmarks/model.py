@@ -1,19 +1,19 @@
-"""Measures a training step against the published model and by length, and training against other libraries.
+"""Measures a training step against the published model, by length and against SASRec, and other libraries.
 
-python evaluation/benchmarks/model.py [--json FILE] [--runs N] [--only published lengths peers]
+python evaluation/benchmarks/model.py [--json FILE] [--runs N] [--only published lengths cost peers]
     [--set dotted.key=value ...] [--setup-peers] [--peers PATH] [--data FOLDER] [--limit-s SECONDS]
 """
 
 from pathlib import Path
 
-from bench.model import bench_lengths, bench_published
+from bench.model import bench_cost, bench_lengths, bench_published
 from bench.peers import Settings, bench_peers, default_peers, setup_peers
 from bench.rows import make_parser, make_rate_table, publish
 
 from findrec.config import DataConfig
 from findrec.datasets.prepare.pipeline import open_or_prepare
 
-PARTS = ("published", "lengths", "peers")
+PARTS = ("published", "lengths", "cost", "peers")
 
 if __name__ == "__main__":
     parser = make_parser(__doc__)
@@ -31,6 +31,7 @@ if __name__ == "__main__":
         data = open_or_prepare(DataConfig(recipe="ml-100k", folder=given.data))
     rows = bench_published(given.runs, given.set) if "published" in given.only else []
     rows += bench_lengths(given.runs, given.set) if "lengths" in given.only else []
+    rows += bench_cost(given.runs, given.set) if "cost" in given.only else []
     if "peers" in given.only:
         worker, settings = Path(__file__).parent / "peers" / "worker.py", Settings(limit_s=given.limit_s)
         rows += bench_peers(given.peers, worker, data, settings, given.set)

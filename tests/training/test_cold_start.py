@@ -46,7 +46,10 @@ def recall_at_10(scorer, folder):
 
 def trained(folder, tmp_path, kind, modalities):
     config = make_config(epochs=15, loss={"kind": kind, "negatives": 64})
-    tree = {**config.model_dump(), "model": {**config.model.model_dump(), "modalities": modalities, "repeat": False}}
+    tree = {
+        **config.model_dump(),
+        "model": {**config.model.model_dump(), "modalities": modalities, "repeat": False},
+    }
     config = type(config).model_validate(tree)
     torch.manual_seed(0)
     model, table = build_tower_model(config, folder), build_tables(config, folder)[ITEMS]

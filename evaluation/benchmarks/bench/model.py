@@ -40,6 +40,7 @@ from findrec.training.tower import PlainTower
 FEATURES = {"image": 2048, "text": 1024}
 OP = f"train step, {UNIT}"
 LENGTH_OP = f"train step by length, {UNIT}"
+COST_OP = f"train step, exact loss, {UNIT}"
 BASELINE = "published shape"
 OUR_SCAN = "published shape, our scan"
 LENGTHS = (50, 200, 1024, 4096, 16384)
@@ -65,6 +66,9 @@ class Shape:
 
 # The published widths. Fewer samples at L = 200, where a step of 128 samples needs 5 GB.
 PUBLISHED_SHAPES = (Shape(128, 50, 128, 20_000), Shape(32, 200, 128, 20_000))
+
+# Microbatches of 3,200 tokens, a catalogue with texts.
+COST_SHAPES = tuple(Shape(3200 // n, n, 64, 20_000, (("text", 384),)) for n in (50, 200))
 
 # Shape, factory of a step function, and arguments of the factory.
 Maker = tuple[str, Callable[..., Callable[[], int]], tuple[object, ...]]
@@ -241,6 +245,28 @@ def bench_lengths(
                 arguments = (shape, [*keys, *SAMPLED, *overrides])
                 makers[f"{variant} L{length}"] = (str(shape), findrec_step, arguments)
             rows += measure(LENGTH_OP, makers, f"{variant} L{BASE_LENGTH}", runs)
+            bar.advance()
+    return rows
+
+
+def bench_cost(
+    runs: int = 3, overrides: Sequence[str] = (), shapes: Sequence[Shape] = COST_SHAPES
+) -> list[Row]:
+    """Measure FindRec with texts, and without, against SASRec of equal width, with the exact loss."""
+    scan_backend("cpu")
+    kinds = {
+        "sasrec": ["model.name=sasrec"],
+        "findrec": [],
+        "findrec, ids only": ["model.modalities=[]"],
+        "findrec-2025": ["model.name=findrec-2025", "model.items.features=both"],
+    }
+    rows = []
+    with progress("step against SASRec", total=len(shapes), unit="shapes") as bar:
+        for shape in shapes:
+            makers: dict[str, Maker] = {
+                name: (str(shape), findrec_step, (shape, [*keys, *overrides])) for name, keys in kinds.items()
+            }
+            rows += measure(COST_OP, makers, "sasrec", runs)
             bar.advance()
     return rows
 

@@ -110,9 +110,9 @@ class ItemVectors(nn.Module):
 
     def split(self, rows_nw: Tensor) -> Rows:
         """The parts of table rows `[n, (1 + M) d]`."""
-        id_nd, *memories = torch.split(rows_nw, self.dim, dim=1)
-        scaled = {n: m * self.memory_scale for n, m in zip(self.names, memories, strict=True)}
-        return Rows(id_nd, scaled, (id_nd.detach() != 0).any(1))
+        id_nd = rows_nw[:, : self.dim]
+        memories = torch.split(rows_nw[:, self.dim :] * self.memory_scale, self.dim, dim=1)
+        return Rows(id_nd, dict(zip(self.names, memories, strict=True)), id_nd.detach().bool().any(1))
 
     def encode(self, features: Mapping[str, ModalRows]) -> dict[str, Tensor]:
         """The latents `[n, d]` of each modality; zero where it is missing."""
@@ -149,8 +149,7 @@ class ItemVectors(nn.Module):
             gate_n = present_n.to(latent_nd.dtype)
             if self.gates is not None:
                 logits[name] = self.gates[name](latent_nd, memory_nd)
-                trust_n = torch.where(known_n, torch.sigmoid(logits[name].detach()), 1.0)
-                gate_n = gate_n * trust_n.to(gate_n.dtype)
+                gate_n = gate_n * torch.where(known_n, torch.sigmoid(logits[name].detach()), 1.0)
             if order_n is not None:
                 gate_n = gate_n[order_n] * present_n
             gates[name], presents[name] = gate_n, present_n
@@ -166,6 +165,7 @@ class ItemVectors(nn.Module):
         """
         vector_nd = rows.id_nd
         for name, latent_nd in self.encode(features).items():
-            missing_n1 = (~features[name].present & rows.known_n)[:, None]
-            vector_nd = vector_nd + latent_nd + missing_n1 * rows.memory_nd[name].detach()
+            # Memories of items without events are zero, as their rows are.
+            memory_nd = rows.memory_nd[name].detach()
+            vector_nd = vector_nd + torch.where(features[name].present[:, None], latent_nd, memory_nd)
         return vector_nd

@@ -39,7 +39,7 @@ class FindRec(SequenceModel):
     """The FindRec network. Without modalities it is the ID stream alone."""
 
     alignment_diagnostics = DIAGNOSTICS
-    diagnosing = False  # whether training passes compute the alignment diagnostics, which takes time
+    diagnosing = False  # whether training passes compute the diagnostics, which takes time
 
     Config = FindRecConfig
 
@@ -91,8 +91,9 @@ class FindRec(SequenceModel):
             present_U = {name: features[name].present for name in latents}
             aux = alignment_terms(rows, latents, present_U, self.config.align)
             aux |= self._gate_terms(rows, weights, views)
-            measured = _measure_gates(rows, weights, views)
+            measured: dict[str, Tensor] = {}
             if self.diagnosing:
+                measured |= _measure_gates(rows, weights, views)
                 measured |= diagnose_alignment(rows, latents, present_U, self.config.align)
         return vectors_Ud, aux, {name: value.detach() for name, value in measured.items()}
 
@@ -103,7 +104,7 @@ class FindRec(SequenceModel):
             judged_U = (weights.present_n[name] & rows.known_n).to(logit_U.dtype)
             true_U = views.true_U[name].to(logit_U.dtype)
             loss_U = F.binary_cross_entropy_with_logits(logit_U, true_U, reduction="none")
-            loss = (loss_U * judged_U).sum() / judged_U.sum().clamp(min=1)
+            loss = (loss_U @ judged_U) / judged_U.sum().clamp(min=1)
             terms[f"gate_{name}"] = Term(self.config.control.weight * loss, loss.detach())
         return terms
 
