@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+TABLE_STD = 0.2  # times width^-0.5: initial standard deviation of rows, and of content added to them
 _BLOCK_ROWS = 4096
 _MIN_DRAWN = 16  # torch draws fewer normal numbers by another formula
 
@@ -29,7 +30,7 @@ def initial_rows(num_rows: int, dim: int, *, seed: int, part: range | None = Non
             rows[low - part.start : high - part.start] = block[low - start : high - start]
         start = stop
     rows *= dim**-0.5
-    rows *= 0.2
+    rows *= TABLE_STD
     if part.start == 0:
         rows[:1] = 0.0
     return rows

@@ -28,8 +28,8 @@ from findrec.devices import copy_to
 from findrec.models.base import Term
 from findrec.models.findrec.config import AlignConfig
 from findrec.models.findrec.items import Rows
-from findrec.models.parts.item_side import TABLE_STD
 from findrec.ops.stein.stein_discrepancy import mmd, stein_discrepancy
+from findrec.tables.initial_rows import TABLE_STD
 
 
 def alignment_terms(

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.findrec.config import ControlConfig
 from findrec.models.findrec.views import Views
-from findrec.models.parts.item_side import TABLE_STD
 from findrec.models.parts.layers import project_normed
+from findrec.tables.initial_rows import TABLE_STD
 
 GATE_HIDDEN = 16
 COSINE_SCALE = 8.0

@@ -29,9 +29,9 @@ from findrec.models.findrec_2025.collapse import collapse_warnings
 from findrec.models.findrec_2025.config import FindRec2025Config, RoutingConfig
 from findrec.models.findrec_2025.control import Control
 from findrec.models.findrec_2025.explain import explain
+from findrec.models.findrec_2025.item_side import ItemSide
 from findrec.models.findrec_2025.latents import Latents, ModalEncoder
 from findrec.models.findrec_2025.streaming import StreamingFindRec2025
-from findrec.models.parts.item_side import ItemSide
 from findrec.models.parts.layers import Inputs, WaitTimeModulation, gather_positions
 from findrec.models.parts.repeat import RepeatHead
 from findrec.models.parts.streams import TransformerStream, build_stream

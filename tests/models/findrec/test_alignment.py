@@ -11,8 +11,8 @@ from torch import Tensor
 from findrec.models.findrec.alignment import DIAGNOSTICS, alignment_terms, diagnose_alignment
 from findrec.models.findrec.config import AlignConfig
 from findrec.models.findrec.items import Rows
-from findrec.models.parts.item_side import TABLE_STD
 from findrec.ops.stein.stein_scores import gaussian_score
+from findrec.tables.initial_rows import TABLE_STD
 
 DIM, NUM = 6, 40
 KINDS = ["conditional", "marginal", "mmd"]

@@ -15,7 +15,7 @@ from findrec.datasets.folder.features import ModalRows
 from findrec.models.findrec.config import ControlConfig
 from findrec.models.findrec.items import COSINE_SCALE, LOGIT_SCALE, Gate, ItemVectors, Rows, row_width
 from findrec.models.findrec.views import Views
-from findrec.models.parts.item_side import TABLE_STD
+from findrec.tables.initial_rows import TABLE_STD
 
 DIM, NUM = 8, 12
 WIDTHS = {"text": 5, "image": 3}

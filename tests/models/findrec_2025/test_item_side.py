@@ -6,7 +6,7 @@ from small_models import make_model
 
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.findrec_2025.config import FindRec2025Config
-from findrec.models.parts.item_side import ItemSide
+from findrec.models.findrec_2025.item_side import ItemSide
 
 
 def test_content_is_added_and_a_missing_modality_adds_nothing():

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from findrec.datasets.folder.features import ModalRows
 from findrec.devices import copy_to
 from findrec.models.parts.layers import project_normed
-
-TABLE_STD = 0.2  # times d^-0.5: initial standard deviation of item rows, and of the content added to them
+from findrec.tables.initial_rows import TABLE_STD
 
 
 class ItemSide(nn.Module):
