@@ -41,12 +41,13 @@ _LOOPBACK = Path("/sys/class/net/lo/statistics/tx_bytes")
 
 
 def scaling_config(**training: object) -> RunConfig:
-    """The default configuration on synthetic data, with `training` overrides."""
+    """The configuration of a `findrec-2025` on synthetic data, with `training` overrides."""
     return parse_config(
         {
             "training": {"epochs": 1, "tokens": 1600, "eval_every": 1000} | training,
             "cluster": {"workers": 2},
-            "model": {"align": {"diagnose_every": 0}},
+            # Its table rows are as wide as its item vectors, as `scaling_model` assumes.
+            "model": {"name": "findrec-2025", "align": {"diagnose_every": 0}},
         }
     )
 

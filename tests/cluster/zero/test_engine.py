@@ -82,8 +82,8 @@ def changed(config, **sections):
             fields = CONFIGS[values["name"]].model_fields
             tree[section] = {key: value for key, value in tree[section].items() if key in fields}
         for key, value in values.items():
-            old = tree[section][key]
-            tree[section][key] = old | value if isinstance(value, dict) else value
+            old = tree[section].get(key)
+            tree[section][key] = old | value if isinstance(old, dict) else value
     return parse_config(tree)
 
 
@@ -138,8 +138,13 @@ def test_with_the_code_for_gpus_a_training_continues_bit_for_bit(setting, stage,
 OTHER_MODELS = {
     "sasrec": {"name": "sasrec"},
     "gru": {"stream": {"kind": "gru"}},
-    "transformer": {"stream": {"kind": "transformer"}, "routing": {"heads": 2, "kind": "mean"}},
-    "content": {"items": {"features": "both", "id_dropout": 0.2}, "align": {"kind": "legacy"}},
+    "transformer": {"stream": {"kind": "transformer"}},
+    "2025": {
+        "name": "findrec-2025",
+        "align": {"kind": "legacy"},
+        "items": {"features": "both", "id_dropout": 0.2},
+        "routing": {"heads": 2, "experts": 2},
+    },
 }
 
 
@@ -168,14 +173,14 @@ def test_a_checkpoint_moves_between_stages_and_worker_counts(setting, legs):
         assert_same(got, setting.want, slice(-len(got.losses), None))
 
 
-@pytest.mark.parametrize(("kind", "features", "stage"), [("exact", "both", 2), ("sampled", "none", 3)])
-def test_a_sharded_table_trains_validates_and_moves_like_a_replicated_one(setting, kind, features, stage):
+@pytest.mark.parametrize(("kind", "modalities", "stage"), [("exact", "all", 2), ("sampled", [], 3)])
+def test_a_sharded_table_trains_validates_and_moves_like_a_replicated_one(setting, kind, modalities, stage):
     """Two epochs on one plain process = one on three workers with rows of their own, then one on two; with a
     checkpoint of three files between, read by a single process too.
     """
     loss, optim = {"kind": kind, "negatives": 16}, {"clip_table": 0.05}
     training = {"epochs": 2, "loss": loss, "optim": optim}
-    config = changed(setting.config, training=training, model={"items": {"features": features}})
+    config = changed(setting.config, training=training, model={"modalities": modalities})
     spread = changed(config, training={"table": "sharded"})
     name = f"{kind}-rows"
     want = setting.train("plain", 1, f"{name}1", config)
