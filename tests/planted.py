@@ -66,7 +66,7 @@ def planted_run(path, folder, model=None, training=None, log=None, **evaluation)
 
 
 # The slowest of the models: tests disturb a run, which must still be under way then.
-SLOW = {"name": "findrec-2025", "dim": 32, "dropout": 0.0} | {
+SLOW = {"name": "findrec-2025", "label": "findrec", "dim": 32, "dropout": 0.0} | {
     "routing": {"heads": 2, "experts": 2},
     "stream": {"layers": 1},
 }
