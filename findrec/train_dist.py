@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from findrec.errors import FindRecError, Preempted, system_error
 from findrec.paths import drop_checkout_from_sys_path
+from findrec.sigterm import handles_sigterm
 from findrec.text import printable
 
 if TYPE_CHECKING:
@@ -95,22 +95,9 @@ def _train(config: RunConfig, arguments: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _handles_sigterm(handler: Any) -> Iterator[None]:
-    """Replace the handler of SIGTERM (Ray's ends the process); only a main thread can have handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _sigterm_sets() -> Iterator[threading.Event]:
     stop = threading.Event()
-    with _handles_sigterm(lambda *_: stop.set()):
+    with handles_sigterm(lambda *_: stop.set()):
         yield stop
 
 
@@ -123,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drop_checkout_from_sys_path()
     arguments = parse_arguments(argv)
     try:
-        with _handles_sigterm(_end_here):
+        with handles_sigterm(_end_here):
             _run(arguments)
     except Preempted as ended:
         print(printable(f"stopped by SIGTERM: {ended}; the same command continues"), file=sys.stderr)

@@ -28,6 +28,7 @@ from findrec.evaluation.protocol import RankingProtocol
 from findrec.evaluation.scoring.load import check_run_data
 from findrec.progress import format_seconds, progress, say, warn
 from findrec.schema import changes
+from findrec.sigterm import handles_sigterm
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
 from findrec.training.checkpoints.manifest import MANIFEST
 from findrec.training.checkpoints.validations import saved_state
@@ -134,7 +135,7 @@ class _Processes:
         failed = []
         beside = self._jobs > 1  # a single run shows its own progress
         with (
-            _sigterm_raises(),
+            handles_sigterm(_raise_preempted),
             progress("leaderboard", self._total, "runs", show=beside) as bar,
             ThreadPoolExecutor(self._jobs) as pool,
         ):
@@ -224,18 +225,5 @@ def _output(path: Path | None) -> Iterator[IO[Any] | None]:
         yield file
 
 
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Raise `Preempted` on SIGTERM; only a main thread can have handlers."""
-
-    def stop(*_: object) -> None:
-        raise Preempted("the runs under way have saved their step")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _raise_preempted(*_: object) -> None:
+    raise Preempted("the runs under way have saved their step")
