@@ -155,29 +155,28 @@ def declared(extras: tuple[str, ...]) -> list[Requirement]:
     return [r for r in requirements + nested if r.name != "findrec"]
 
 
-def model_words(name: str, config: type[ModelConfig]) -> re.Pattern[str]:
-    """What only the folder of a model may say: its modules, its classes, its name and its own keys."""
-    others = (other for other in CONFIGS.values() if other is not config)
-    own = set(config.model_fields) - set(SequenceConfig.model_fields).union(*(o.model_fields for o in others))
-    keys = [rf"\bmodel\.{key}\b(?!\()" for key in own]
-    words = [rf"models[./]{name}\b", rf"\b{config.__name__}\b", rf"\bname[:=] ?[\"']?{name}\b(?!-)", *keys]
+def model_words(name: str, config: type[ModelConfig]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """What only the folder of a model may say: its modules, its classes and its name; and its own keys."""
+    own = set(config.model_fields) - set(SequenceConfig.model_fields)
+    words = [rf"models[./]{name}\b", rf"\b{config.__name__}\b", rf"\bname[:=] ?[\"']?{name}\b(?!-)"]
     if name != findrec.__name__:  # the project is called like one of its models
         words += [rf"(?i:\b{name}\b)"]
-    return re.compile("|".join(words))
+    return re.compile("|".join(words)), re.compile("|".join(rf"\bmodel\.{key}\b(?!\()" for key in own))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nothing_outside_its_folder_knows_a_model(name: str) -> None:
-    words = model_words(name, CONFIGS[name])
+    words, keys = model_words(name, CONFIGS[name])
     package, models = ROOT / "findrec", ROOT / "findrec" / "models"
-    folders = {
-        models / other.replace("-", "_") for other in CONFIGS
-    }  # a model may name what it descends from
-    known = {
-        path.relative_to(package).as_posix(): found.group()
-        for path in [*package.rglob("*.py"), *package.rglob("*.j2")]
-        if not folders.intersection(path.parents) and (found := words.search(path.read_text()))
-    }
+    folders = {other: models / other.replace("-", "_") for other in CONFIGS}
+    known = {}
+    for path in [*package.rglob("*.py"), *package.rglob("*.j2")]:
+        text, place = path.read_text(), path.relative_to(package).as_posix()
+        if folders[name] not in path.parents and (found := words.search(text)):
+            known[place] = found.group()
+        # Other models have keys and attributes of the same names.
+        if not set(folders.values()) & set(path.parents) and (found := keys.search(text)):
+            known[place] = found.group()
     assert known.pop("models/configs.py"), "the registry names every model"
     assert known == {}
 
