@@ -5,7 +5,7 @@ Shape letters: T target positions, H heads, E experts, V items, d width, k items
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,6 +38,14 @@ def withhold(features: Mapping[str, ModalRows], names: Sequence[str]) -> dict[st
         else rows
         for name, rows in features.items()
     }
+
+
+def occlude(
+    model: Callable[..., Out], batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]
+) -> tuple[dict[str, Out], Out]:
+    """The outputs of a model without each modality, by name, and without any of them."""
+    without = {name: model(batch, x_items, withhold(features, [name])) for name in features}
+    return without, model(batch, x_items, withhold(features, list(features)))
 
 
 def random_cycle(count: int, generator: torch.Generator) -> Tensor:

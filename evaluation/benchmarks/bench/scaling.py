@@ -46,7 +46,8 @@ def scaling_config(**training: object) -> RunConfig:
         {
             "training": {"epochs": 1, "tokens": 1600, "eval_every": 1000} | training,
             "cluster": {"workers": 2},
-            # Its table rows are as wide as its item vectors, as `scaling_model` assumes.
+            # As in `evaluation/scaling.md`. Its table rows are as wide as its item vectors, which
+            # `scaling_model` assumes.
             "model": {"name": "findrec-2025", "align": {"diagnose_every": 0}},
         }
     )

@@ -28,6 +28,7 @@ from findrec.devices import copy_to
 from findrec.models.base import Term
 from findrec.models.findrec.config import AlignConfig
 from findrec.models.findrec.items import Rows
+from findrec.models.parts.spread import spread
 from findrec.ops.stein.stein_discrepancy import mmd, stein_discrepancy
 from findrec.tables.initial_rows import TABLE_STD
 
@@ -81,12 +82,9 @@ def diagnose_alignment(
             values = dict.fromkeys(DIAGNOSTICS, z_nd.new_zeros(()))
         else:
             centred, memory_nd = z_nd - z_nd.mean(0), memory_nd - z_nd.mean(0)
-            spectrum = torch.linalg.svdvals(centred).square()
-            share = (spectrum / spectrum.sum().clamp(min=1e-12)).clamp(min=1e-12)
             numbers = (
                 stein_discrepancy(memory_nd, centred),
-                centred.square().mean(0).sqrt().mean(),
-                torch.exp(-(share * share.log()).sum()),
+                *spread(centred),
                 torch.nn.functional.cosine_similarity(centred, memory_nd, dim=1).mean(),
             )
             values = dict(zip(DIAGNOSTICS, numbers, strict=True))

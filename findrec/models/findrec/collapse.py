@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from findrec.models.parts.spread import collapse
+
 MIN_LATENT_STD = 0.002  # item vectors start at 0.2 / sqrt(d), 0.025 at width 64
-MIN_LATENT_RANK = 1.5
 MIN_TRUE_GATE = 0.05
 
 
@@ -14,14 +15,8 @@ def collapse_warnings(values: Mapping[str, float]) -> list[tuple[str, str]]:
     warnings = []
     for key, value in values.items():
         name = key.removeprefix("diagnostics/")
-        problem = None
-        if name.startswith("latent_std_") and value < MIN_LATENT_STD:
-            modality = name.removeprefix("latent_std_")
-            problem = f"latents of {modality!r} have collapsed to a point (std {value:.2g})"
-        elif name.startswith("latent_rank_") and value < MIN_LATENT_RANK:
-            modality = name.removeprefix("latent_rank_")
-            problem = f"latents of {modality!r} have collapsed to a line (rank {value:.2f})"
-        elif name.startswith("gate_true_") and value < MIN_TRUE_GATE:
+        problem = collapse(name, value, MIN_LATENT_STD)
+        if name.startswith("gate_true_") and value < MIN_TRUE_GATE:
             modality = name.removeprefix("gate_true_")
             problem = f"true content of {modality!r} is hardly used (mean gate {value:.2f})"
         if problem is not None:

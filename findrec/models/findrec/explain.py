@@ -19,7 +19,7 @@ from torch import Tensor
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.base import Out
-from findrec.models.capabilities import Explanation, random_cycle, withhold
+from findrec.models.capabilities import Explanation, occlude, random_cycle
 from findrec.models.parts.layers import gather_positions
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def explain(
     model.eval()
     try:
         whole: Out = model(batch, x_items, features)
-        without = {name: model(batch, x_items, withhold(features, [name])) for name in items.names}
-        bare: Out = model(batch, x_items, withhold(features, items.names))
+        without, bare = occlude(model, batch, x_items, features)
         shuffled = []
         if items.gates is not None and len(batch.ids) > 2:
             for _ in range(draws):
@@ -75,7 +74,7 @@ def item_shares(model: FindRec, x_items: Tensor, features: Mapping[str, ModalRow
     for name, latent_Ud in latents.items():
         gate_U = weights.gate_n[name]
         lengths.append(gate_U * torch.linalg.vector_norm(latent_Ud, dim=1))
-        lengths.append((1 - gate_U) * torch.linalg.vector_norm(rows.memory_nd[name], dim=1) * rows.known_n)
+        lengths.append((1 - gate_U) * torch.linalg.vector_norm(rows.memory_nd[name], dim=1))
     length_UE = torch.stack(lengths, dim=1)
     return length_UE / length_UE.sum(1, keepdim=True).clamp(min=1e-12)
 

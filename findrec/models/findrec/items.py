@@ -12,13 +12,14 @@ the item, from the agreement of latent and memory (`Gate`).
 Gates and memories are trained by their own losses only: if the ranking loss reached them, it would prefer
 memories, which fit the training items best, to content, which generalises.
 
-Shape letters: n items, F width of a modality's features, d width of item vectors, M modalities.
+Shape letters: n items, w width of a table row, d width of item vectors, M modalities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.findrec.config import ControlConfig
 from findrec.models.findrec.views import Views
-from findrec.models.parts.layers import project_normed
+from findrec.models.parts.content import ContentProjections
 from findrec.tables.initial_rows import TABLE_STD
 
 GATE_HIDDEN = 16
@@ -48,7 +49,11 @@ class Rows:
 
     id_nd: Tensor
     memory_nd: Mapping[str, Tensor]  # by modality
-    known_n: Tensor  # bool, whether the item has training events: the rows of others are zero
+
+    @cached_property
+    def known_n(self) -> Tensor:
+        """Bool, whether the item has training events: the rows of others are zero."""
+        return self.id_nd.detach().bool().any(1)
 
 
 @dataclass(frozen=True)
@@ -85,25 +90,15 @@ class Gate(nn.Module):
         return logit_n
 
 
-class ItemVectors(nn.Module):
+class ItemVectors(ContentProjections):
     """Composes item vectors from table rows and features."""
 
-    uses_child_weights = True  # `project_normed` reads weights of the norms and projections
-
     def __init__(self, feature_dims: Mapping[str, int], dim: int, control: ControlConfig) -> None:
-        super().__init__()
+        super().__init__(feature_dims, dim)
         self.dim, self.names = dim, list(feature_dims)
         # Rows are initialised, and updated, at the scale of item vectors. A memory has to follow latents that
         # grow to a multiple of it, from the few updates that a rare item gets.
         self.memory_scale = 0.5 * dim**0.5
-        self.norms = nn.ModuleDict({name: nn.LayerNorm(width) for name, width in feature_dims.items()})
-        self.projections = nn.ModuleDict(
-            {name: nn.Linear(width, dim, bias=False) for name, width in feature_dims.items()}
-        )
-        for name, width in feature_dims.items():
-            projection = self.projections[name]
-            assert isinstance(projection, nn.Linear)
-            nn.init.normal_(projection.weight, std=TABLE_STD * (dim * width) ** -0.5)
         self.gates = None
         if control.gates == "learned":
             self.gates = nn.ModuleDict({name: Gate() for name in feature_dims})
@@ -112,17 +107,7 @@ class ItemVectors(nn.Module):
         """The parts of table rows `[n, (1 + M) d]`."""
         id_nd = rows_nw[:, : self.dim]
         memories = torch.split(rows_nw[:, self.dim :] * self.memory_scale, self.dim, dim=1)
-        return Rows(id_nd, dict(zip(self.names, memories, strict=True)), id_nd.detach().bool().any(1))
-
-    def encode(self, features: Mapping[str, ModalRows]) -> dict[str, Tensor]:
-        """The latents `[n, d]` of each modality; zero where it is missing."""
-        latents = {}
-        for name, project in self.projections.items():
-            norm, rows = self.norms[name], features[name]
-            assert isinstance(norm, nn.LayerNorm)
-            assert isinstance(project, nn.Linear)
-            latents[name] = project_normed(norm, project, rows.values) * rows.present[:, None]
-        return latents
+        return Rows(id_nd, dict(zip(self.names, memories, strict=True)))
 
     def forward(
         self,

@@ -44,7 +44,10 @@ def draw_views(features: Mapping[str, ModalRows], known_U: Tensor, config: Contr
         source_U[name] = copy_to(source, device)
         true_U[name] = source_U[name] == torch.arange(num, device=device)
     chance_U = copy_to(torch.rand(num), device)
-    present_U = torch.stack([rows.present for rows in features.values()]).any(0)
+    # Without its row an item must have content, also where it is shown with that of another.
+    present_U = torch.stack(
+        [rows.present & rows.present[source_U[name]] for name, rows in features.items()]
+    ).any(0)
     return Views(
         source_U,
         true_U,

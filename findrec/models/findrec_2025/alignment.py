@@ -18,6 +18,7 @@ from findrec.devices import copy_to
 from findrec.models.base import Term
 from findrec.models.findrec_2025.config import AlignConfig
 from findrec.models.findrec_2025.latents import Latents
+from findrec.models.parts.spread import spread
 from findrec.ops.losses.paired_contrastive import paired_contrastive
 from findrec.ops.stein.legacy_stein import legacy_stein
 from findrec.ops.stein.stein_discrepancy import median_bandwidth2, mmd, stein_discrepancy
@@ -92,8 +93,7 @@ def diagnose_alignment(latents: Mapping[str, Latents], x_items_Ud: Tensor, rows:
     * `ksd`: Stein discrepancy from the ID vectors, whether or not it is a training loss;
     * `bandwidth`: bandwidth of the kernel, by the median heuristic;
     * `latent_std`: mean standard deviation over dimensions; near 0 the latents have collapsed to a point;
-    * `latent_rank`: effective rank, exp of the entropy of the covariance's spectrum (Roy & Vetterli 2007),
-      from 1 to d; near 1 they have collapsed to a line;
+    * `latent_rank`: effective rank, from 1 to d; near 1 they have collapsed to a line;
     * `latent_cosine`: mean cosine between an item's latent and its ID vector, raised only by pairing.
     """
     diagnostics: dict[str, Tensor] = {}
@@ -104,14 +104,11 @@ def diagnose_alignment(latents: Mapping[str, Latents], x_items_Ud: Tensor, rows:
             values = dict.fromkeys(DIAGNOSTICS, z_nd.new_zeros(()))
         else:
             centred = z_nd - z_nd.mean(0)
-            spectrum = torch.linalg.svdvals(centred).square()
-            share = (spectrum / spectrum.sum().clamp(min=1e-12)).clamp(min=1e-12)
             cosine = torch.nn.functional.cosine_similarity(centred, reference_nd, dim=1)
             numbers = (
                 stein_discrepancy(z_nd, reference_nd),
                 median_bandwidth2(z_nd, reference_nd).sqrt(),
-                centred.square().mean(0).sqrt().mean(),
-                torch.exp(-(share * share.log()).sum()),
+                *spread(centred),
                 cosine.mean(),
             )
             values = dict(zip(DIAGNOSTICS, numbers, strict=True))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from findrec.models.parts.spread import collapse
+
 MIN_LATENT_STD = 0.02  # prior and reference have standard deviation 1
-MIN_LATENT_RANK = 1.5
 MAX_EXPERT_LOAD = 0.95
-_FIX_LATENTS = "; lower model.align.weight or kl_weight"
 
 
 def collapse_warnings(values: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -15,15 +15,8 @@ def collapse_warnings(values: Mapping[str, float]) -> list[tuple[str, str]]:
     warnings = []
     for key, value in values.items():
         name = key.removeprefix("diagnostics/")
-        problem = None
-        if name.startswith("latent_std_") and value < MIN_LATENT_STD:
-            modality = name.removeprefix("latent_std_")
-            problem = f"latents of {modality!r} have collapsed to a point (std {value:.2g}){_FIX_LATENTS}"
-        elif name.startswith("latent_rank_") and value < MIN_LATENT_RANK:
-            modality = name.removeprefix("latent_rank_")
-            problem = f"latents of {modality!r} have collapsed to a line (rank {value:.2f}){_FIX_LATENTS}"
+        if (problem := collapse(name, value, MIN_LATENT_STD)) is not None:
+            warnings.append((key, f"{problem}; lower model.align.weight or kl_weight"))
         elif name == "expert_load_max" and value > MAX_EXPERT_LOAD:
-            problem = f"one expert takes {value:.0%}: raise model.routing.balance_weight"
-        if problem is not None:
-            warnings.append((key, problem))
+            warnings.append((key, f"one expert takes {value:.0%}: raise model.routing.balance_weight"))
     return warnings

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
-from findrec.models.capabilities import Explanation, random_cycle, withhold
+from findrec.models.capabilities import Explanation, occlude, random_cycle
 from findrec.ops.expert_routing import Routed
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def explain(
     try:
         with _hooked(experts, lambda _module, _inputs, out: routed.append(out)):
             whole = model(batch, x_items, features)
-        without = {name: model(batch, x_items, withhold(features, [name])) for name in model.encoders}
-        bare = model(batch, x_items, withhold(features, list(model.encoders)))
+        without, bare = occlude(model, batch, x_items, features)
         shuffled = []
         if experts.router is not None and len(batch.position) > 1:
             for _ in range(draws):

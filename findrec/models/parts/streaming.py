@@ -65,7 +65,7 @@ class StreamingModel:
 
     def __init__(
         self,
-        model: Streamable,
+        network: Streamable,
         table_weight: Tensor,
         catalogue: ItemFeatures,
         repeat_window: int = REPEAT_WINDOW,
@@ -74,15 +74,15 @@ class StreamingModel:
 
         Raises `FindRecError` for streams other than Mamba, whose state would grow with the history.
         """
-        if not isinstance(model.stream, MambaStream):
-            raise FindRecError(
-                f"streaming needs model.stream.kind=mamba, but this model has {model.config.stream.kind!r}"
-            )
-        model.eval()
-        self._model, self._stream, self._catalogue = model, model.stream, catalogue
+        stream = network.stream
+        if not isinstance(stream, MambaStream):
+            kind = network.config.stream.kind
+            raise FindRecError(f"streaming needs the stream.kind=mamba of a model, but this one has {kind!r}")
+        network.eval()
+        self._model, self._stream, self._catalogue = network, stream, catalogue
         self._own_window = repeat_window
         self._rows_Vd = table_weight.detach().float()
-        self.items_Vd = model.item_vectors(self._rows_Vd, catalogue)
+        self.items_Vd = network.item_vectors(self._rows_Vd, catalogue)
 
     @torch.no_grad()
     def start(

@@ -25,7 +25,7 @@ def make_case(num: int = NUM) -> tuple[Rows, dict[str, Tensor], dict[str, Tensor
     memory_Ud = (scale * torch.randn(num, DIM) + 0.3 * scale).requires_grad_()
     latent_Ud = (2 * scale * torch.randn(num, DIM)).requires_grad_()
     known_U, present_U = torch.rand(num) < 0.8, torch.rand(num) < 0.8
-    rows = Rows(torch.randn(num, DIM) * known_U[:, None], {"text": memory_Ud}, known_U)
+    rows = Rows(torch.randn(num, DIM) * known_U[:, None], {"text": memory_Ud})
     return rows, {"text": latent_Ud}, {"text": present_U}, (known_U & present_U).nonzero().squeeze(1)
 
 
@@ -136,7 +136,7 @@ def test_the_conditional_term_is_a_stein_discrepancy_of_pairs_up_to_a_constant(
     formula = residual_nd.square().sum() / width2**2 / n**2
     torch.testing.assert_close(statistic, formula + constant)
     # The model's term is that formula times a constant, so both have the same minimum.
-    rows = Rows(torch.ones(n, DIM), {"text": memory_nd}, torch.ones(n, dtype=torch.bool))
+    rows = Rows(torch.ones(n, DIM), {"text": memory_nd})
     terms = alignment_terms(rows, {"text": latent_nd}, {"text": rows.known_n}, AlignConfig())
     torch.testing.assert_close(terms["align_text"].reported, formula * n * width2**2 / TABLE_STD**2)
 
@@ -160,9 +160,8 @@ def test_terms_of_no_and_of_one_item_are_finite(kind: str, num: int) -> None:
 
 
 def diagnosed(memory_Ud: Tensor, latent_Ud: Tensor) -> dict[str, float]:
-    known_U = torch.ones(len(memory_Ud), dtype=torch.bool)
-    rows = Rows(torch.ones_like(memory_Ud), {"text": memory_Ud}, known_U)
-    values = diagnose_alignment(rows, {"text": latent_Ud}, {"text": known_U}, AlignConfig(rows=300))
+    rows = Rows(torch.ones_like(memory_Ud), {"text": memory_Ud})
+    values = diagnose_alignment(rows, {"text": latent_Ud}, {"text": rows.known_n}, AlignConfig(rows=300))
     assert set(values) == {f"{name}_text" for name in DIAGNOSTICS}
     return {name.removesuffix("_text"): float(value) for name, value in values.items()}
 
