@@ -14,7 +14,7 @@ import typer
 
 from findrec import __version__
 from findrec.cli.leaderboard import leaderboard
-from findrec.cli.lists import RUN_HELP, index_run, recommend
+from findrec.cli.lists import RUN_HELP, index_run, recommend, similar
 from findrec.errors import FindRecError, system_error
 from findrec.paths import drop_checkout_from_sys_path, find_data_folder, find_run, resolve
 from findrec.text import printable
@@ -302,6 +302,7 @@ def inspect_user(
 
 app.command("index")(index_run)
 app.command()(recommend)
+app.command()(similar)
 
 
 @app.command()

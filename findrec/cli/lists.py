@@ -1,15 +1,17 @@
-"""Defines the commands `findrec index` and `findrec recommend`."""
+"""Defines the commands `findrec index`, `findrec recommend` and `findrec similar`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from findrec.errors import FindRecError
 from findrec.paths import find_run
 
 RUN_HELP = "A run folder, or the name of one below runs/."
+JSON_HELP = "Print JSON lines, one for each listed item, instead of tables."
 
 
 def index_run(
@@ -56,6 +58,14 @@ def recommend(
     users_column: Annotated[
         str | None, typer.Option(help="Column of the ids in --users; default: user, or the only one.")
     ] = None,
+    history: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ITEM,ITEM...",
+            help="Instead of users: the raw ids of a visitor's items, oldest first; may be repeated, one "
+            "option a visitor.",
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Length of the lists.")] = 10,
     only: Annotated[
         list[str] | None,
@@ -87,32 +97,76 @@ def recommend(
     out: Annotated[
         Path | None, typer.Option(help="Also write the lists to this file: .csv, .parquet or .jsonl.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """Recommend items to users with the model of a run, from all items or an allow-list."""
+    """Recommend items to users, or to visitors with a given history, from all items or an allow-list.
+
+    findrec recommend demo --history 50,181,174 --only category=Drama
+    """
     folder = find_run(run)
-    from findrec.serving.display import SHOWN, check_ending, print_lists, write_lists
-    from findrec.serving.recommend import recommend as make_lists
-    from findrec.serving.recommend import users_of
+    from findrec.serving.display import check_ending
+    from findrec.serving.recommender import Recommender
+    from findrec.serving.users import users_of
 
     if out is not None:
         check_ending(out)
-    stock = None if items is None else items.expanduser().resolve()
-    chosen = users_of(folder, user or [], users, users_column)
-    lists = make_lists(
-        folder,
+    if history and (user or users is not None):
+        raise FindRecError("--history is given instead of --user and --users: leave one of them out")
+    chosen = None if history else users_of(folder, user or [], users, users_column)
+    lists = Recommender.load(folder, index).recommend(
         chosen,
+        histories=[[item.strip() for item in one.split(",") if item.strip()] for one in history]
+        if history
+        else None,
         k=k,
         only=only or (),
-        items=stock,
+        items=None if items is None else items.expanduser().resolve(),
         items_column=items_column,
         at=at,
-        index=index,
         lenient=users is not None,
     )
-    print_lists(lists if out is None else lists[:SHOWN])
+    _show(lists, out, as_json)
+
+
+def similar(
+    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    item: Annotated[list[str], typer.Argument(metavar="ITEM...", help="Raw ids of items.")],
+    k: Annotated[int, typer.Option("--k", "-k", min=1, help="Length of the lists.")] = 10,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CONDITION", help="Only items that satisfy it, as in findrec recommend."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the lists to this file: .csv, .parquet or .jsonl.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """List the items whose vectors are most similar to those of the given items.
+
+    findrec similar demo 50 --k 5
+    """
+    folder = find_run(run)
+    from findrec.serving.display import check_ending
+    from findrec.serving.recommender import Recommender
+
+    if out is not None:
+        check_ending(out)
+    _show(Recommender.load(folder).similar_items(item, k, only=only or ()), out, as_json)
+
+
+def _show(lists: Any, out: Path | None, as_json: bool) -> None:
+    """Print lists as tables, or all of them as JSON lines, and write them to a file if one is given."""
+    from findrec.serving.display import SHOWN, json_lines, print_lists, write_lists
+
+    if as_json:
+        typer.echo("".join(json_lines(lists)), nl=False)
+    else:
+        print_lists(lists if out is None else lists[:SHOWN])
     if out is not None:
         write_lists(out, lists)
         hidden = (
-            f" ({len(lists):,} lists, of which the first {SHOWN} are shown)" if len(lists) > SHOWN else ""
+            f" ({len(lists):,} lists, of which the first {SHOWN} are shown)"
+            if len(lists) > SHOWN and not as_json
+            else ""
         )
-        typer.echo(f"written: {out}{hidden}")
+        typer.echo(f"written: {out}{hidden}", err=as_json)

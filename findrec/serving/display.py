@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.table import Table
 from rich.text import Text
@@ -16,34 +15,45 @@ from findrec.errors import FindRecError
 from findrec.evaluation.inspect.display import plain, shorten
 from findrec.files import replacing
 from findrec.progress import Console
-from findrec.serving.recommend import Recommended
+from findrec.serving.lists import POPULARITY, One, Recommended, as_table
 
 SHOWN = 20  # lists printed if all are written to a file
 
 
-def format_list(recommended: Recommended) -> Table:
-    """A rich table of one user's list."""
-    caption = None if recommended.items else "empty: all items are seen or unavailable"
-    table = Table(title=Text(f"user {plain(recommended.user)}"), caption=caption)
+def format_list(listed: One) -> Table:
+    """A rich table of one list."""
+    caption = None if listed.items else "empty: all items are seen or unavailable"
+    if isinstance(listed, Recommended):
+        title = f"user {plain(listed.user)}"
+        if listed.ranked_by == POPULARITY:
+            caption = "no known item in the history: the most popular items"
+    else:
+        title = f"similar to {plain(listed.item)}: {shorten(listed.title)}"
+    table = Table(title=Text(title), caption=caption)
     table.add_column("rank", justify="right")
     table.add_column("item")
     table.add_column("title")
-    for name in recommended.more:
+    for name in listed.more:
         table.add_column(Text(plain(name)))
     table.add_column("score", justify="right")
-    rows = zip(recommended.items, recommended.titles, recommended.scores, strict=True)
+    rows = zip(listed.items, listed.titles, listed.scores, strict=True)
     for rank, (item, title, score) in enumerate(rows, start=1):
-        more = (column[rank - 1] for column in recommended.more.values())
+        more = (column[rank - 1] for column in listed.more.values())
         cells = [Text(shorten("" if one is None else str(one))) for one in more]
         table.add_row(str(rank), Text(plain(item)), Text(shorten(title)), *cells, f"{score:.4f}")
     return table
 
 
-def print_lists(lists: Sequence[Recommended]) -> None:
+def print_lists(lists: Sequence[One]) -> None:
     """Print the lists as tables to standard output."""
     console = Console(width=None if Console().is_terminal else 120)
-    for recommended in lists:
-        console.print(format_list(recommended))
+    for listed in lists:
+        console.print(format_list(listed))
+
+
+def json_lines(lists: Sequence[One]) -> Iterator[str]:
+    """One JSON object and line for each listed item, with the columns of `as_table`."""
+    return (json.dumps(row, default=str) + "\n" for row in as_table(lists).to_pylist())
 
 
 def check_ending(path: Path) -> None:
@@ -52,32 +62,21 @@ def check_ending(path: Path) -> None:
         raise FindRecError(f"{path}: lists are written as .csv, .parquet or .jsonl")
 
 
-def write_lists(path: Path, lists: Sequence[Recommended]) -> None:
+def write_lists(path: Path, lists: Sequence[One]) -> None:
     """Write lists with one row per listed item: user, time, rank, item, title, score, further columns.
 
     The file is `.csv`, `.parquet` or `.jsonl`, written in one rename. Raises `FindRecError` for another
     extension or if it cannot be written.
     """
     check_ending(path)
-    columns = {
-        "user": pa.array([one.user for one in lists for _ in one.items], pa.string()),
-        "time": pa.array([one.time for one in lists for _ in one.items], pa.int64()),
-        "rank": pa.array([rank + 1 for one in lists for rank in range(len(one.items))], pa.int64()),
-        "item": pa.array([item for one in lists for item in one.items], pa.string()),
-        "title": pa.array([title for one in lists for title in one.titles], pa.string()),
-        "score": pa.array([score for one in lists for score in one.scores], pa.float64()),
-    }
-    for name in dict.fromkeys(name for one in lists for name in one.more if name not in columns):
-        columns[name] = pa.array([value for one in lists for value in one.more[name]])
-    table = pa.table(columns)
+    table = as_table(lists)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             if path.suffix == ".parquet":
                 pq.write_table(table, part)
             elif path.suffix == ".jsonl":
-                lines = (json.dumps(row, default=str) + "\n" for row in table.to_pylist())
-                part.write_text("".join(lines), encoding="utf-8")
+                part.write_text("".join(json_lines(lists)), encoding="utf-8")
             else:
                 with part.open("w", encoding="utf-8", newline="") as stream:
                     writer = csv.writer(stream, lineterminator="\n")

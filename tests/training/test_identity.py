@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from findrec.serving.recommend import recommend
 from planted import NUM_ITEMS, planted_folder, planted_run
 
 from findrec.cli.app import main
@@ -22,7 +23,6 @@ from findrec.errors import FindRecError
 from findrec.evaluation.run import evaluate_run
 from findrec.evaluation.validation import validate
 from findrec.files import sha256_file
-from findrec.serving.recommend import recommend
 from findrec.training.build import build_tables, build_tower_model
 from findrec.training.checkpoints.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from findrec.training.loop import run_training

@@ -123,12 +123,20 @@ def query_batch(
 ) -> Batch:
     """The last `max_length` of the first `stop` `[B]` (at least 1) events of each of the users `[B]`.
 
+    See `history_batch`.
+    """
+    past = folder.histories(users, np.maximum(stop - max_length, 0), stop)
+    return history_batch(past, users, time, folder.num_items)
+
+
+def history_batch(past: Histories, users: Int64Array, time: Int64Array, num_items: int) -> Batch:
+    """A batch of the histories `past`, each of which needs at least one event, of the users `[B]`.
+
     `time` `[B]` is the time of the prediction in seconds. In the batch, `position` is the last valid position
     of each row, and `target` is empty.
     """
-    start = np.maximum(stop - max_length, 0)
-    batch = padded_batch(folder.histories(users, start, stop), users, folder.num_items)
-    last = folder.histories(users, stop - 1, stop).timestamp
+    batch = padded_batch(past, users, num_items)
+    last = past.timestamp[past.offset[1:] - 1]
     times = np.stack([last, time], axis=1).reshape(-1)
     return replace(
         batch,

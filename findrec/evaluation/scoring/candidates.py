@@ -63,6 +63,14 @@ class Candidates:
             None if listed is None else torch.from_numpy(listed),
         )
 
+    def restricted(self, listed_V: Tensor) -> Candidates:
+        """The candidates that are also on an allow-list `[V + 1]` of booleans."""
+        since_V = torch.full((len(listed_V),), ALWAYS) if self.since_V is None else self.since_V
+        both = listed_V if self.listed_V is None else listed_V & self.listed_V
+        since_V = torch.where(listed_V, since_V, NEVER)
+        since_V[0] = ALWAYS
+        return Candidates(since_V, both)
+
     def list_times(self, cases: Cases, num_users: int) -> tuple[Tensor, Tensor] | None:
         """`since_V` and the times `[B]` of the users' lists; None if all items are available at these.
 

@@ -19,13 +19,14 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError, suggest
 
 IntArray = NDArray[np.int64]
+UNKNOWN_USER = -1  # row of a user who is not in the data folder
 
 
 @dataclass(frozen=True)
 class UserBlock:
     """One row per user and query time: several rows of a user if every target has its own history."""
 
-    user: IntArray  # [B] rows of the data folder
+    user: IntArray  # [B] rows of the data folder, or UNKNOWN_USER
     batch: Batch  # their last `max_length` events
     cases: Cases
     item: IntArray  # [N] their complete histories, one after the other, oldest event first

@@ -23,11 +23,18 @@ from findrec.errors import FindRecError
 from findrec.evaluation.run import evaluate_run
 from findrec.evaluation.scoring.candidates import Candidates
 from findrec.serving.display import write_lists
-from findrec.serving.recommend import Recommended, _blocks, parse_time, recommend
+from findrec.serving.lists import Lists, Recommended
+from findrec.serving.query_blocks import rows_in_blocks
+from findrec.serving.recommender import Recommender
 from findrec.serving.streaming import load_streaming
+from findrec.serving.users import parse_time
 from findrec.training.runs import read_run_config
 
 USERS = ["3", "0", "59"]
+
+
+def recommend(run: Path, users: list[str], *, index: str | None = None, **asked: Any) -> Lists[Recommended]:
+    return Recommender.load(run, index).recommend(users, **asked)
 
 
 def configure(run: Path, **evaluation: Any) -> None:
@@ -316,10 +323,10 @@ def test_evaluation_without_targets_is_refused(
 
 def test_blocks_hold_every_row_once_with_little_padding():
     length = np.random.default_rng(0).lognormal(3, 1, 2000).astype(np.int64) + 1
-    blocks = list(_blocks(length, 256))
+    blocks = list(rows_in_blocks(length, 256))
     assert sorted(np.concatenate(blocks).tolist()) == list(range(2000))
     assert max(map(len, blocks)) <= 256
     assert min(map(len, blocks[:-1])) >= 32
     padded = sum(len(block) * length[block].max() for block in blocks)
     assert padded < 1.5 * length.sum()
-    assert [block.tolist() for block in _blocks(np.array([3, 1, 2]), 2)] == [[1, 2], [0]]
+    assert [block.tolist() for block in rows_in_blocks(np.array([3, 1, 2]), 2)] == [[1, 2], [0]]
