@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from findrec.errors import FindRecError, Preempted, system_error
@@ -45,24 +46,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from findrec.config import dump_config, load_config
+    from findrec.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from findrec.cluster.plan.dry_run import dry_run
+        from findrec.training.logs.tracking import check_tracking
+
+        check_tracking(config)
+        dry_run(config)
+        return
+    train_run(config, fresh=arguments.fresh)
+
+
+def train_run(config: RunConfig, *, fresh: bool = False) -> Path:
+    """Train and evaluate a run, or resume it; returns its folder. `fresh` deletes the run first."""
+    from findrec.config import dump_config
     from findrec.progress import say
     from findrec.training.logs.tracking import check_tracking
     from findrec.training.runs import only_training_of
 
-    config = load_config(arguments.config, arguments.overrides)
     check_tracking(config)
-    if arguments.dry_run:
-        from findrec.cluster.plan.dry_run import dry_run
-
-        dry_run(config)
-        return
     say(f"resolved configuration:\n{dump_config(config)}")
     with only_training_of(config):
-        _train(config, arguments)
+        return _train(config, fresh=fresh)
 
 
-def _train(config: RunConfig, arguments: argparse.Namespace) -> None:
+def _train(config: RunConfig, *, fresh: bool) -> Path:
     from findrec.cluster.async_evaluation import AsyncEvaluation
     from findrec.cluster.supervise import train_on_ray
     from findrec.datasets.prepare.pipeline import open_or_prepare
@@ -77,9 +87,9 @@ def _train(config: RunConfig, arguments: argparse.Namespace) -> None:
     data = open_or_prepare(config.data)
     check_run(config, data)
     for job in training_jobs(config, run_folder(config)):
-        if arguments.fresh or not list_checkpoints(checkpoint_folder(job.folder)):
+        if fresh or not list_checkpoints(checkpoint_folder(job.folder)):
             find_warm_start(job.config, data)
-    if arguments.fresh:
+    if fresh:
         shutil.rmtree(run_folder(config), ignore_errors=True)
     folder = open_run_folder(config)
     with ray_session(config), _sigterm_sets() as stop:
@@ -92,6 +102,7 @@ def _train(config: RunConfig, arguments: argparse.Namespace) -> None:
     if async_evaluation is None:
         evaluate_run(folder)
     say(f"done: {folder / 'report.html'}")
+    return folder
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.histories import Histories
+from findrec.datasets.sources.tables import is_table, to_arrow
 from findrec.errors import FindRecError, suggest
 from findrec.evaluation.scoring.users import IntArray
 from findrec.progress import warn
@@ -32,25 +33,6 @@ def raw_ids(values: object) -> list[str]:
             values = getattr(values, convert)()
             break
     return [str(value) for value in values]  # type: ignore[attr-defined]
-
-
-def is_table(given: object) -> bool:
-    """Whether `given` is a table of pandas, polars or pyarrow."""
-    return isinstance(given, pa.Table) or (hasattr(given, "columns") and hasattr(given, "__arrow_c_stream__"))
-
-
-def to_arrow(table: object, what: str) -> pa.Table:
-    """A table of pandas, polars or pyarrow as a pyarrow table; raises `FindRecError` for other objects."""
-    if isinstance(table, pa.Table):
-        return table
-    try:
-        converted = pa.table(table)
-    except (TypeError, ValueError, pa.ArrowException) as error:
-        raise FindRecError(
-            f"{what}: expected a table of pandas, polars or pyarrow, not {type(table).__name__} ({error})"
-        ) from None
-    index = [name for name in converted.column_names if name.startswith("__index_level_")]
-    return converted.drop_columns(index)
 
 
 def read_visitors(
