@@ -138,7 +138,7 @@ def train(
         data: a data folder (as returned by `prepare`, or its path), or the section `data` of the
             configuration.
         fresh: delete a run of the same name first.
-        overrides: keys of the configuration, as sections (`training={"epochs": 3}`, `model="sasrec"`) or
+        overrides: keys of the configuration, as sections (`training={"epochs": 3}`, `model={"dim": 32}`) or
             dotted (`**{"training.epochs": 3}`).
 
     Raises:
