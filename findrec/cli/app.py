@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from findrec import __version__
+from findrec.cli.config import config
 from findrec.cli.leaderboard import leaderboard
 from findrec.cli.lists import RUN_HELP, index_run, recommend, similar
 from findrec.errors import FindRecError, system_error
@@ -281,6 +282,7 @@ def compare(
 
 
 app.command()(leaderboard)
+app.command()(config)
 
 
 @app.command("inspect")
