@@ -37,7 +37,7 @@ def config(
 ) -> None:
     """Print all keys of a configuration: values, what they mean, and which are not defaults.
 
-    findrec config demo training.epochs=5 --model sasrec
+    findrec config demo training.epochs=5 model.dim=32
 
     The output is a configuration: findrec config demo > mine.yaml
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from findrec.serving.recommend import recommend
+from findrec.serving.recommender import Recommender
 from planted import planted_folder, planted_run
 
 from findrec.config import dump_config
@@ -95,7 +95,11 @@ def test_a_damaged_data_folder(home: Path, tmp_path: Path, name: str) -> None:
 def test_recommending_from_a_damaged_data_folder(home: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(home, tmp_path / "home")
     move(tmp_path / "home")
-    check_damages(tmp_path / "home/data" / name, [lambda: recommend(tmp_path / "home/run", ["3"])], seed=2)
+    check_damages(
+        tmp_path / "home/data" / name,
+        [lambda: Recommender.load(tmp_path / "home/run").recommend(["3"])],
+        seed=2,
+    )
 
 
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
@@ -126,7 +130,7 @@ def test_a_damaged_run(home: Path, tmp_path: Path, name: str) -> None:
     if name == "config.yaml":
         check_damages(run / name, [lambda: read_run_config(run)], seed=4)
     elif name in INDEX_FILES:
-        check_damages(run / name, [lambda: recommend(run, ["3"], index="Flat")], seed=5)
+        check_damages(run / name, [lambda: Recommender.load(run, index="Flat").recommend(["3"])], seed=5)
     else:
         check_damages(run / name, [lambda: compare_runs([run], resamples=100)], seed=6)
 

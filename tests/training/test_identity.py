@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from findrec.serving.recommend import recommend
+from findrec.serving.recommender import Recommender
 from planted import NUM_ITEMS, planted_folder, planted_run
 
 from findrec.cli.app import main
@@ -124,9 +124,9 @@ def test_every_command_refuses_other_items(
 
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_every_exchange_is_seen(run: Path, exchange: Callable[[Path], None]) -> None:
-    assert len(recommend(run, ["3"])[0].items) == 10
+    assert len(Recommender.load(run).recommend(["3"])[0].items) == 10
     exchange(run.parent / "data")
-    for act in (lambda: recommend(run, ["3"]), lambda: evaluate_run(run, show=False)):
+    for act in (lambda: Recommender.load(run).recommend(["3"]), lambda: evaluate_run(run, show=False)):
         with pytest.raises(FindRecError, match=EXCHANGES[exchange]):
             act()
     assert not (run / "metrics.json").exists()
@@ -140,7 +140,7 @@ def test_a_grown_folder_with_the_same_items_is_accepted(run: Path) -> None:
     shutil.rmtree(data)
     write_data_folder(data, histories, features=features, num_items=NUM_ITEMS)
     change_manifest(data, parent={"manifest_sha256": "0" * 64, "num_items": NUM_ITEMS})
-    assert len(recommend(run, ["3"])[0].items) == 10
+    assert len(Recommender.load(run).recommend(["3"])[0].items) == 10
     assert evaluate_run(run, show=False)["test"][0]["cases"] == before.num_users
 
 
@@ -161,15 +161,15 @@ def test_checkpoints_of_earlier_versions_are_compared_by_what_they_record(run: P
 
     save_with(parts)
     with_other_events(run.parent / "data")
-    assert recommend(run, ["3"])
+    assert Recommender.load(run).recommend(["3"])
     with_other_items(run.parent / "data")
     with pytest.raises(FindRecError, match="the items are others"):
-        recommend(run, ["3"])
+        Recommender.load(run).recommend(["3"])
     save_with({})
-    assert recommend(run, ["3"])
+    assert Recommender.load(run).recommend(["3"])
     with_more_items(run.parent / "data")
     with pytest.raises(FindRecError, match="the model has 60 items, the data 65"):
-        recommend(run, ["3"])
+        Recommender.load(run).recommend(["3"])
 
 
 @pytest.mark.parametrize("other", [{"dim": 16}, {"modalities": ["text"]}, {"name": "sasrec"}])
@@ -199,7 +199,7 @@ def test_the_checkpoint_of_another_model_is_refused_with_one_message(
         train()
     (run / "config.yaml").write_text(dump_config(changed))
     with pytest.raises(FindRecError, match="was saved by another model"):
-        recommend(run, ["3"])
+        Recommender.load(run).recommend(["3"])
     assert contents(run / "checkpoints") == {
         path: digest for path, digest in before.items() if "/checkpoints/" in path
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from findrec.serving.recommend import recommend
+from findrec.serving.recommender import Recommender
 from planted import NUM_ITEMS, planted_folder, planted_run
 
 from findrec.config import parse_config
@@ -72,7 +72,7 @@ def test_lists_are_those_of_the_scorer_of_the_model(folder: DataFolder, tmp_path
     saved = load_checkpoint(path)
     table = saved.table["weight"]
     users = folder.user_ids[:3]
-    for user, one in zip(range(3), recommend(run, users, k=4), strict=True):
+    for user, one in zip(range(3), Recommender.load(run).recommend(users, k=4), strict=True):
         h_d = saved.tower["follow.weight"] @ table[int(folder.histories([user]).item[-1])]
         distance = torch.cdist((h_d + saved.tower["follow.bias"])[None].double(), table[1:].double())[0]
         nearest = (distance.argsort()[:4] + 1).tolist()
