@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from findrec.serving.recommender import Recommender
 from planted import planted_folder, planted_run
 
 from findrec.config import dump_config
@@ -20,6 +19,7 @@ from findrec.errors import FindRecError
 from findrec.evaluation.compare.compare import compare_runs
 from findrec.evaluation.index.curve import measure_indexes
 from findrec.evaluation.run import evaluate_run
+from findrec.serving.recommender import Recommender
 from findrec.training.checkpoints.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from findrec.training.checkpoints.validations import best_checkpoint_path, read_validations
 from findrec.training.runs import read_run_config

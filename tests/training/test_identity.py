@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from findrec.serving.recommender import Recommender
 from planted import NUM_ITEMS, planted_folder, planted_run
 
 from findrec.cli.app import main
@@ -23,6 +22,7 @@ from findrec.errors import FindRecError
 from findrec.evaluation.run import evaluate_run
 from findrec.evaluation.validation import validate
 from findrec.files import sha256_file
+from findrec.serving.recommender import Recommender
 from findrec.training.build import build_tables, build_tower_model
 from findrec.training.checkpoints.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from findrec.training.loop import run_training

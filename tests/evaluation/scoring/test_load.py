@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from findrec.serving.recommender import Recommender
 from planted import NUM_ITEMS, planted_folder, planted_run
 
 from findrec.config import parse_config
@@ -18,6 +17,7 @@ from findrec.evaluation.ranking.evaluate import rank_split
 from findrec.evaluation.scoring.load import load_ranker, load_scorer, scorer_class
 from findrec.evaluation.scoring.users import UserBlock
 from findrec.models.configs import choose_model
+from findrec.serving.recommender import Recommender
 from findrec.tables.placement import place_table
 from findrec.training.checkpoints.checkpoint import load_checkpoint
 from findrec.training.checkpoints.validations import best_checkpoint_path
