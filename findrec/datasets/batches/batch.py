@@ -31,6 +31,7 @@ class Batch:
     index: Tensor  # [B, L] int64, index of each item in `ids`
     event: Tensor | None = None  # [B, L] int64, 2 + code of the event's type; 1 unknown, 0 padding
     wait: Tensor | None = None  # [T] int64, log2 bucket of the seconds from a position to its query
+    time: Tensor | None = None  # [B, L] int64, seconds since 1970 of each event, 0 padding
 
     @staticmethod
     def build(
@@ -42,6 +43,7 @@ class Batch:
         gap: Tensor | None = None,
         wait: Tensor | None = None,
         event: Tensor | None = None,
+        time: Tensor | None = None,
     ) -> Batch:
         """Fill in `ids` and `index` from `item`."""
         flat = torch.cat([item.new_zeros(1), item.reshape(-1)])
@@ -57,6 +59,7 @@ class Batch:
             index=index[1:].view_as(item),
             event=event,
             wait=wait,
+            time=time,
         )
 
     def to(self, device: torch.device | str) -> Batch:

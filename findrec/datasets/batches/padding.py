@@ -63,7 +63,7 @@ def padded_batch(
     library = native(impl)
     if library is None:
         return _reference(histories, user, num_items, skip)
-    item, gap, index = (torch.empty(rows, width, dtype=torch.int64) for _ in range(3))
+    item, gap, index, time = (torch.empty(rows, width, dtype=torch.int64) for _ in range(4))
     event = None if histories.event is None else torch.empty(rows, width, dtype=torch.int64)
     position, target, wait = (torch.empty(num_targets, dtype=torch.int64) for _ in range(3))
     length = torch.empty(rows, dtype=torch.int64)
@@ -90,6 +90,7 @@ def padded_batch(
         out_gap=pointer(gap),
         out_event=pointer(event),
         out_index=pointer(index),
+        out_time=pointer(time),
         length=pointer(length),
         ids=pointer(ids),
         position=pointer(position),
@@ -110,6 +111,7 @@ def padded_batch(
         index=index,
         event=event,
         wait=wait,
+        time=time,
     )
 
 
@@ -154,6 +156,7 @@ def _reference(histories: Histories, user: Int64Array, num_items: int, skip: Int
         gap=spread(gap_buckets(inputs.timestamp, offset)),
         event=None if inputs.event is None else spread(inputs.event + 2),  # 0 padding, 1 unknown
         wait=empty,
+        time=spread(inputs.timestamp),
     )
     if skip is None:
         return batch

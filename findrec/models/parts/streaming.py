@@ -150,6 +150,7 @@ class StreamingModel:
             position=torch.zeros(0, dtype=torch.int64),
             target=torch.zeros(0, dtype=torch.int64),
             gap=torch.tensor([gaps], dtype=torch.int64),
+            time=torch.tensor([times], dtype=torch.int64),
             event=torch.tensor([[1 if event is None else event + 2 for event in events]], dtype=torch.int64),
         )
 

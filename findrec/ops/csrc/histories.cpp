@@ -28,7 +28,7 @@ struct GatherArgs {
 struct PadArgs {
   int64_t rows, width, held, num_items;
   const int64_t *item, *timestamp, *event, *offset, *skip;                // [N], [N], [N] or null, [rows + 1], [rows]
-  int64_t *out_item, *out_gap, *out_event, *out_index;                    // [rows, width]
+  int64_t *out_item, *out_gap, *out_event, *out_index, *out_time;         // [rows, width]
   int64_t *length, *ids;                                                  // [rows], room for all distinct ids
   int64_t *position, *target, *wait;                                      // [target positions]
 };
@@ -216,6 +216,8 @@ int64_t pad_histories(const PadArgs* a) {
     a->length[r] = count;
     std::memcpy(a->out_item + at, item, sizeof(int64_t) * count);
     std::fill(a->out_item + at + count, a->out_item + at + a->width, 0);
+    std::memcpy(a->out_time + at, times, sizeof(int64_t) * count);
+    std::fill(a->out_time + at + count, a->out_time + at + a->width, 0);
     for (int64_t k = 0; k < count; ++k) distinct.add(item[k]);
     int64_t* gap = a->out_gap + at;
     std::fill(gap + count, gap + a->width, 0);

@@ -78,6 +78,15 @@ def test_invalid_histories_are_rejected(impl: Impl) -> None:
     same(padded_batch(good, user, 5, impl=impl), padded_batch(good, user, 5, impl="reference"))
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_times_are_those_of_the_input_events(held: bool) -> None:
+    histories = Histories(np.array([1, 2, 3, 4, 5]), np.array([7, 9, 9, 3, 4]), np.array([0, 3, 5]))
+    skip = np.zeros(2, dtype=np.int64) if held else None
+    batch = padded_batch(histories, np.arange(2), 5, skip=skip)
+    assert batch.time is not None
+    assert batch.time.tolist() == ([[7, 9], [3, 0]] if held else [[7, 9, 9], [3, 4, 0]])
+
+
 def test_gap_bucket_agrees_with_gap_buckets() -> None:
     seconds = np.array([0, 1, 2, 3, 7, 8, 1 << 20, (1 << 30) - 2, (1 << 30) - 1, 1 << 45])
     both = np.stack([np.zeros_like(seconds), seconds], axis=1).ravel()
