@@ -27,14 +27,14 @@ from findrec.datasets.folder.features import ModalRows
 from findrec.evaluation.scoring.blocks import BlockScorer
 from findrec.evaluation.scoring.users import UserBlock
 from findrec.models.base import DataFacts, Microbatch, Model, Out, SequenceModel, StepLoss, TableShape
+from findrec.models.capabilities import UserItemVectors
 from findrec.models.config import ModelConfig, StageSpec
 from findrec.models.configs import choose_model
 from findrec.models.parts.layers import gather_positions
-from findrec.tables.base import ITEMS
+from findrec.tables.base import ITEMS, USERS
 from findrec.tables.view import Tables
 from findrec.training.checkpoints.checkpoint import load_checkpoint
 
-USERS = "users"
 KILL_FILE = "TOY_KILL_FILE"  # variable: the worker that can delete this file kills itself
 
 
@@ -104,6 +104,30 @@ class ReadsText(Model[ItemIds]):
         error_n = (self.project(tables[ITEMS].embed(items)) - text.values).square().mean(1)
         loss = (error_n * text.present).sum() / microbatch.num_targets
         return StepLoss(loss, loss.detach())
+
+
+class RankedUsersConfig(StageConfig):
+    """Of a model with a vector for each user."""
+
+    ranked = True
+    scorer: ClassVar[str] = "findrec.evaluation.scoring.user_item:UserItemScorer"
+
+
+class RankedUsers(TwoTables):
+    """Ranks by rows of users and of items; a visitor gets the mean of the rows of its items, reversed."""
+
+    Config = RankedUsersConfig
+
+    def __init__(self, config: StageConfig, facts: DataFacts) -> None:
+        super().__init__(config, facts)
+        self.graph = facts.interaction_graph()
+
+    def user_item_vectors(self, tables: Mapping[str, Tensor], features: Any) -> UserItemVectors:
+        def fold_in(total_Be: Tensor, count_B: Tensor) -> Tensor:
+            return total_Be.flip(1) / count_B.clamp(min=1)[:, None]
+
+        known_U = self.graph.user_degree > 0
+        return UserItemVectors(tables[USERS], tables[ITEMS], known_U, tables[ITEMS], fold_in)
 
 
 class Judge(Model[Candidates]):

@@ -56,7 +56,8 @@ def _rank(
     if isinstance(table, ShardedRowsTable):
         assert isinstance(model, SequenceModel)
         return rank_split_sharded(model, table, catalogue, folder, "valid", protocol)
-    scorer = make_scorer(config, model, table.weight, catalogue, worker.device, config.model.title)
+    weights = {name: each.weight for name, each in tables.items()}
+    scorer = make_scorer(config, model, weights, catalogue, worker.device, config.model.title)
     return rank_split(scorer, folder, "valid", protocol, rank=worker.rank, world=worker.world)
 
 

@@ -10,7 +10,7 @@ Shape letters: B users, L padded length, T target positions, U distinct items, d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,12 +22,14 @@ from findrec.config import RunConfig
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.catalogue import ItemFeatures
 from findrec.datasets.batches.examples import ExampleSource
+from findrec.datasets.batches.training_pairs import TrainingPairs
 from findrec.datasets.batches.windows import WindowExamples
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.features import ModalRows
 from findrec.devices import is_cpu
 from findrec.models.config import ModelConfig
 from findrec.models.parts.activation_checkpointing import CheckpointedModule
+from findrec.models.parts.interaction_graph import InteractionGraph
 from findrec.models.parts.repeat import repeat_candidates
 from findrec.tables.base import ITEMS, Transform
 from findrec.tables.view import Tables, attach_gradients
@@ -57,6 +59,13 @@ class DataFacts:
     # Folders of the best checkpoints of the stages that this one needs, by stage name. Empty if the model is
     # only built to be measured or checked before those stages are trained.
     artifacts: Mapping[str, Path] = field(default_factory=dict)
+    # Reads the distinct user-item pairs of the training events, for models of the interaction graph.
+    training_pairs: Callable[[], TrainingPairs] | None = None
+
+    def interaction_graph(self) -> InteractionGraph:
+        """The user-item graph of the training events (reads the data)."""
+        assert self.training_pairs is not None, "built without data"
+        return InteractionGraph(self.training_pairs(), self.num_users, self.num_items)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,29 @@ class LimitedHistory(Protocol):
         """The largest number of events of a history; None if this configuration has no limit."""
 
 
+@dataclass(frozen=True)
+class UserItemVectors:
+    """The vectors of all users and items of a trained model, whose inner products are the scores.
+
+    A user without training events, or who is not in the data, gets
+    `fold_in(sum over the distinct items of the history of folded_Ve, number of these items)`.
+    """
+
+    users_Ud: Tensor  # [U, d] float32, U rows of the table of users
+    items_Vd: Tensor  # [V, d] float32
+    known_U: Tensor  # [U] bool, users with training events; False for padding
+    folded_Ve: Tensor  # [V, e] float32
+    fold_in: Callable[[Tensor, Tensor], Tensor]  # of `[n, e]` and float32 counts `[n]` (>= 0), to `[n, d]`
+
+
+@runtime_checkable
+class RanksUsers(Protocol):
+    """A model with a vector for each user of the data, ranked by `UserItemScorer`."""
+
+    def user_item_vectors(self, tables: Mapping[str, Tensor], features: ItemFeatures) -> UserItemVectors:
+        """The vectors, from the rows of all tables by name, on their device."""
+
+
 class Stream(Protocol):
     """Keeps user states to which events are appended one at a time; ranks equal those of whole histories."""
 

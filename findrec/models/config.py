@@ -40,7 +40,8 @@ class ModelConfig(Part):
 
     Class variables hold the import paths (`module:Class`) of the model and of the `Scorer` that ranks items
     with it, so that reading a configuration does not import torch. A scorer takes the arguments of
-    `ModelScorer`, which ranks by inner products with one vector or several vectors per user.
+    `ModelScorer`, which ranks by inner products with one vector or several vectors per user; those that set
+    `reads_all_tables` get the rows of all tables.
     """
 
     implementation: ClassVar[str]

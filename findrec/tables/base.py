@@ -12,6 +12,7 @@ from torch import Tensor
 from findrec.ops.losses.linear_cross_entropy import RepeatBonus
 
 ITEMS = "items"  # name of the item table
+USERS = "users"  # name of the table of users, of models that have one
 
 # `transform(ids, rows)` returns the vectors that items are scored by; `ids` is a tensor or a range.
 Transform = Callable[[Tensor | range, Tensor], Tensor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from findrec.config import RunConfig
 from findrec.datasets.batches.catalogue import Catalogue
+from findrec.datasets.batches.training_pairs import TrainingPairs
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError, suggest
 from findrec.models.base import DataFacts, Model, TableShape
@@ -68,6 +70,7 @@ def data_facts(
         num_event_types=len(types) if config.model.event_types else 0,
         max_length=config.data.max_length,
         artifacts=artifacts or {},
+        training_pairs=partial(TrainingPairs.read, folder),
     )
 
 

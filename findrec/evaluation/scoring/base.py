@@ -97,6 +97,8 @@ class Scorer(ABC):
 
     name: str  # in result rows
     list_limit: int | None = None  # ranks are known only up to this one; None: all ranks are known
+    # Of a model's scorer: whether its second argument is the rows of all tables by name, not of items only.
+    reads_all_tables = False
 
     @abstractmethod
     def rank(self, query: Query) -> Ranking:

@@ -29,7 +29,7 @@ from findrec.evaluation.scoring.user_vectors import UserVectors, top_items
 from findrec.evaluation.scoring.users import UserBlock
 from findrec.evaluation.search.faiss_library import import_faiss
 from findrec.evaluation.search.ray_rows import ShardedRows, sharded
-from findrec.models.base import Out, SequenceModel
+from findrec.models.base import Model, Out, SequenceModel
 from findrec.models.capabilities import SignedScores
 from findrec.models.parts.repeat import repeat_candidates
 from findrec.ops.ranking.rules import Rules
@@ -187,7 +187,7 @@ class ModelScorer(InnerProductScorer):
         )
 
 
-def signs_of(model: SequenceModel, device: torch.device) -> Tensor | None:
+def signs_of(model: Model[Any], device: torch.device) -> Tensor | None:
     """The signs of a model's coordinates (`SignedScores`); None if all are +1."""
     return model.score_signs.to(device) if isinstance(model, SignedScores) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,19 @@ def _check_list_limit(key: str, limit: int | None) -> None:
 def make_scorer(
     config: RunConfig,
     model: Model[Any],
-    table_weight: Tensor,
+    weights: Mapping[str, Tensor],
     catalogue: Catalogue,
     device: torch.device | str,
     name: str,
 ) -> Scorer:
-    """The scorer that `config.model.scorer` names, with the arguments of `ModelScorer`."""
+    """The scorer that `config.model.scorer` names, with the arguments of `ModelScorer`.
+
+    `weights` are the rows of all tables by name; the scorer gets those of the items, unless it
+    `reads_all_tables`.
+    """
     cls: Any = scorer_class(config.model)
-    scorer: Scorer = cls(model, table_weight, catalogue, config.data.max_length, device, name=name)
+    rows = weights if cls.reads_all_tables else weights[ITEMS]
+    scorer: Scorer = cls(model, rows, catalogue, config.data.max_length, device, name=name)
     _check_list_limit(f"scorer={config.model.scorer!r}", scorer.list_limit)
     return scorer
 
@@ -102,7 +108,9 @@ def load_ranker(
     model.load_state_dict(saved.tower)
     model.to(device).eval()
     catalogue = build_catalogue(job.config, folder)
-    return make_scorer(job.config, model, saved.table["weight"], catalogue, device, job.name)
+    names = saved.tables if scorer_class(job.config.model).reads_all_tables else [ITEMS]
+    weights = {name: saved.tables[name]["weight"] for name in names}
+    return make_scorer(job.config, model, weights, catalogue, device, job.name)
 
 
 def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str = "cpu") -> ModelScorer:
