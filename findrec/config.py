@@ -78,6 +78,10 @@ class TrainingConfig(Part):
     tokens: int = Field(3200, ge=1)  # largest number of padded positions of a microbatch
     eval_every: int = Field(1, ge=1)  # epochs between validations
     patience: int = Field(0, ge=0)  # validations without improvement before stopping; 0: never stop
+    # Stop at the end of the first epoch that completes this time in training steps, with a validation; time
+    # of validations and checkpoints does not count. `epochs` remains the upper limit and determines the
+    # schedule of the learning rate. Each stage and each trained baseline has this time. null: no limit.
+    max_seconds: float | None = Field(None, gt=0)
     save_every: int = may_change("resume", 1, ge=1)  # epochs between checkpoints
     save_steps: int = may_change("resume", 0, ge=0)  # steps between checkpoints inside an epoch; 0: none
     keep: int = may_change("resume", 2, ge=1)  # newest checkpoints kept besides the best

@@ -18,8 +18,11 @@ def work(rank, world, meeting, out, mib):
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     held = torch.ones(rank * mib << 18)
-    logged = memory_values(Worker(rank, world))["memory/worker_gib"]
-    Path(f"{out}.{rank}").write_text(json.dumps([logged, psutil.Process().memory_info().rss / 2**30]))
+    logged = memory_values(Worker(rank, world))
+    own = psutil.Process().memory_info().rss / 2**30
     assert len(held) == rank * mib << 18  # held until now
+    del held
+    after = memory_values(Worker(rank, world))
+    Path(f"{out}.{rank}").write_text(json.dumps([logged, own, after]))
     dist.barrier()
     dist.destroy_process_group()

@@ -28,6 +28,7 @@ from findrec.evaluation.validation import describe_row
 from findrec.ops.precision import full_float32
 from findrec.progress import say, warn
 from findrec.ray_session import ray_session, worker_threads
+from findrec.training.checkpoints.budget import is_over
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints, read_state
 from findrec.training.checkpoints.validations import (
     METRICS,
@@ -163,4 +164,4 @@ def _is_trained(job: TrainingJob) -> bool:
     """Whether a training has finished, so that its best checkpoint is known when nothing is due."""
     saved = [p for p in list_checkpoints(checkpoint_folder(job.folder)) if checkpoint_digest(p) is not None]
     state = saved_state(saved[-1]) if saved else None
-    return state is not None and state.epoch >= job.config.training.epochs
+    return state is not None and is_over(job.config.training, state)

@@ -27,6 +27,7 @@ from findrec.models.base import Microbatch
 from findrec.progress import Bar, progress
 from findrec.tables.base import ITEMS, Table
 from findrec.training.build import build_catalogue
+from findrec.training.checkpoints.budget import is_over
 from findrec.training.checkpoints.checkpoint import TrainState
 from findrec.training.checkpoints.manager import CheckpointManager
 from findrec.training.checkpoints.validations import METRICS, SELECTS, is_due
@@ -38,7 +39,7 @@ from findrec.training.resume import plan_digest, restore
 from findrec.training.schedule import learning_rate
 from findrec.training.step_values import check_finite, sum_over_workers
 from findrec.training.tower import Tower
-from findrec.training.worker import StopRequested, Worker
+from findrec.training.worker import StopRequested, Worker, largest_of_workers
 
 
 class StepLog(Protocol):
@@ -99,7 +100,8 @@ def run_training(
         run = _Run(config, folder, source, checkpoints, tower, tables, worker, log, bar, trace)
         stack.callback(run.checkpoint_manager.close)
         run.checkpoint_manager.delete_old(state)
-        while state.epoch < training.epochs and not _out_of_patience(config, state):
+        # An epoch that has begun is completed before the time is looked at.
+        while state.epoch_step or not is_over(training, state):
             state, values = run.epoch(state)
             due = is_due(config, state)
             if due and config.evaluation.evaluator == "inline":
@@ -111,7 +113,7 @@ def run_training(
                 bar.note(valid_ndcg=f"{metrics[SELECTS]:.4f}")
                 run.write(state.step, state.epoch, validation)
                 due = state.best_step == state.step  # to be saved
-            ends = state.epoch == training.epochs or _out_of_patience(config, state)
+            ends = is_over(training, state)
             saved = False
             if state.epoch % training.save_every == 0 or due or ends or run.stop:
                 saved = run.checkpoint_manager.save(state, must=ends, wait=run.stop)
@@ -185,6 +187,7 @@ class _Run:
                 values |= {
                     "train/targets_per_s": num_targets / seconds,
                     "train/data_wait_share": waited / seconds,
+                    "train/seconds": state.seconds + seconds,
                 }
                 state = replace(
                     state,
@@ -192,6 +195,7 @@ class _Run:
                     epoch_step=index + 1,
                     epoch_loss=state.epoch_loss + values["train/loss"] * num_targets,
                     epoch_targets=state.epoch_targets + num_targets,
+                    seconds=state.seconds + seconds,
                 )
                 train_seconds, wait_seconds = train_seconds + seconds, wait_seconds + waited
                 num_trained += num_targets
@@ -219,7 +223,11 @@ class _Run:
             **memory_values(worker),
         }
         self.write(state.step, state.epoch, epoch_values)
-        state = replace(state, epoch=state.epoch + 1, epoch_step=0, epoch_loss=0.0, epoch_targets=0)
+        # Clocks differ between workers; all must decide alike whether time is left.
+        (seconds,) = largest_of_workers([state.seconds], worker, "time in steps")
+        state = replace(
+            state, epoch=state.epoch + 1, epoch_step=0, epoch_loss=0.0, epoch_targets=0, seconds=seconds
+        )
         return state, epoch_values
 
     def _step(
@@ -278,7 +286,3 @@ class _Run:
         """Log values (rank 0)."""
         if self.worker.is_rank_zero and self.log is not None:
             self.log.log(step, epoch, values)
-
-
-def _out_of_patience(config: RunConfig, state: TrainState) -> bool:
-    return 0 < config.training.patience <= state.stale

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
+from findrec.tables.collectives import COLLECTIVES
 from findrec.tables.exchange import Shards
 
 STARTING, TRAINING = "starting", "training"  # activities of a worker; work between steps has names of its own
@@ -71,3 +73,13 @@ def share_text(text: str, device: torch.device) -> list[str]:
     (lengths,) = shards.lengths(len(own), device=device)
     texts = torch.split(shards.gather_uneven(own, lengths).cpu(), lengths)
     return [bytes(part.tolist()).decode() for part in texts]
+
+
+def largest_of_workers(values: Sequence[float], worker: Worker, what: str) -> list[float]:
+    """The largest of each value among all workers (a collective call); `what` they are, for messages."""
+    if worker.world == 1:
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=worker.device)
+    with COLLECTIVES.call(what):
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return [float(value) for value in largest.tolist()]

@@ -14,6 +14,7 @@ from findrec.evaluation.scoring.baselines import make_baseline
 from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.validation import validate
 from findrec.tables.base import ITEMS
+from findrec.training import loop
 from findrec.training.build import build_catalogue, build_tables, build_tower_model
 from findrec.training.checkpoints.checkpoint import latest_checkpoint, load_checkpoint
 from findrec.training.loop import run_training
@@ -176,3 +177,54 @@ def test_one_sample_for_each_prefix_learns_the_pattern_too(folder, tmp_path):
     config = make_config(objective="last", epochs=3, tokens=512)
     _, _, log = train(config, folder, tmp_path)
     assert log.losses()[-1] < 0.5 * log.losses()[0]
+
+
+class Clock:
+    """Stands for `time.perf_counter` in the loop: every reading is half a second after the last."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 0.5
+        return self.now
+
+
+def seconds(log):
+    return [v["train/seconds"] for _, _, v in log.lines if "train/seconds" in v]
+
+
+def validated(log):
+    return [epoch for _, epoch, v in log.lines if "valid/ndcg@10" in v]
+
+
+def test_time_in_steps_ends_a_training_with_a_validation(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.time, "perf_counter", Clock())
+    config = make_config(epochs=9, eval_every=4)
+    _, _, log = train(config, folder, tmp_path / "whole")
+    steps = len(seconds(log)) // 9
+    assert seconds(log) == [float(step) for step in range(1, 9 * steps + 1)]  # from batch to batch
+    assert validated(log) == [4, 8, 9]
+    limit = 4.5 * steps  # in the fifth epoch, which is completed
+    limited = make_config(epochs=9, eval_every=4, max_seconds=limit)
+    _, _, log = train(limited, folder, tmp_path / "limited")
+    assert validated(log) == [4, 5]
+    assert seconds(log)[-1] == 5 * steps > limit
+    state = load_checkpoint(latest_checkpoint(tmp_path / "limited")).state
+    assert (state.epoch, state.seconds) == (5, 5.0 * steps)
+    _, _, log = train(limited, folder, tmp_path / "limited")  # nothing is left
+    assert log.lines == []
+
+
+@pytest.mark.parametrize("stop", [1.5, 2.0])
+def test_an_interrupted_training_has_the_same_time(folder, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(loop.time, "perf_counter", Clock())
+    config = make_config(epochs=9, eval_every=4, save_steps=1, microbatches=2, tokens=64, max_seconds=50)
+    _, _, whole = train(config, folder, tmp_path / "whole")
+    per_epoch = whole.lines[-1][0] // validated(whole)[-1]
+    with pytest.raises(StoppedError):
+        train(config, folder, tmp_path / "cut", log=StopsAt(int(stop * per_epoch)))
+    _, _, rest = train(config, folder, tmp_path / "cut")
+    assert validated(rest) == validated(whole)
+    assert seconds(rest) == seconds(whole)[-len(seconds(rest)) :]
+    assert 0 < len(seconds(rest)) < len(seconds(whole))

@@ -36,6 +36,25 @@ _RESERVED = {
 _OF_ALL = {"runs": "the folder is the same for all runs: set it in `base`"}
 
 
+class BudgetConfig(Part):
+    """What every training of a leaderboard may use: exactly one of the keys."""
+
+    epochs: int | None = Field(None, ge=1)  # `training.epochs` of all rows
+    seconds: float | None = Field(None, gt=0)  # `training.max_seconds` of all rows
+
+    @model_validator(mode="after")
+    def _check(self) -> BudgetConfig:
+        if len(self.keys) != 1:
+            raise ValueError("budget: set one of epochs and seconds")
+        return self
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of the run configuration that it sets."""
+        keys = {"training.epochs": self.epochs, "training.max_seconds": self.seconds}
+        return {key: value for key, value in keys.items() if value is not None}
+
+
 class LeaderboardConfig(Part):
     """The keys of the file."""
 
@@ -45,6 +64,7 @@ class LeaderboardConfig(Part):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     data: dict[str, dict[str, Any] | None] = Field(min_length=1)  # changes by the label of a data set
     rows: dict[str, dict[str, Any] | None] = Field(min_length=1)  # changes by the label of a row
+    budget: BudgetConfig | None = None  # the same for all rows, which then cannot set it themselves
     reference: str  # the row with which all others are compared
     baselines: list[AnyBaseline] = Field([])  # without training, evaluated once for each data set
     suites: dict[str, list[int]] = Field({})  # levels by kind of suite (findrec evaluate --suite)
@@ -197,21 +217,25 @@ def load_leaderboard(path: Path, overrides: Sequence[str] = (), only: Sequence[s
                 f"--only {label!r}: {path} has no such row{suggest(label, config.rows)} "
                 f"(rows: {', '.join(config.rows)})"
             )
-    base = _base(config, path)
-    base = merge(base, _checked(shared, "the command line", _RESERVED))
+    budget = {} if config.budget is None else config.budget.keys
+    reserved = _RESERVED | dict.fromkeys(budget, "`budget` sets it for all rows")
+    of_all = reserved | _OF_ALL
+    base = _base(config, path, reserved)
+    base = merge(base, _checked(shared, "the command line", reserved))
+    base = merge(base, expand(budget, f"{path}, budget"))
     parse_config(base, source=f"{path}, what all rows share")
     wanted = [row for row in config.rows if not only or row in (*only, config.reference)]
     runs, baselines = [], {}
     for data, changes in config.data.items():
         here = f"{path}, data {data!r}"
-        of_data = merge(base, _checked(changes or {}, here, _RESERVED | _OF_ALL))
+        of_data = merge(base, _checked(changes or {}, here, of_all))
         folder = f"{base.get('runs', 'runs')}/{config.name}/{folder_name(data)}"
         given = [b.model_dump(mode="json", exclude_unset=True) | {"name": b.name} for b in config.untrained]
         evaluated = merge(of_data, {"evaluation": {"baselines": given}})
         baselines[data] = parse_config(evaluated | {"name": "baselines", "runs": folder}, source=here)
         for row in wanted:
             where = f"{path}, row {row!r}"
-            of_row = merge(of_data, _checked(config.rows[row] or {}, where, _RESERVED | _OF_ALL))
+            of_row = merge(of_data, _checked(config.rows[row] or {}, where, of_all))
             for seed in config.seeds:
                 name = f"{folder_name(row)}-s{seed}"
                 own = {"training": {"seed": seed}, "evaluation": {"baselines": []}}
@@ -221,7 +245,7 @@ def load_leaderboard(path: Path, overrides: Sequence[str] = (), only: Sequence[s
     return Leaderboard(config, source, tuple(overrides), base, tuple(runs), baselines, tuple(only))
 
 
-def _base(config: LeaderboardConfig, path: Path) -> Tree:
+def _base(config: LeaderboardConfig, path: Path, reserved: Mapping[str, str]) -> Tree:
     """The keys that all rows share, from `config` and `base`."""
     base: Tree = {}
     if config.config is not None:
@@ -231,7 +255,7 @@ def _base(config: LeaderboardConfig, path: Path) -> Tree:
         base.pop("name", None)
         if isinstance(base.get("evaluation"), dict):
             base["evaluation"].pop("baselines", None)
-    return merge(base, _checked(config.base, f"{path}, base", _RESERVED))
+    return merge(base, _checked(config.base, f"{path}, base", reserved))
 
 
 def _checked(tree: Mapping[str, Any], where: str, reserved: Mapping[str, str]) -> Tree:

@@ -29,6 +29,7 @@ from findrec.evaluation.scoring.load import check_run_data
 from findrec.progress import format_seconds, progress, say, warn
 from findrec.schema import changes
 from findrec.sigterm import handles_sigterm
+from findrec.training.checkpoints.budget import is_over
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
 from findrec.training.checkpoints.manifest import MANIFEST
 from findrec.training.checkpoints.validations import saved_state
@@ -100,8 +101,7 @@ def _end_of(job: TrainingJob) -> int | None:
     """When the last checkpoint of a finished training was written, in ns; None if it is not finished."""
     paths = list_checkpoints(checkpoint_folder(job.folder))
     state = saved_state(paths[-1]) if paths else None
-    training = job.config.training
-    if state is None or (state.epoch < training.epochs and not 0 < training.patience <= state.stale):
+    if state is None or state.epoch_step or not is_over(job.config.training, state):
         return None
     return (paths[-1] / MANIFEST).stat().st_mtime_ns
 

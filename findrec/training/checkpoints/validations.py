@@ -18,6 +18,7 @@ from findrec.config import RunConfig
 from findrec.errors import FindRecError
 from findrec.files import sha256_file
 from findrec.progress import warn
+from findrec.training.checkpoints.budget import is_out_of_time
 from findrec.training.checkpoints.checkpoint import (
     Checkpoint,
     TrainState,
@@ -90,7 +91,8 @@ def read_validations(training: Path) -> list[Validation]:
 def is_due(config: RunConfig, state: TrainState) -> bool:
     """Whether a checkpoint has to be validated: it ends the last epoch or one of `training.eval_every`."""
     training = config.training
-    ends = state.epoch % training.eval_every == 0 or state.epoch == training.epochs
+    last = state.epoch == training.epochs or is_out_of_time(training, state)
+    ends = last or state.epoch % training.eval_every == 0
     return config.model.ranked and state.epoch > 0 and state.epoch_step == 0 and ends
 
 

@@ -58,6 +58,39 @@ def test_later_changes_win(write: Write, tmp_path: Path) -> None:
     assert loaded.source == path.read_text()
 
 
+@pytest.mark.parametrize(
+    ("budget", "want"), [({"epochs": 4}, (4, None)), ({"seconds": 90}, (1, 90)), (None, (1, None))]
+)
+def test_all_rows_have_the_same_budget(
+    budget: dict[str, int] | None, want: tuple[int, int | None], write: Write, tmp_path: Path
+) -> None:
+    (tmp_path / "run.yaml").write_text("training: {epochs: 1, max_seconds: 5}\n" if budget else "{}\n")
+    base = {"model.name": "sasrec"} if budget else {"training.epochs": 1}
+    path = write(config="run.yaml", base=base, **({"budget": budget} if budget else {}))
+    for run in load_leaderboard(path).runs:
+        training = run.config.training
+        assert training.epochs == want[0]
+        assert training.max_seconds == (want[1] or (5 if budget else None))
+    if budget:
+        key = next(iter(budget))
+        (changed, *_) = load_leaderboard(path, [f"budget.{key}=7"]).runs
+        assert 7 in (changed.config.training.epochs, changed.config.training.max_seconds)
+
+
+def test_a_budget_is_not_set_twice(write: Write) -> None:
+    path = write(budget={"epochs": 3}, base={})
+    with pytest.raises(FindRecError, match=r"command line: training.epochs cannot be set here: `budget`"):
+        load_leaderboard(path, ["training.epochs=4"])
+    for keys in ({"rows": {"narrow": {"training.epochs": 3}}}, {"base": {"training": {"epochs": 3}}}):
+        path = write(**{"budget": {"epochs": 3}, "base": {}} | keys)
+        with pytest.raises(FindRecError, match=r"training.epochs cannot be set here: `budget` sets it"):
+            load_leaderboard(path)
+    for budget in ({}, {"epochs": 2, "seconds": 3}, {"seconds": 0}):
+        path = write(budget=budget)
+        with pytest.raises(FindRecError, match=r"budget: set one of|greater than 0"):
+            load_leaderboard(path)
+
+
 def test_only_keeps_the_reference(write: Write) -> None:
     path = write(rows={"a": {}, "b": {}, "c": {}}, reference="b")
     assert load_leaderboard(path).rows == ["a", "b", "c"]

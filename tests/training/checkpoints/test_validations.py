@@ -58,6 +58,15 @@ def test_due_is_what_ends_a_validated_epoch_and_has_no_line(tmp_path):
     assert names(due_checkpoints(config(eval_every=2), tmp_path)) == [40, 90]
 
 
+def test_the_epoch_in_which_the_time_ends_is_due(tmp_path):
+    for epoch in (1, 2, 3):
+        save(tmp_path, epoch, seconds=7.0 * epoch)
+    save(tmp_path, 3, step=35, epoch_step=5, seconds=25.0)
+    assert names(due_checkpoints(config(eval_every=2), tmp_path)) == [20]
+    assert names(due_checkpoints(config(eval_every=2, max_seconds=21.0), tmp_path)) == [20, 30]
+    assert names(due_checkpoints(config(eval_every=2, max_seconds=21.1), tmp_path)) == [20]
+
+
 def test_a_step_saved_anew_is_due_anew(tmp_path):
     record_validation(tmp_path, validation_of(save(tmp_path, 1), 0.3))
     assert due_checkpoints(config(), tmp_path) == []
