@@ -107,7 +107,7 @@ def prepare(
             data (pass `force=True` to replace it).
     """
     from findrec.config import DataConfig
-    from findrec.datasets.prepare.pipeline import data_folder_of
+    from findrec.datasets.folder.configured import data_folder_of
     from findrec.datasets.prepare.pipeline import prepare as make
     from findrec.datasets.sources.recipe import load_recipe
     from findrec.datasets.sources.tables import table_recipe
@@ -163,7 +163,7 @@ def train(
 
 
 def load(run: str | Path, index: str | None = None) -> Recommender:
-    """Load a run, by name or folder, to recommend, list similar items, or get vectors.
+    """Load a run, by name or folder, or an export, to recommend, list similar items, or get vectors.
 
     Lists come from the saved index with the factory string `index` (`findrec index`), if given.
 

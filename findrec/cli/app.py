@@ -16,6 +16,7 @@ from findrec import __version__
 from findrec.cli.config import config
 from findrec.cli.leaderboard import leaderboard
 from findrec.cli.lists import RUN_HELP, index_run, recommend, similar
+from findrec.cli.serving import export
 from findrec.errors import FindRecError, system_error
 from findrec.paths import drop_checkout_from_sys_path, find_data_folder, find_run, resolve
 from findrec.text import printable
@@ -64,7 +65,7 @@ def prepare(
 ) -> None:
     """Fetch a data set and write its data folder; returns at once if it already exists."""
     from findrec.config import DataConfig
-    from findrec.datasets.prepare.pipeline import data_folder_of
+    from findrec.datasets.folder.configured import data_folder_of
     from findrec.datasets.prepare.pipeline import prepare as make
     from findrec.datasets.sources.duckdb_engine import Limits
     from findrec.datasets.sources.recipe import load_recipe
@@ -305,6 +306,7 @@ def inspect_user(
 app.command("index")(index_run)
 app.command()(recommend)
 app.command()(similar)
+app.command()(export)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from findrec.errors import FindRecError
 from findrec.paths import find_run
 
 RUN_HELP = "A run folder, or the name of one below runs/."
+STORED_HELP = f"{RUN_HELP} Or an export of one."
 JSON_HELP = "Print JSON lines, one for each listed item, instead of tables."
 
 
@@ -48,7 +49,7 @@ def index_run(
 
 
 def recommend(
-    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    run: Annotated[str, typer.Argument(help=STORED_HELP)],
     user: Annotated[
         list[str] | None, typer.Option(help="Raw id of a user in the run's data, may be repeated.")
     ] = None,
@@ -129,7 +130,7 @@ def recommend(
 
 
 def similar(
-    run: Annotated[str, typer.Argument(help=RUN_HELP)],
+    run: Annotated[str, typer.Argument(help=STORED_HELP)],
     item: Annotated[list[str], typer.Argument(metavar="ITEM...", help="Raw ids of items.")],
     k: Annotated[int, typer.Option("--k", "-k", min=1, help="Length of the lists.")] = 10,
     only: Annotated[

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from findrec.baseline_configs import BaselineConfig
 from findrec.config import RunConfig
+from findrec.datasets.folder.configured import open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.check import check_test_split
 from findrec.evaluation.display.plots import PLOTS, save_plot

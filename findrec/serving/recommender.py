@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from findrec.config import RunConfig
 from findrec.datasets.folder.data_folder import NEVER, DataFolder, further_columns
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError, suggest
 from findrec.evaluation.display.wording import Titles
 from findrec.evaluation.index.index import IndexedScorer
@@ -32,11 +31,12 @@ from findrec.evaluation.scoring.users import user_rows
 from findrec.evaluation.search.faiss_library import choose_gpus
 from findrec.serving.lists import POPULARITY, Lists, Recommended, SimilarItems
 from findrec.serving.query_blocks import Asked
+from findrec.serving.stored import open_stored
 from findrec.serving.users import parse_time, read_users
 from findrec.serving.visitors import raw_ids, read_visitors
 from findrec.training.checkpoints.checkpoint import checkpoint_folder
 from findrec.training.checkpoints.validations import best_checkpoint_path
-from findrec.training.runs import main_job, read_run_config
+from findrec.training.runs import main_job
 
 Floats = NDArray[np.float32]
 _VECTORS = "findrec.evaluation.scoring.inner_product:InnerProductScorer"
@@ -48,21 +48,24 @@ class Recommender:
     Made by `findrec.load`. Its methods may be called from several threads, which take turns.
     """
 
-    def __init__(self, config: RunConfig, folder: DataFolder, scorer: Scorer) -> None:
+    def __init__(
+        self, config: RunConfig, folder: DataFolder, scorer: Scorer, latest: int | None = None
+    ) -> None:
         self.config, self.folder, self._scorer = config, folder, scorer
         self._ranker: Scorer = scorer
+        self._given_latest = latest
         self._lock = threading.RLock()
 
     @staticmethod
     def load(run_folder: Path, index: str | None = None) -> Recommender:
-        """Load a run. Lists come from its saved index with the factory string `index`, if given.
+        """Load a run or an export. Lists come from its saved index with the factory string `index`, if given.
 
         Raises `FindRecError` without a usable checkpoint, or if the index is missing or of another one.
         """
-        config = read_run_config(run_folder)
-        folder = open_data_folder(config.data, verify=False)
+        stored = open_stored(run_folder)
+        config, folder = stored.config, stored.data
         job = main_job(config, run_folder)
-        recommender = Recommender(config, folder, load_ranker(job, folder))
+        recommender = Recommender(config, folder, load_ranker(job, folder), stored.latest)
         if index is not None:
             scorer = recommender._with_vectors("an index needs")
             checkpoint = best_checkpoint_path(checkpoint_folder(job.folder))
@@ -219,6 +222,7 @@ class Recommender:
             raise FindRecError(
                 f"{scorer.name} is not ranked by a sequence model, so nothing can be explained"
             )
+        self._check_users()
         (row,) = user_rows(self.folder, [str(user)]).tolist()
         with self._lock:
             return inspect_user(scorer, self.folder, row, last)
@@ -236,9 +240,16 @@ class Recommender:
         table = self.folder.items
         return {name: table.column(name) for name in further_columns(table.column_names)}
 
+    @property
+    def scorer(self) -> Scorer:
+        """The scorer of the model, without an index."""
+        return self._scorer
+
     @cached_property
-    def _latest(self) -> int:
+    def latest(self) -> int:
         """Time of the last event of the data, seconds."""
+        if self._given_latest is not None:
+            return self._given_latest
         return max((int(block.timestamp.max(initial=0)) for block in self.folder.blocks()), default=0)
 
     @cached_property
@@ -249,6 +260,13 @@ class Recommender:
         if raw not in self._id_of:
             raise FindRecError(f"no item {raw!r} in {self.folder.path}{suggest(raw, self._id_of)}")
         return self._id_of[raw]
+
+    def _check_users(self) -> None:
+        if not self.folder.num_users:
+            raise FindRecError(
+                f"{self.folder.path.parent} was exported without its users: give histories instead, or "
+                "export the run with --users"
+            )
 
     def _with_vectors(self, what: str) -> InnerProductScorer:
         if not isinstance(self._scorer, InnerProductScorer):
@@ -271,8 +289,9 @@ class Recommender:
         if (users is None) == (histories is None):
             raise FindRecError("give either users or histories")
         if histories is None:
+            self._check_users()
             return read_users(self.folder, raw_ids(users), at, lenient=lenient)
-        latest = self._latest if at is None else at
+        latest = self.latest if at is None else at
         return read_visitors(self.folder, self._id_of, histories, times, events, latest=latest, at=at)
 
     def _candidates(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.scoring.load import load_scorer
 from findrec.models.capabilities import Stream, Streams
-from findrec.training.runs import main_job, read_run_config
+from findrec.serving.stored import open_stored
+from findrec.training.runs import main_job
 
 
 def load_streaming(run_folder: Path | str) -> Stream:
@@ -16,8 +16,8 @@ def load_streaming(run_folder: Path | str) -> Stream:
 
     Raises `FindRecError` if the model does not support streaming or there is no usable checkpoint.
     """
-    config = read_run_config(Path(run_folder))
-    folder = open_data_folder(config.data, verify=False)
+    stored = open_stored(Path(run_folder))
+    config, folder = stored.config, stored.data
     scorer = load_scorer(main_job(config, Path(run_folder)), folder)
     if not isinstance(scorer.model, Streams):
         raise FindRecError(

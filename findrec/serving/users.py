@@ -11,12 +11,11 @@ import numpy as np
 from findrec.datasets.encoders.ready_vectors import read_ids
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.histories import Histories
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.scoring.users import IntArray, user_rows
 from findrec.progress import warn
 from findrec.serving.query_blocks import Asked
-from findrec.training.runs import read_run_config
+from findrec.serving.stored import open_stored
 
 
 def users_of(
@@ -30,7 +29,7 @@ def users_of(
         raise FindRecError("no users: name them with --user ID, --users FILE or --users all")
     listed: list[str] = []
     if file is not None and str(file) == "all" and not file.is_file():
-        listed = open_data_folder(read_run_config(run_folder).data, verify=False).user_ids
+        listed = open_stored(run_folder).data.user_ids
     elif file is not None:
         ids = read_ids(file.expanduser().resolve(), column, default="user", report=True)
         listed = [stripped for one in ids if (stripped := one.strip())]

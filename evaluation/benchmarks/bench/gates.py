@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from findrec.datasets.batches.catalogue import Catalogue
-from findrec.datasets.prepare.pipeline import open_data_folder
+from findrec.datasets.folder.configured import open_data_folder
 from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.scoring.load import load_scorer
 from findrec.models.findrec.model import FindRec

@@ -30,9 +30,9 @@ from findrec.config import RunConfig, parse_config
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.examples import ExampleSource
 from findrec.datasets.batches.plan import EpochPlan, share
+from findrec.datasets.folder.configured import data_folder_of, open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.splits import Int64Array
-from findrec.datasets.prepare.pipeline import data_folder_of, open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.check import check_run
 from findrec.models.base import Microbatch, Model

@@ -21,6 +21,7 @@ from findrec.datasets.encoders.make_features import (
     make_feature,
     should_make,
 )
+from findrec.datasets.folder.configured import data_folder_of, open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.manifest import MANIFEST_NAME, Manifest, read_manifest, repair_hint
 from findrec.datasets.folder.overview import overview
@@ -41,7 +42,6 @@ from findrec.datasets.sources.recipe import Recipe, load_recipe
 from findrec.errors import FindRecError
 from findrec.files import beside, remove_abandoned, sha256_file
 from findrec.locks import remove_abandoned_lock
-from findrec.paths import resolve
 from findrec.progress import format_seconds, say, warn
 
 WARN_TIE_RATE = 0.05  # above it `prepare` reports that ties keep the order of the source
@@ -296,20 +296,8 @@ def _make(
         log.close()
 
 
-def data_folder_of(config: DataConfig) -> Path | str:
-    """Path or URL of a run's data set: `data.folder`, or else `data/<recipe>` in FindRec's home."""
-    if config.folder is not None and is_remote(config.folder):
-        return config.folder
-    return resolve(config.folder or f"data/{Path(config.recipe).stem}")
-
-
 def open_or_prepare(config: DataConfig) -> DataFolder:
     """Open the data set of a run; without `data.folder` it is prepared on first use."""
     if config.folder is not None:
         return open_data_folder(config)
     return prepare(load_recipe(config.recipe), data_folder_of(config))
-
-
-def open_data_folder(config: DataConfig, *, verify: bool = True) -> DataFolder:
-    """Open the existing data set of a run; see `DataFolder.open`."""
-    return DataFolder.open(data_folder_of(config), verify=verify, cache_bytes=config.cache_bytes)

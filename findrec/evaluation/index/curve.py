@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from findrec.datasets.batches.evaluation import evaluated_users
-from findrec.datasets.prepare.pipeline import open_data_folder
+from findrec.datasets.folder.configured import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.index.index import ItemIndex, build_index
 from findrec.evaluation.index.queries import VectorQuery, drawn_queries, single_queries

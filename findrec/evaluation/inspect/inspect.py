@@ -23,8 +23,8 @@ from torch import Tensor
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.plan import Windows
 from findrec.datasets.batches.windows import train_batch
+from findrec.datasets.folder.configured import open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.display.wording import Titles, is_finite
 from findrec.evaluation.scoring.inner_product import ModelScorer, make_queries

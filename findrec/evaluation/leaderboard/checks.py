@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from findrec.config import RunConfig
+from findrec.datasets.folder.configured import data_folder_of
 from findrec.datasets.folder.data_folder import DataFolder
-from findrec.datasets.prepare.pipeline import data_folder_of, open_or_prepare
+from findrec.datasets.prepare.pipeline import open_or_prepare
 from findrec.errors import FindRecError
 from findrec.evaluation.check import check_run
 from findrec.evaluation.leaderboard.config import Leaderboard, Run

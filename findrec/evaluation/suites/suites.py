@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from findrec.datasets.folder.configured import open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError, suggest
 from findrec.evaluation.metrics.metrics import FloatArray, IntArray, case_metrics
 from findrec.evaluation.metrics.significance import LEVEL, RESAMPLES, compare_models

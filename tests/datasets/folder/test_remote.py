@@ -24,11 +24,12 @@ from findrec.config import DataConfig, parse_config
 from findrec.datasets import as_webdataset
 from findrec.datasets.batches.plan import EpochPlan, Windows, cut_windows, plan_epoch
 from findrec.datasets.folder import remote, transfer
+from findrec.datasets.folder.configured import data_folder_of, open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.datasets.folder.remote import is_remote
 from findrec.datasets.folder.verify import check_folder
-from findrec.datasets.prepare.pipeline import data_folder_of, open_data_folder, prepare
+from findrec.datasets.prepare.pipeline import prepare
 from findrec.datasets.sources.recipe import load_recipe
 from findrec.errors import FindRecError
 

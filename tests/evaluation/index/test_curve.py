@@ -17,9 +17,9 @@ from rich.console import Console
 from torch import Tensor
 
 from findrec.cli.app import main
+from findrec.datasets.folder.configured import open_data_folder
 from findrec.datasets.folder.data_folder import ALWAYS, NEVER
 from findrec.datasets.folder.in_memory import write_data_folder
-from findrec.datasets.prepare.pipeline import open_data_folder
 from findrec.errors import FindRecError
 from findrec.evaluation.index.curve import (
     EXACT,
