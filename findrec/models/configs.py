@@ -16,6 +16,7 @@ from findrec.errors import FindRecError, suggest
 from findrec.models.config import ModelConfig
 from findrec.models.findrec.config import FindRecConfig
 from findrec.models.findrec_2025.config import FindRec2025Config
+from findrec.models.gru4rec.config import GRU4RecConfig
 from findrec.models.sasrec.config import SASRecConfig
 
 DEFAULT = "findrec"
@@ -23,6 +24,7 @@ TRAINED_BASELINE = "sasrec"  # trained beside the model of a run by default
 CONFIGS: dict[str, type[ModelConfig]] = {
     "findrec": FindRecConfig,
     "findrec-2025": FindRec2025Config,
+    "gru4rec": GRU4RecConfig,
     "sasrec": SASRecConfig,
 }
 

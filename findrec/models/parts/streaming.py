@@ -1,4 +1,4 @@
-"""Streaming inference with a Mamba stream: keeps the state of a user, appends events and ranks items.
+"""Streaming inference with a recurrent stream: keeps the state of a user, appends events and ranks items.
 
 The cost of an event does not depend on the length of the history: the stream has a state of fixed size, and
 the repeat bonus the items in its window. Scores equal those of the forward pass over the whole history, up to
@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,30 @@ from findrec.datasets.batches.padding import gap_bucket
 from findrec.datasets.folder.features import ModalRows
 from findrec.errors import FindRecError
 from findrec.models.parts.layers import WaitTimeModulation
-from findrec.models.parts.mamba import MambaState, MambaStream
 from findrec.models.parts.repeat import REPEAT_WINDOW, RepeatHead
 from findrec.ops.repeat_bonus import RECENT, repeat_features
 
 
+@runtime_checkable
+class RecurrentStream(Protocol):
+    """Layers whose state has a fixed size: equal to one pass over whole histories, up to rounding.
+
+    Rows of `x_BLd` are right-padded: the state is that after `length_B` (0 to L) events, and outputs from
+    there on are undefined.
+    """
+
+    def initial_state(self, batch_size: int) -> Any:
+        """The state of rows without events."""
+
+    def prefill(self, x_BLd: Tensor, length_B: Tensor, states: Any = None) -> tuple[Tensor, Any]:
+        """Outputs `[B, L, d]` of histories that continue `states` (None: no events), and the new state."""
+
+    def step(self, x_Bd: Tensor, states: Any) -> tuple[Tensor, Any]:
+        """The output `[B, d]` of one more event, and the new state; `states` is not modified."""
+
+
 class Streamable(Protocol):
-    """What `StreamingModel` needs of a model; `stream` must be a `MambaStream`."""
+    """What `StreamingModel` needs of a model; `stream` must be a `RecurrentStream`."""
 
     config: Any
     stream: nn.Module
@@ -50,7 +67,7 @@ class Streamable(Protocol):
 class UserState:
     """The state of one user, which `StreamingModel.append` changes in place."""
 
-    stream: list[MambaState]
+    stream: Any  # of the `RecurrentStream`
     cache: Tensor | None = None  # further state of a subclass
     vector_d: Tensor | None = None  # user vector before the wait-time modulation and the last norm
     num_events: int = 0
@@ -72,10 +89,10 @@ class StreamingModel:
     ) -> None:
         """Prepare streaming with the table rows `[V + 1, d]`; `repeat_window` as in `repeat_candidates`.
 
-        Raises `FindRecError` for streams other than Mamba, whose state would grow with the history.
+        Raises `FindRecError` for streams that cannot append events at a cost independent of the history.
         """
         stream = network.stream
-        if not isinstance(stream, MambaStream):
+        if not isinstance(stream, RecurrentStream):
             kind = network.config.stream.kind
             raise FindRecError(f"streaming needs the stream.kind=mamba of a model, but this one has {kind!r}")
         network.eval()

@@ -5,15 +5,13 @@ All of them map `[B, L, d]` to `[B, L, d]` and are causal. Shape letters: B rows
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from findrec.errors import FindRecError
 from findrec.models.parts.activation_checkpointing import CheckpointedModule
 from findrec.models.parts.layers import ResidualStream
 from findrec.models.parts.mamba import MambaStream
 from findrec.models.parts.stream_config import StreamConfig
-from findrec.models.parts.transformer import Block, initialise
+from findrec.models.parts.transformer import Block, LearnedPositions, check_heads, initialise
 
 
 def build_stream(dim: int, dropout: float, config: StreamConfig, max_length: int) -> nn.Module:
@@ -40,25 +38,14 @@ class TransformerStream(CheckpointedModule):
 
     def __init__(self, dim: int, dropout: float, config: StreamConfig, max_length: int) -> None:
         super().__init__()
-        if dim % config.heads:
-            raise FindRecError(
-                f"model.dim={dim} is not a multiple of heads={config.heads} of the Transformer stream: each "
-                "attention head takes an equal part of the width; change one of them"
-            )
-        self.position = nn.Embedding(max_length, dim)
+        check_heads(dim, config.heads, "heads")
+        self.position = LearnedPositions(max_length, dim)
         self.blocks = nn.ModuleList([Block(dim, config.heads, dropout) for _ in range(config.layers)])
         self.apply(initialise)
 
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`; raises `FindRecError` for more steps than learned positions."""
-        length = x_BLd.shape[1]
-        if length > self.position.num_embeddings:
-            raise FindRecError(
-                f"a history of {length} events was given to a Transformer with "
-                f"{self.position.num_embeddings} learned positions; cut histories to the last "
-                "data.max_length events (its value in training)"
-            )
-        x_BLd = x_BLd + self.position(torch.arange(length, device=x_BLd.device))
+        x_BLd = x_BLd + self.position(x_BLd.shape[1])
         for block in self.blocks:
             x_BLd = self.run_layer(block, x_BLd)
         return x_BLd

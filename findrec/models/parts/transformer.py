@@ -9,9 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from findrec.errors import FindRecError
 from findrec.models.parts.layers import Dropout
 
 INIT_STD = 0.02
+
+
+def check_heads(dim: int, heads: int, key: str) -> None:
+    """Raise `FindRecError` if `heads`, the value of the key `key`, do not divide the width."""
+    if dim % heads:
+        raise FindRecError(
+            f"model.dim={dim} is not a multiple of {key}={heads}: each attention head takes an equal part of "
+            "the width; change one of them"
+        )
+
+
+class LearnedPositions(nn.Embedding):
+    """A learned vector for each position of a history, from the oldest event on."""
+
+    def forward(self, length: int) -> Tensor:  # type: ignore[override]
+        """The vectors `[L, d]`; raises `FindRecError` for more positions than there are."""
+        if length > self.num_embeddings:
+            raise FindRecError(
+                f"a history of {length} events was given to a model with {self.num_embeddings} learned "
+                "positions; cut histories to the last data.max_length events (its value in training)"
+            )
+        return super().forward(torch.arange(length, device=self.weight.device))
 
 
 class Block(nn.Module):

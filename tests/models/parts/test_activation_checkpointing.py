@@ -12,7 +12,7 @@ from findrec.models.configs import CONFIGS
 from findrec.models.parts.activation_checkpointing import CheckpointedModule, enable_activation_checkpointing
 from findrec.training.build import build_tower_model
 
-MODELS = {name: {"dim": 16, "name": name} for name in CONFIGS} | {
+MODELS = {name: {"dim": 16, "name": name, "repeat": True} for name in CONFIGS} | {
     "deep": {"dim": 16, "stream": {"layers": 3}},
     "gru": {"dim": 16, "stream": {"kind": "gru", "layers": 3}},
     "transformer": {"dim": 16, "stream": {"kind": "transformer", "layers": 3}},

@@ -41,12 +41,16 @@ VARIANTS = {
     "2025": OLD | {"repeat": False},
     "2025 everything": OLD | {"gaps": True, "events": True, "wait": True, "items": {"features": "both"}},
     "2025 window": OLD | {"routing": {"window": 7, "heads": 2}},
+    "gru4rec": {"name": "gru4rec", "layers": 2, "hidden": 20}
+    | {"gaps": True, "events": True, "wait": True, "repeat": True},
 }
 
 
 def build(folder, change):
     tree = make_config().model_dump()
-    tree["model"] = {"dim": 32, "dropout": 0.0, "stream": {"layers": 1}} | change
+    tree["model"] = {"dim": 32, "dropout": 0.0} | change
+    if tree["model"].get("name", "findrec") in ("findrec", "findrec-2025"):
+        tree["model"].setdefault("stream", {"layers": 1})
     tree["data"]["max_length"] = LONGEST
     config = type(make_config()).model_validate(tree)
     torch.manual_seed(0)
