@@ -14,6 +14,7 @@ from pydantic import PlainValidator, SerializeAsAny
 
 from findrec.errors import FindRecError, suggest
 from findrec.models.config import ModelConfig
+from findrec.models.esasrec.config import ESASRecConfig
 from findrec.models.findrec.config import FindRecConfig
 from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.gru4rec.config import GRU4RecConfig
@@ -24,6 +25,7 @@ TRAINED_BASELINE = "sasrec"  # trained beside the model of a run by default
 CONFIGS: dict[str, type[ModelConfig]] = {
     "findrec": FindRecConfig,
     "findrec-2025": FindRec2025Config,
+    "esasrec": ESASRecConfig,
     "gru4rec": GRU4RecConfig,
     "sasrec": SASRecConfig,
 }

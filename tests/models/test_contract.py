@@ -31,6 +31,7 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("findrec", "transformer"): {"stream": {"kind": "transformer"}},
     ("findrec", "marginal"): {"align": {"kind": "marginal"}},
     ("findrec", "mmd"): {"align": {"kind": "mmd"}},
+    ("esasrec", "heads"): {"heads": 2, "feed_factor": 1},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
     ("findrec-2025", "mean"): {"routing": {"kind": "mean"}},
     ("findrec-2025", "legacy"): {"align": {"kind": "legacy", "paired_weight": 0.1}},

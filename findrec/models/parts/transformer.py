@@ -37,6 +37,19 @@ class LearnedPositions(nn.Embedding):
         return super().forward(torch.arange(length, device=self.weight.device))
 
 
+def causal_attention(qkv_BLe: Tensor, heads: int) -> Tensor:
+    """Softmax attention `[B, L, d]` of each event to itself and the events before it.
+
+    `qkv_BLe` `[B, L, 3 d]` are queries, keys and values of all heads. Uses the fused kernel, whose memory is
+    linear in the length.
+    """
+    b, length, width = qkv_BLe.shape
+    qkv = qkv_BLe.view(b, length, 3, heads, width // (3 * heads))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return mixed.transpose(1, 2).reshape(b, length, width // 3)
+
+
 class Block(nn.Module):
     """Causal self-attention and a position-wise network, each a pre-normalised residual branch."""
 
@@ -53,14 +66,11 @@ class Block(nn.Module):
 
     def forward(self, x_BLd: Tensor) -> Tensor:
         """`[B, L, d]` to `[B, L, d]`."""
-        b, length, dim = x_BLd.shape
-        qkv = self.qkv(self.norm_attention(x_BLd)).view(b, length, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BLd = x_BLd + self.dropout(self.out(mixed.transpose(1, 2).reshape(b, length, dim)))
+        mixed_BLd = causal_attention(self.qkv(self.norm_attention(x_BLd)), self.heads)
+        x_BLd = x_BLd + self.dropout(self.out(mixed_BLd))
         fed = self.feed_out(F.gelu(self.feed_in(self.norm_feed(x_BLd))))
-        mixed_BLd: Tensor = x_BLd + self.dropout(fed)
-        return mixed_BLd
+        fed_BLd: Tensor = x_BLd + self.dropout(fed)
+        return fed_BLd
 
 
 @torch.no_grad()
