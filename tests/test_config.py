@@ -74,7 +74,7 @@ def test_the_tree_given_is_not_changed_and_the_result_is_frozen() -> None:
         ({"model": {"stream": {"d_stat": 3}}}, [], "did you mean 'model.stream.d_state'"),
         ({}, ["training.epochs"], "write dotted.key=value"),
         ({"training": {"epochs": 0}}, [], r"training.epochs: .*given: 0"),
-        ({"model": {"name": "gru"}}, [], "model.name must be one of 'findrec', 'findrec-2025', 'sasrec'"),
+        ({"model": {"name": "gru"}}, [], "model.name must be one of 'findrec', .*'sasrec'"),
         ({"name": "../x"}, [], "name: "),
         ({"name": 2024}, [], r"""name: .*a int: write name: "2024" in a file, 'name="2024"' on the"""),
         ({}, ["name=2024"], r"""'name="2024"' on the command line .given: 2024"""),
