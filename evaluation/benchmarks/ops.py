@@ -9,6 +9,7 @@ from bench.repeat_bonus import bench_repeat_bonus
 from bench.routing import bench_routing
 from bench.rows import make_parser, publish
 from bench.scan import bench_scan
+from bench.sparse_attention import bench_sparse_attention
 from bench.stein import bench_stein
 
 if __name__ == "__main__":
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     rows += bench_cross_entropy(runs=given.runs)
     rows += bench_stein(runs=given.runs)
     rows += bench_attention(runs=given.runs)
+    rows += bench_sparse_attention(runs=given.runs)
     rows += bench_routing(runs=given.runs)
     rows += bench_repeat_bonus(runs=given.runs)
     publish(rows, given.json)

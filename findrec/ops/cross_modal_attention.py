@@ -6,11 +6,9 @@ cost is linear in their number. Attention is causal within one user's history an
 padding is invisible to all steps before it.
 
 A step attends to all steps up to itself or, with `window` w, to the last w of them, itself included. The
-window is exact: it depends neither on the length nor on block boundaries. Windowed queries are processed in
-blocks of w/2 with the 3w/2 keys they may need, under one shared mask (on CPU two thirds of the time of blocks
-of w), so time and memory are O(L w).
+window is exact, and time and memory are then O(L w) (`_sliding_window`).
 
-Shape letters: M modalities, B rows, L steps, H heads, h width of a head, X = 2 M B, N blocks, b their steps.
+Shape letters: M modalities, B rows, L steps, H heads, h width of a head, X = 2 M B.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from findrec.ops._sliding_window import band, windowed_attention
 
 Impl = Literal["auto", "reference", "sdpa"]
-_SMALLEST_BLOCK = 32  # steps; smaller blocks spend their time on overhead
 
 
 def cross_modal_attention(
@@ -55,55 +53,14 @@ def cross_modal_attention(
     q, k, v = (x.view(-1, length, heads, width) for x in (q, k, v))
     if impl == "reference":
         mixed = _dense_attention(q, k, v, window or length)
-    elif window is None or window >= length:
-        mixed = _attend(q, k, v, None)
     else:
-        mixed = _in_blocks(q, k, v, window)
+        mixed = windowed_attention(q, k, v, window)
     both = mixed.reshape(2, num_modal, b, length, heads, width)
     return both[0], both[1]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`[X, L, H, h]` in and out; causal without a mask."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return mixed.transpose(1, 2)
-
-
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Exact sliding window over `[X, L, H, h]`, L > window."""
-    x, length, heads, width = q.shape
-    block = max(window // 2, _SMALLEST_BLOCK)
-    back = -(-(window - 1) // block)  # earlier blocks that a query may attend to
-    head = min(back * block, length)  # the first queries have a shorter look-back: computed separately
-    parts = (
-        [_attend(q[:, :head], k[:, :head], v[:, :head], _band(head, head, window, q.device))] if head else []
-    )
-    if length > head:
-        fill = -(length - head) % block
-        q, k, v = (F.pad(part, (0, 0, 0, 0, 0, fill)) for part in (q[:, head:], k, v))
-        num_blocks = q.shape[1] // block
-        q_blocks = q.reshape(x * num_blocks, block, heads, width)
-        k_blocks, v_blocks = (
-            # Copies each key `back + 1` times: overlapping views are slower, forward and backward.
-            torch.cat([part[:, i : i + num_blocks] for i in range(back + 1)], dim=2).flatten(0, 1)
-            for part in (y.reshape(x, num_blocks + back, block, heads, width) for y in (k, v))
-        )
-        mask = _band(block, (back + 1) * block, window, q.device)
-        mixed = _attend(q_blocks, k_blocks, v_blocks, mask)
-        parts.append(mixed.reshape(x, num_blocks * block, heads, width)[:, : length - head])
-    return torch.cat(parts, dim=1)
-
-
-def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
-    """Mask `[queries, keys]` of the last `queries` of `keys` steps: True for the latest `window` keys."""
-    own = torch.arange(keys - queries, keys, device=device)[:, None]
-    other = torch.arange(keys, device=device)[None]
-    return (other <= own) & (other > own - window)
 
 
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     length, width = q.shape[1], q.shape[3]
     logits = torch.einsum("xlhc,xmhc->xhlm", q.double(), k.double()) * width**-0.5
-    weights = logits.masked_fill(~_band(length, length, window, q.device), -torch.inf).softmax(-1)
+    weights = logits.masked_fill(~band(length, length, window, q.device), -torch.inf).softmax(-1)
     return torch.einsum("xhlm,xmhc->xlhc", weights, v.double()).to(q.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench import attention, cross_entropy, model, routing, scan, stein
+from bench import attention, cross_entropy, model, routing, scan, sparse_attention, stein
 
 from findrec.ops.scan.selective_scan import scan_backend
 from findrec.timer import time_alternating
@@ -20,6 +20,7 @@ CASES: dict[str, Any] = {  # maker of runs, baseline, ours, shape, least ratio
     "linear_cross_entropy": (cross_entropy.make_run, "F.cross_entropy", "tiled", (512, 20_000, 64), 0.7),
     "stein_discrepancy": (stein.make_run, "reference", "tiled", (1024, 64), 1.5),
     "cross_modal_attention": (attention.make_run, "full", "window 256", (1, 1, 2048, 4, 16), 1.7),
+    "sparse_attention": (sparse_attention.make_run, "dense", "sparse", (1, 2048, 4, 2, 32), 0.7),
     "expert_routing": (routing.make_run, "loops", "dense", (1600, 4, 4, 64, 32, None), 0.5),
 }
 

@@ -1,0 +1,1 @@
+"""Windowed, block and selective attention over long sequences."""
