@@ -43,8 +43,10 @@ def save_run(path, data, /, *overrides, **sections):
     lines = [
         {"step": s, "epoch": 0, "time": 1.0 * s, "train/loss": 5.0 / s, "aux/stein": 0.1}
         | {"diagnostics/ksd_text": 2.0 / s, "diagnostics/gate_entropy": 1.0}
+        | {"train/targets": 50, "train/seconds": 2.0 * s}
         for s in range(1, 41)
     ]
+    lines.append({"step": 40, "epoch": 0, "memory/worker_peak_gib": 0.75})
     lines.append({"step": 40, "epoch": 0, "valid/ndcg@10": 0.25})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path

@@ -25,7 +25,8 @@ def leaderboard(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for NAME.md and NAME.json; default: that of the runs.")
+        Path | None,
+        typer.Option(help="Folder for NAME.md, NAME.json and NAME.html; default: that of the runs."),
     ] = None,
     jobs: Annotated[
         int,

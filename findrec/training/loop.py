@@ -187,6 +187,7 @@ class _Run:
                 values |= {
                     "train/targets_per_s": num_targets / seconds,
                     "train/data_wait_share": waited / seconds,
+                    "train/targets": num_targets,
                     "train/seconds": state.seconds + seconds,
                 }
                 state = replace(

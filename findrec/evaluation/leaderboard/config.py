@@ -20,13 +20,13 @@ from findrec.baseline_configs import AnyBaseline, BaselineConfig
 from findrec.config import RunConfig, parse_config
 from findrec.errors import FindRecError, suggest
 from findrec.evaluation.compare.results import check_metric
+from findrec.evaluation.leaderboard.keys import SUGGESTED, Budget, Published, check_published
 from findrec.evaluation.leaderboard.trees import Tree, expand, merge, put
 from findrec.evaluation.suites.suites import check_suite
 from findrec.paths import find_asset
 from findrec.schema import Part, flatten, parse_yaml, read_mapping, validate
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_SUGGESTED = tuple(f"{name}@{k}" for name in ("ndcg", "recall", "mrr") for k in (5, 10, 20, 50))
 # Keys of a run that the leaderboard sets itself.
 _RESERVED = {
     "name": "each run is named by its row and seed",
@@ -34,25 +34,6 @@ _RESERVED = {
     "evaluation.baselines": "list baselines without training under `baselines`, and models as rows",
 }
 _OF_ALL = {"runs": "the folder is the same for all runs: set it in `base`"}
-
-
-class BudgetConfig(Part):
-    """What every training of a leaderboard may use: exactly one of the keys."""
-
-    epochs: int | None = Field(None, ge=1)  # `training.epochs` of all rows
-    seconds: float | None = Field(None, gt=0)  # `training.max_seconds` of all rows
-
-    @model_validator(mode="after")
-    def _check(self) -> BudgetConfig:
-        if len(self.keys) != 1:
-            raise ValueError("budget: set one of epochs and seconds")
-        return self
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The keys of the run configuration that it sets."""
-        keys = {"training.epochs": self.epochs, "training.max_seconds": self.seconds}
-        return {key: value for key, value in keys.items() if value is not None}
 
 
 class LeaderboardConfig(Part):
@@ -64,11 +45,12 @@ class LeaderboardConfig(Part):
     seeds: list[Annotated[int, Field(ge=0)]] = Field([0], min_length=1)
     data: dict[str, dict[str, Any] | None] = Field(min_length=1)  # changes by the label of a data set
     rows: dict[str, dict[str, Any] | None] = Field(min_length=1)  # changes by the label of a row
-    budget: BudgetConfig | None = None  # the same for all rows, which then cannot set it themselves
+    budget: Budget | None = None  # the same for all rows, which then cannot set it themselves
     reference: str  # the row with which all others are compared
     baselines: list[AnyBaseline] = Field([])  # without training, evaluated once for each data set
     suites: dict[str, list[int]] = Field({})  # levels by kind of suite (findrec evaluate --suite)
     metrics: list[str] = Field(["ndcg@10", "recall@10"], min_length=1)  # as in findrec compare
+    published: list[Published] = Field([])  # results of others, shown beside the rows
 
     @field_validator("seeds", "metrics")
     @classmethod
@@ -81,7 +63,7 @@ class LeaderboardConfig(Part):
     @classmethod
     def _check_metrics(cls, given: list[str]) -> list[str]:
         for metric in given:
-            check_metric(metric, _SUGGESTED)
+            check_metric(metric, SUGGESTED)
         return given
 
     @field_validator("suites")
@@ -109,6 +91,7 @@ class LeaderboardConfig(Part):
                 f"reference: no row is labelled {self.reference!r}{suggest(self.reference, self.rows)} "
                 f"(rows: {', '.join(self.rows)})"
             )
+        check_published(self.published, list(self.data))
         titles = [baseline.title for baseline in self.baselines]
         for baseline in self.baselines:
             if not isinstance(baseline, BaselineConfig):
@@ -217,7 +200,7 @@ def load_leaderboard(path: Path, overrides: Sequence[str] = (), only: Sequence[s
                 f"--only {label!r}: {path} has no such row{suggest(label, config.rows)} "
                 f"(rows: {', '.join(config.rows)})"
             )
-    budget = {} if config.budget is None else config.budget.keys
+    budget = {} if config.budget is None else config.budget.run_keys
     reserved = _RESERVED | dict.fromkeys(budget, "`budget` sets it for all rows")
     of_all = reserved | _OF_ALL
     base = _base(config, path, reserved)

@@ -10,9 +10,8 @@ Shape letters: C cases.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,8 @@ from findrec.errors import FindRecError
 from findrec.evaluation.compare.results import Evaluated, check_same, metric_values, read_models, read_rows
 from findrec.evaluation.leaderboard.checks import Checked
 from findrec.evaluation.leaderboard.config import Leaderboard
+from findrec.evaluation.leaderboard.costs import Cost, cost_of
+from findrec.evaluation.leaderboard.keys import Published, published_on
 from findrec.evaluation.leaderboard.measure import evaluate_baselines, suites_of
 from findrec.evaluation.metrics.metrics import FloatArray, IntArray, reported, user_means
 from findrec.evaluation.metrics.significance import LEVEL, RESAMPLES, Comparison, compare_models
@@ -30,11 +31,9 @@ from findrec.evaluation.suites.suites import METRICS as SUITE_METRICS
 from findrec.evaluation.suites.suites import Suite
 from findrec.progress import progress
 from findrec.training.checkpoints.validations import SELECTS
-from findrec.training.logs.metrics_log import read_lines
-from findrec.training.runs import run_folder, training_jobs
+from findrec.training.runs import run_folder
 
 COLD_K = 50
-_LONG_GAP = 10.0  # times the usual time between two steps: validation, saving or an interruption
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Line:
     valid: Value | None  # the validation metric that selects the checkpoint, at that checkpoint
     cold: Value | None  # recall@50 of targets without training events, a mean over cases
     weights: int | None
-    seconds: tuple[float, ...] | None  # time in training steps of each seed
+    costs: tuple[Cost | None, ...]  # of each seed; None where it was not logged; empty for a baseline
     plain: Value  # the metric of the suites with unaltered inputs
     suites: Mapping[
         str, Mapping[int, Value]
@@ -90,6 +89,7 @@ class DataTable:
     comparisons: int  # that Holm's correction covers
     suite_metric: str
     lines: tuple[Line, ...]  # the rows, then the baselines, in the order of the file
+    published: tuple[Published, ...] = ()  # results of others, which no figure of the lines depends on
 
 
 @dataclass(frozen=True)
@@ -169,12 +169,13 @@ def _table(leaderboard: Leaderboard, checked: Checked, data: str, resamples: int
                 valid=_valid(line, folder),
                 cold=_cold(line.tested, cold_C),
                 weights=checked.weights.get((data, line.label)) if line.runs else None,
-                seconds=_seconds(line.runs),
+                costs=tuple(cost_of(config) for config in line.runs),
                 plain=_value(first.user, [metric_values(one, suite_metric) for one in line.tested]),
                 suites=_suites(line, suite_metric, wanted),
             )
             for line in lines
         ),
+        published=published_on(leaderboard.config.published, data, list(leaderboard.config.data)),
     )
 
 
@@ -212,23 +213,6 @@ def _cold(tested: Sequence[Evaluated], cold_C: NDArray[np.bool_]) -> Value | Non
     if not cold_C.any() or not all(reported(metric, one.limit) for one in tested):
         return None
     return _summary([float(metric_values(one, metric)[cold_C].mean()) for one in tested])
-
-
-def _seconds(runs: Iterable[RunConfig]) -> tuple[float, ...] | None:
-    seconds = [
-        sum(_step_seconds(job.folder) for job in training_jobs(config, run_folder(config))) for config in runs
-    ]
-    return tuple(seconds) if any(seconds) else None
-
-
-def _step_seconds(folder: Path) -> float:
-    """Seconds in the steps of a training, by its log, without validations and interruptions between them."""
-    times = [line["time"] for line in read_lines(folder / "metrics.jsonl") if "train/loss" in line]
-    gaps = np.diff(np.array(times, dtype=np.float64))
-    if not len(gaps):
-        return 0.0
-    usual = float(np.median(gaps))
-    return float(np.where((gaps < 0) | (gaps > _LONG_GAP * usual), usual, gaps).sum()) + usual
 
 
 def _suites(line: _Results, metric: str, wanted: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Value]]:

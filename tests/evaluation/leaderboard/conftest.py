@@ -75,6 +75,21 @@ def finished(
             "baselines": ["popularity", "text_knn"],
             "suites": {"noise": [50], "length": [3]},
             "metrics": ["ndcg@10", "recall@5"],
+            "published": [
+                {
+                    "name": "GRU",
+                    "metrics": {"ndcg@10": 0.9},
+                    "source": "A. Author (2020)",
+                    "comparable": True,
+                },
+                {
+                    "name": "narrow",  # as one of the rows
+                    "metrics": {"ndcg@10": 0.8, "recall@5": 0.85, "mrr": 0.7},
+                    "source": "<b>Author</b> (2021)",
+                    "comparable": False,
+                    "note": "other split",
+                },
+            ],
         }
         path = home / "table.yaml"
         path.write_text(yaml.safe_dump(table_tree(folder.path) | more, sort_keys=False))

@@ -14,6 +14,7 @@ from findrec.evaluation.leaderboard.config import folder_name, load_leaderboard
 from findrec.training.runs import run_folder
 
 Write = Callable[..., Path]
+PUBLISHED = {"name": "GRU", "metrics": {"ndcg@10": 0.1}, "source": "A. Author (2020)", "comparable": True}
 
 
 def test_runs_are_named_by_data_row_and_seed(write: Write, tmp_path: Path) -> None:
@@ -118,6 +119,14 @@ def test_only_keeps_the_reference(write: Write) -> None:
         ({"rows": {"narrow": {}, "?": {}}}, "'[?]' has no letter"),
         ({"seeds": [1, 1]}, "values must be distinct"),
         ({"seeds": [True]}, "a number is needed"),
+        ({"published": [PUBLISHED | {"metrics": {"HR@5": 0.1}}]}, "did you mean 'recall@5'"),
+        ({"published": [PUBLISHED | {"comparable": False}]}, "GRU: say in `note`"),
+        ({"published": [PUBLISHED | {"data": "shops"}]}, "GRU: no data set is labelled 'shops'"),
+        ({"published": [PUBLISHED, PUBLISHED]}, "two results on films are named 'GRU'"),
+        (
+            {"published": [PUBLISHED], "data": {"films": {}, "shops": {}}},
+            "GRU: set `data` to one of films, shops",
+        ),
         ({"metrics": ["ndgc@10"]}, "did you mean 'ndcg@10'"),
         ({"metrics": ["HR@50"]}, "did you mean 'recall@50'"),
         ({"suites": {"noisy": [1]}}, "did you mean 'noise'"),

@@ -63,7 +63,10 @@ def test_rows_are_trained_once(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "tiny"
     said = leaderboard(tmp_path, "--only", "wide", "seeds=[1]")
     assert "0 of 1 runs are finished" in said
-    assert {path.name for path in runs.glob("tiny*")} == {"tiny-wide.md", "tiny-wide.json"}
+    assert {path.name for path in runs.glob("tiny*")} == {
+        *("tiny-wide.md", "tiny-wide.json", "tiny-wide.html"),
+        "tiny-wide-configs",
+    }
     (
         runs / "planted" / "wide-s1" / "metrics.json"
     ).unlink()  # as if it had been stopped before its evaluation
@@ -71,8 +74,12 @@ def test_rows_are_trained_once(tmp_path: Path) -> None:
     assert "0 of 4 runs are finished, 4 are to be trained" in said
     assert "tiny.md" in said
     first = {path.name: path.read_bytes() for path in runs.glob("tiny.*")}
-    assert first.keys() == {"tiny.md", "tiny.json"}
+    assert first.keys() == {"tiny.md", "tiny.json", "tiny.html"}
     (table,) = json.loads(first["tiny.json"])["tables"]
+    for cost in json.loads(first["tiny.json"])["costs"]["planted"]["wide"]:
+        assert 0 < cost["seconds_to_share"] <= cost["seconds"] < 120
+        assert cost["targets_per_s"] > 10
+        assert 0.1 < cost["memory_gib"] < 8
     assert [line["label"] for line in table["lines"]] == ["wide", "narrow", "popularity"]
     assert len(table["lines"][0]["metrics"]["ndcg@10"]["seeds"]) == 2
     for name in ("wide-s0", "wide-s1", "narrow-s0", "narrow-s1"):

@@ -95,10 +95,8 @@ def test_further_columns(table: DataTable, finished: Finished, folder: DataFolde
         assert table.cold_cases == inside.sum() == 12
         assert line.cold.seeds == pytest.approx(cold)
         assert line.weights == checked.weights.get(("films", label))
-        assert (line.seconds is None) != line.trained
+        assert len(line.costs) == (2 if line.trained else 0)
     assert any(0 < line.cold.mean < 1 for line in table.lines)
-    # The logged steps are a second apart.
-    assert line_of(table, "narrow").seconds == pytest.approx((40.0, 40.0))
     assert leaderboard.config.reference == "narrow"
 
 
