@@ -35,6 +35,11 @@ class BaselineConfig(Part):
         """The modalities that the data must have."""
         return ()
 
+    @property
+    def most_items(self) -> int | None:
+        """The largest number of items with training events; None: any number."""
+        return None
+
 
 class PopularityConfig(BaselineConfig):
     """Ranks items by their number of training events."""
@@ -64,6 +69,32 @@ class CooccurrenceConfig(BaselineConfig):
     neighbours: int = Field(200, ge=1)  # per item
 
 
+class ItemKNNConfig(BaselineConfig):
+    """Ranks items by their similarity, as sets of users, to the items of the user's history."""
+
+    implementation: ClassVar[str] = "findrec.evaluation.scoring.item_similarity:ItemKNN"
+
+    name: Literal["item_knn"] = "item_knn"
+    neighbours: int = Field(100, ge=1)  # per item
+    shrink: float = Field(10.0, ge=0)  # added to the denominator of the cosine, against rare items
+    decay: float = Field(1.0, gt=0, le=1)  # weight of an event relative to that of the next event
+
+
+class EASEConfig(BaselineConfig):
+    """Ranks items by a linear autoencoder of the user's history with weights in closed form."""
+
+    implementation: ClassVar[str] = "findrec.evaluation.scoring.item_similarity:EASE"
+
+    name: Literal["ease"] = "ease"
+    l2: float = Field(250.0, gt=0)  # regularisation of the weights
+    max_items: int = Field(20_000, ge=1)  # with training events; more are refused
+
+    @property
+    def most_items(self) -> int:
+        """See `BaselineConfig`."""
+        return self.max_items
+
+
 class TextKNNConfig(BaselineConfig):
     """Ranks items by the similarity of their features to those of the user's last items."""
 
@@ -84,6 +115,8 @@ BASELINES: dict[str, type[BaselineConfig]] = {
     "cooccurrence": CooccurrenceConfig,
     "own_frequent": OwnFrequentConfig,
     "text_knn": TextKNNConfig,
+    "item_knn": ItemKNNConfig,
+    "ease": EASEConfig,
 }
 
 

@@ -11,6 +11,7 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError
 from findrec.evaluation.protocol import RankingProtocol
 from findrec.evaluation.scoring.candidates import Candidates, describe_rule
+from findrec.evaluation.scoring.item_similarity import check_most_items
 from findrec.evaluation.scoring.load import scorer_class
 from findrec.training.build import build_tower_model, check_modalities, table_shapes
 from findrec.training.runs import training_jobs
@@ -30,8 +31,15 @@ def check_run(config: RunConfig, folder: DataFolder) -> None:
             scorer_class(job.config.model)
     for baseline in config.baselines:
         if isinstance(baseline, BaselineConfig):
-            check_modalities(baseline.content, folder, baseline.title)
+            check_baseline(baseline, folder)
     check_test_split(config, folder)
+
+
+def check_baseline(baseline: BaselineConfig, folder: DataFolder) -> None:
+    """Raise `FindRecError` if a baseline needs features that the data lacks, or the data is too large."""
+    check_modalities(baseline.content, folder, baseline.title)
+    if baseline.most_items is not None:
+        check_most_items(folder, baseline.most_items, baseline.title)
 
 
 def check_test_split(config: RunConfig, folder: DataFolder) -> None:

@@ -36,6 +36,10 @@ def test_a_valid_run_passes(folder: DataFolder) -> None:
     [
         ({"baselines": [{"name": "text_knn", "modality": "texts"}]}, r"text_knn .* 'texts', .*did you mean"),
         ({"baselines": [{"name": "sasrec", "heads": 5}]}, "heads"),
+        (
+            {"baselines": [{"name": "ease", "max_items": 9}]},
+            "ease inverts a matrix .* items with training events",
+        ),
         ({"baselines": [{"name": "findrec", "label": "b", "modalities": ["sound"]}]}, "'sound'"),
         ({"candidates": ["colour=red"]}, "no column 'colour'"),
         ({"candidates": ["raw=nothing"]}, "no item of .* has that value"),

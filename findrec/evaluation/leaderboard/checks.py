@@ -11,13 +11,13 @@ from findrec.datasets.folder.configured import data_folder_of
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.prepare.pipeline import open_or_prepare
 from findrec.errors import FindRecError
-from findrec.evaluation.check import check_run
+from findrec.evaluation.check import check_baseline, check_run
 from findrec.evaluation.leaderboard.config import Leaderboard, Run
 from findrec.evaluation.metrics.metrics import reported
 from findrec.evaluation.protocol import seen_filter
 from findrec.evaluation.scoring.load import scorer_class
 from findrec.progress import progress
-from findrec.training.build import build_tower_model, check_modalities, table_shapes
+from findrec.training.build import build_tower_model, table_shapes
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
 from findrec.training.runs import main_job, run_folder, training_jobs
 from findrec.training.warm_start import find_warm_start
@@ -63,7 +63,7 @@ def check_leaderboard(leaderboard: Leaderboard) -> Checked:
             bar.advance()
     for folder in folders.values():
         for baseline in leaderboard.config.untrained:
-            check_modalities(baseline.content, folder, baseline.title)
+            check_baseline(baseline, folder)
     return Checked(folders, weights)
 
 

@@ -36,6 +36,7 @@ def test_data_is_opened_and_weights_are_counted(write: Write, folder: DataFolder
     [
         ({"data": {"shops": {"data.folder": "nowhere"}}}, "data set 'shops' .* cannot be opened: .*nowhere"),
         ({"baselines": [{"name": "text_knn", "modality": "smell"}]}, "text_knn.*smell"),
+        ({"baselines": [{"name": "ease", "max_items": 3}]}, "ease inverts .*max_items=3 are not accepted"),
         (
             {"rows": {"narrow": {}, "b": {"evaluation.mask_seen": True}}},
             "row 'b' on films: evaluation.mask_seen is True, but False in the rest",
