@@ -31,12 +31,15 @@ def hit_rate_of_memorised(
     model: SequenceModel = make_model(config, dims, max_length=length, num_items=NUM_ITEMS)
     text = torch.randn(NUM_ITEMS + 1, width)
     item = torch.randint(1, NUM_ITEMS + 1, (users, length + 1))
+    time = torch.randint(1, 10_000, (users, length + 1)).cumsum(1)
     batch = Batch.build(
         item[:, :-1].contiguous(),
         torch.full((users,), length),
         torch.arange(users),
         torch.arange(users * length),
         item[:, 1:].flatten(),
+        time=time[:, :-1].contiguous(),
+        query_time=time[:, 1:].flatten(),
     )
     table = (0.2 * config.dim**-0.5 * torch.randn(NUM_ITEMS + 1, row_width(config, dims))).requires_grad_()
     optimizer = torch.optim.Adam([table, *model.parameters()], lr=1e-2)

@@ -18,6 +18,7 @@ from findrec.models.esasrec.config import ESASRecConfig
 from findrec.models.findrec.config import FindRecConfig
 from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.gru4rec.config import GRU4RecConfig
+from findrec.models.hstu.config import HSTUConfig
 from findrec.models.sasrec.config import SASRecConfig
 
 DEFAULT = "findrec"
@@ -27,6 +28,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "findrec-2025": FindRec2025Config,
     "esasrec": ESASRecConfig,
     "gru4rec": GRU4RecConfig,
+    "hstu": HSTUConfig,
     "sasrec": SASRecConfig,
 }
 

@@ -23,7 +23,7 @@ from findrec.models.parts.streaming import StreamingModel
 class HistoryModel(SequenceModel):
     """Inputs of the events, the layers of a subclass, and user vectors at the target positions.
 
-    User vectors are layer-normalised. The inputs and outputs that all sequence models share
+    The inputs and outputs that all sequence models share
     (`SequenceConfig`) are added here; a subclass creates its layers in `add_layers` and runs them in
     `encode`.
     """
@@ -35,7 +35,7 @@ class HistoryModel(SequenceModel):
             config.dim, config.dropout, gaps=config.gaps, num_event_types=facts.num_event_types
         )
         self.add_layers(facts)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = self.make_norm()
         # `moment` is part of the checkpoint format.
         self.moment = WaitTimeModulation(config.dim) if config.wait else None
         self.repeat_head = RepeatHead(config.dim) if config.repeat else None
@@ -47,6 +47,10 @@ class HistoryModel(SequenceModel):
     @abstractmethod
     def encode(self, x_BLd: Tensor, batch: Batch) -> Tensor:
         """Outputs `[B, L, d]` of the layers for the inputs `[B, L, d]`, to which dropout was not applied."""
+
+    def make_norm(self) -> nn.Module:
+        """The map from outputs of the layers to user vectors; by default a LayerNorm."""
+        return nn.LayerNorm(self.config.dim)
 
     def embed(self, x_items: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
         """The vectors `[U, d]` that items enter the sequence by; by default their table rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from findrec.tables.table_spec import TableSpec
 from findrec.training.objectives import run_microbatch
 from findrec.training.tower import PlainTower
 
+FIRST_TIME, SECONDS_PER_GAP, WAIT = 1_000_000_000, 5000, 7
 DIM, NUM_ITEMS, WIDTHS = 16, 30, {"text": 12, "image": 7}
 CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configuration, by its name and a label
     ("findrec", "gru"): {"stream": {"kind": "gru"}},
@@ -32,6 +34,9 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("findrec", "marginal"): {"align": {"kind": "marginal"}},
     ("findrec", "mmd"): {"align": {"kind": "mmd"}},
     ("esasrec", "heads"): {"heads": 2, "feed_factor": 1},
+    ("hstu", "target"): {"times": "target", "heads": 2},
+    ("hstu", "none"): {"times": "none"},
+    ("hstu", "dot"): {"temperature": None},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
     ("findrec-2025", "mean"): {"routing": {"kind": "mean"}},
     ("findrec-2025", "legacy"): {"align": {"kind": "legacy", "paired_weight": 0.1}},
@@ -108,7 +113,21 @@ def as_batch(users: list[tuple[Tensor, Tensor]], width: int | None = None) -> Ba
         item[b, : len(items)], gap[b, : len(items)] = items, gaps
     position = (torch.arange(width) < lengths[:, None]).flatten().nonzero().squeeze(1)
     target = torch.randint(1, NUM_ITEMS + 1, (len(position),))
-    return Batch.build(item, lengths, torch.arange(len(users)), position, target, gap)
+    time = FIRST_TIME + (SECONDS_PER_GAP * gap).cumsum(1)
+    later = torch.cat([time[:, 1:], time[:, -1:]], dim=1)
+    later[torch.arange(len(users)), lengths - 1] = time[torch.arange(len(users)), lengths - 1] + WAIT
+    query_time = later.flatten()[position]
+    time[torch.arange(width) >= lengths[:, None]] = 0
+    return Batch.build(
+        item,
+        lengths,
+        torch.arange(len(users)),
+        position,
+        target,
+        gap,
+        time=time,
+        query_time=query_time,
+    )
 
 
 def assert_same(a: Out, b: Out, rows_a: slice, rows_b: slice) -> None:
@@ -134,7 +153,8 @@ def test_the_future_changes_nothing(case: Case) -> None:
     ((items, gaps),) = histories([40])
     ((other, other_gaps),) = histories([40], seed=7)
     cut = 23
-    changed = torch.cat([items[:cut], other[cut:]]), torch.cat([gaps[:cut], other_gaps[cut:]])
+    # The gap before event `cut` stays: a model may know when a prediction is made.
+    changed = torch.cat([items[:cut], other[cut:]]), torch.cat([gaps[: cut + 1], other_gaps[cut + 1 :]])
     before, after = case.run(as_batch([(items, gaps)])), case.run(as_batch([changed]))
     assert_same(before, after, slice(0, cut), slice(0, cut))
     assert not torch.allclose(before.h[cut:], after.h[cut:], atol=1e-3)
@@ -155,7 +175,13 @@ def test_padding_and_other_users_change_nothing(case: Case) -> None:
 def test_only_target_positions_are_returned(case: Case) -> None:
     case.model.eval()
     whole = as_batch(histories([12, 6]))
-    last = Batch(**{**vars(whole), "position": torch.tensor([11, 17]), "target": torch.zeros(0).long()})
+    assert whole.query_time is not None
+    last = replace(
+        whole,
+        position=torch.tensor([11, 17]),
+        target=torch.zeros(0).long(),
+        query_time=whole.query_time[[11, 17]],
+    )
     some, every = case.run(last), case.run(whole)
     assert_same(some, every, slice(0, 1), slice(11, 12))
     assert_same(some, every, slice(1, 2), slice(17, 18))
@@ -224,12 +250,21 @@ def test_aux_terms_are_named_alike_in_every_batch(case: Case) -> None:
 
 
 def test_scores_of_untrained_models_are_small(case: Case) -> None:
-    """A full softmax starts near uniform: |h . e| well below 1 for rows as small as the table's."""
+    """A full softmax starts near uniform: |h . e| well below 1 for rows as small as the table's.
+
+    Cosines divided by a temperature are not small, but those of random directions.
+    """
     case.model.load_state_dict(case.untrained)
     case.model.eval()
     h = case.run(as_batch(histories([40]))).h
-    assert 0.3 * DIM**0.5 < h.norm(dim=1).mean() < 3 * DIM**0.5
     vectors = case.model.item_transform(case.table, case.all_features("cpu"))
+    temperature = getattr(case.model.config, "temperature", None)
+    if temperature is not None:
+        torch.testing.assert_close(h.norm(dim=1), torch.full((40,), 1 / temperature), rtol=0.01, atol=0)
+        assert 0.95 < vectors[1:].norm(dim=1).mean() < 1
+        assert (temperature * h @ vectors.t()).abs().mean() < 1.5 * DIM**-0.5
+        return
+    assert 0.3 * DIM**0.5 < h.norm(dim=1).mean() < 3 * DIM**0.5
     assert (h @ vectors.t()).abs().mean() < 0.5
 
 
@@ -285,7 +320,14 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(case: Case, num_tar
     item = torch.randint(1, NUM_ITEMS + 1, (3, 9))
     target = torch.randint(1, NUM_ITEMS + 1, (27,))
     batch = Batch.build(
-        item, torch.full((3,), 9), torch.arange(3), torch.arange(27), target, torch.ones_like(item)
+        item,
+        torch.full((3,), 9),
+        torch.arange(3),
+        torch.arange(27),
+        target,
+        torch.ones_like(item),
+        time=torch.arange(27).view(3, 9),
+        query_time=torch.arange(1, 28),
     )
     optim = OptimConfig()
     table = ItemTable(TableSpec(NUM_ITEMS, case.width, seed=0, loss=LossConfig(), optim=optim))

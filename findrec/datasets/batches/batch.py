@@ -32,6 +32,7 @@ class Batch:
     event: Tensor | None = None  # [B, L] int64, 2 + code of the event's type; 1 unknown, 0 padding
     wait: Tensor | None = None  # [T] int64, log2 bucket of the seconds from a position to its query
     time: Tensor | None = None  # [B, L] int64, seconds since 1970 of each event, 0 padding
+    query_time: Tensor | None = None  # [T] int64, seconds since 1970, when a target position predicts
 
     @staticmethod
     def build(
@@ -44,6 +45,7 @@ class Batch:
         wait: Tensor | None = None,
         event: Tensor | None = None,
         time: Tensor | None = None,
+        query_time: Tensor | None = None,
     ) -> Batch:
         """Fill in `ids` and `index` from `item`."""
         flat = torch.cat([item.new_zeros(1), item.reshape(-1)])
@@ -60,6 +62,7 @@ class Batch:
             event=event,
             wait=wait,
             time=time,
+            query_time=query_time,
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -142,6 +142,7 @@ def history_batch(past: Histories, users: Int64Array, time: Int64Array, num_item
         batch,
         position=torch.arange(len(users)) * batch.item.shape[1] + batch.length - 1,
         wait=torch.from_numpy(gap_buckets(times, 2 * np.arange(len(users) + 1))[1::2]),
+        query_time=torch.from_numpy(time.astype(np.int64)),
     )
 
 

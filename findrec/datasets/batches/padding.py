@@ -49,9 +49,9 @@ def padded_batch(
     """Build a batch from R histories of the users `user` `[R]`.
 
     With `skip` `[R]` the last event of each history is only a target, and inputs from index `skip[r]` on are
-    target positions: they fill `position`, `target` (the next item) and `wait` (bucket of the time until it).
-    Without it every event is an input and these three are empty. Raises `ValueError` for items outside
-    1..num_items and for rows without input events.
+    target positions: they fill `position`, `target` (the next item), `query_time` (its time) and `wait`
+    (bucket of the time until it). Without it every event is an input and these four are empty. Raises
+    `ValueError` for items outside 1..num_items and for rows without input events.
     """
     held_out = 0 if skip is None else 1
     rows = len(histories.offset) - 1
@@ -65,7 +65,7 @@ def padded_batch(
         return _reference(histories, user, num_items, skip)
     item, gap, index, time = (torch.empty(rows, width, dtype=torch.int64) for _ in range(4))
     event = None if histories.event is None else torch.empty(rows, width, dtype=torch.int64)
-    position, target, wait = (torch.empty(num_targets, dtype=torch.int64) for _ in range(3))
+    position, target, wait, query_time = (torch.empty(num_targets, dtype=torch.int64) for _ in range(4))
     length = torch.empty(rows, dtype=torch.int64)
     ids = torch.empty(min(rows * width, num_items) + 1, dtype=torch.int64)
     # Kept in variables, so that their memory stays valid during the call.
@@ -96,6 +96,7 @@ def padded_batch(
         position=pointer(position),
         target=pointer(target),
         wait=pointer(wait),
+        query_time=pointer(query_time),
     )
     distinct = library.pad_histories(ctypes.byref(arguments))
     if distinct < 0:
@@ -112,6 +113,7 @@ def padded_batch(
         event=event,
         wait=wait,
         time=time,
+        query_time=query_time,
     )
 
 
@@ -157,6 +159,7 @@ def _reference(histories: Histories, user: Int64Array, num_items: int, skip: Int
         event=None if inputs.event is None else spread(inputs.event + 2),  # 0 padding, 1 unknown
         wait=empty,
         time=spread(inputs.timestamp),
+        query_time=empty,
     )
     if skip is None:
         return batch
@@ -167,4 +170,5 @@ def _reference(histories: Histories, user: Int64Array, num_items: int, skip: Int
         position=torch.from_numpy((row * width + within)[is_target]),
         target=torch.from_numpy(histories.item[next_event].astype(np.int64)),
         wait=torch.from_numpy(gap_buckets(histories.timestamp, histories.offset)[next_event]),
+        query_time=torch.from_numpy(histories.timestamp[next_event].astype(np.int64)),
     )

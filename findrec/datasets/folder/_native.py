@@ -44,7 +44,7 @@ class PadArgs(ctypes.Structure):
     _fields_ = [
         *_fields(("rows", "width", "held", "num_items"), ("item", "timestamp", "event", "offset", "skip")),
         *_fields((), ("out_item", "out_gap", "out_event", "out_index", "out_time", "length", "ids")),
-        *_fields((), ("position", "target", "wait")),
+        *_fields((), ("position", "target", "wait", "query_time")),
     ]
 
 

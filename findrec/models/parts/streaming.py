@@ -50,8 +50,11 @@ class Streamable(Protocol):
     config: Any
     stream: nn.Module
     moment: WaitTimeModulation | None
-    norm: nn.LayerNorm
     repeat_head: RepeatHead | None
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last map to user vectors."""
 
     def eval(self) -> Any:
         """Evaluation mode."""

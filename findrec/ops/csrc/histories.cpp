@@ -30,7 +30,7 @@ struct PadArgs {
   const int64_t *item, *timestamp, *event, *offset, *skip;                // [N], [N], [N] or null, [rows + 1], [rows]
   int64_t *out_item, *out_gap, *out_event, *out_index, *out_time;         // [rows, width]
   int64_t *length, *ids;                                                  // [rows], room for all distinct ids
-  int64_t *position, *target, *wait;                                      // [target positions]
+  int64_t *position, *target, *wait, *query_time;                         // [target positions]
 };
 }
 
@@ -232,6 +232,7 @@ int64_t pad_histories(const PadArgs* a) {
     for (int64_t k = a->skip[r]; k < count; ++k, ++asked) {
       a->position[asked] = at + k;
       a->target[asked] = item[k + 1];
+      a->query_time[asked] = times[k + 1];
       a->wait[asked] = k + 1 < count ? gap[k + 1] : gap_bucket(times[k], times[k + 1]);
     }
   }

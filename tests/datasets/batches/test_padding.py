@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from findrec.datasets.batches.batch import Batch
+from findrec.datasets.batches.evaluation import history_batch
 from findrec.datasets.batches.padding import gap_bucket, gap_buckets, padded_batch
 from findrec.datasets.folder import _native
 from findrec.datasets.folder._native import Impl, _library, native
@@ -85,6 +86,15 @@ def test_times_are_those_of_the_input_events(held: bool) -> None:
     batch = padded_batch(histories, np.arange(2), 5, skip=skip)
     assert batch.time is not None
     assert batch.time.tolist() == ([[7, 9], [3, 0]] if held else [[7, 9, 9], [3, 4, 0]])
+    assert batch.query_time is not None
+    assert batch.query_time.tolist() == ([9, 9, 4] if held else [])
+
+
+def test_predictions_have_the_time_they_are_made_at() -> None:
+    histories = Histories(np.array([1, 2, 3]), np.array([7, 9, 3]), np.array([0, 2, 3]))
+    batch = history_batch(histories, np.arange(2), np.array([12, 3]), 5)
+    assert batch.query_time is not None
+    assert batch.query_time.tolist() == [12, 3]
 
 
 def test_gap_bucket_agrees_with_gap_buckets() -> None:

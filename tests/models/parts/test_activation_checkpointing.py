@@ -34,7 +34,12 @@ def gradients(name, length, checkpoint):
     item = torch.randint(1, 40, (3, length))
     position = torch.arange(3 * length)
     batch = Batch.build(
-        item, torch.tensor([length, 1, length // 2 + 1]), torch.arange(3), position, item.flatten()
+        item,
+        torch.tensor([length, 1, length // 2 + 1]),
+        torch.arange(3),
+        position,
+        item.flatten(),
+        time=torch.randint(0, 10**6, (3, length)).cumsum(1),
     )
     rows = torch.randn(len(batch.ids), row_width(config.model, {"text": 12}), requires_grad=True)
     features = {"text": ModalRows(torch.randn(len(batch.ids), 12), batch.ids > 0)}
