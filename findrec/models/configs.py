@@ -19,6 +19,7 @@ from findrec.models.findrec.config import FindRecConfig
 from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.gru4rec.config import GRU4RecConfig
 from findrec.models.hstu.config import HSTUConfig
+from findrec.models.mamba4rec.config import Mamba4RecConfig
 from findrec.models.sasrec.config import SASRecConfig
 
 DEFAULT = "findrec"
@@ -29,6 +30,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "esasrec": ESASRecConfig,
     "gru4rec": GRU4RecConfig,
     "hstu": HSTUConfig,
+    "mamba4rec": Mamba4RecConfig,
     "sasrec": SASRecConfig,
 }
 

@@ -37,6 +37,7 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("hstu", "target"): {"times": "target", "heads": 2},
     ("hstu", "none"): {"times": "none"},
     ("hstu", "dot"): {"temperature": None},
+    ("mamba4rec", "deep"): {"stream": {"layers": 2}},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
     ("findrec-2025", "mean"): {"routing": {"kind": "mean"}},
     ("findrec-2025", "legacy"): {"align": {"kind": "legacy", "paired_weight": 0.1}},

@@ -41,6 +41,8 @@ VARIANTS = {
     "2025": OLD | {"repeat": False},
     "2025 everything": OLD | {"gaps": True, "events": True, "wait": True, "items": {"features": "both"}},
     "2025 window": OLD | {"routing": {"window": 7, "heads": 2}},
+    "mamba4rec": {"name": "mamba4rec", "gaps": True, "events": True, "wait": True, "repeat": True},
+    "mamba4rec deep": {"name": "mamba4rec", "stream": {"layers": 2}},
     "gru4rec": {"name": "gru4rec", "layers": 2, "hidden": 20}
     | {"gaps": True, "events": True, "wait": True, "repeat": True},
 }

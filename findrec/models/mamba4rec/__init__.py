@@ -1,0 +1,1 @@
+"""The Mamba4Rec model."""
