@@ -21,6 +21,7 @@ from findrec.models.gru4rec.config import GRU4RecConfig
 from findrec.models.hstu.config import HSTUConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
 from findrec.models.sasrec.config import SASRecConfig
+from findrec.models.unisrec.config import UniSRecConfig
 
 DEFAULT = "findrec"
 TRAINED_BASELINE = "sasrec"  # trained beside the model of a run by default
@@ -32,6 +33,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "hstu": HSTUConfig,
     "mamba4rec": Mamba4RecConfig,
     "sasrec": SASRecConfig,
+    "unisrec": UniSRecConfig,
 }
 
 

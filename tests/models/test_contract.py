@@ -38,6 +38,7 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("hstu", "none"): {"times": "none"},
     ("hstu", "dot"): {"temperature": None},
     ("mamba4rec", "deep"): {"stream": {"layers": 2}},
+    ("unisrec", "dot"): {"temperature": None, "experts": 3},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
     ("findrec-2025", "mean"): {"routing": {"kind": "mean"}},
     ("findrec-2025", "legacy"): {"align": {"kind": "legacy", "paired_weight": 0.1}},
