@@ -1,4 +1,4 @@
-"""The contract of models (findrec/models/base.py), tested for each registered model."""
+"""The contract of sequence models (findrec/models/base.py), tested for each registered one."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.errors import FindRecError
 from findrec.models.base import Microbatch, Out, SequenceModel
+from findrec.models.config import SequenceConfig
 from findrec.models.configs import CONFIGS, choose_model
 from findrec.models.parts.layers import Dropout
 from findrec.models.parts.repeat import repeat_candidates
@@ -48,6 +49,7 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
 VARIANTS = [
     (name, modalities, repeat, "")
     for name in sorted(CONFIGS)
+    if issubclass(CONFIGS[name], SequenceConfig)
     for modalities in (("text",), ("text", "image"))
     for repeat in (False, True)
 ] + [(name, ("text", "image"), False, change) for name, change in CHANGES]

@@ -8,11 +8,13 @@ from small_models import make_model, row_width
 from findrec.config import parse_config
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
+from findrec.models.config import SequenceConfig
 from findrec.models.configs import CONFIGS
 from findrec.models.parts.activation_checkpointing import CheckpointedModule, enable_activation_checkpointing
 from findrec.training.build import build_tower_model
 
-MODELS = {name: {"dim": 16, "name": name, "repeat": True} for name in CONFIGS} | {
+SEQUENCES = [name for name, config in CONFIGS.items() if issubclass(config, SequenceConfig)]
+MODELS = {name: {"dim": 16, "name": name, "repeat": True} for name in SEQUENCES} | {
     "deep": {"dim": 16, "stream": {"layers": 3}},
     "gru": {"dim": 16, "stream": {"kind": "gru", "layers": 3}},
     "transformer": {"dim": 16, "stream": {"kind": "transformer", "layers": 3}},
