@@ -7,10 +7,10 @@ TESTERS ?= 2
 PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.ready
 PLACE   = $(if $(FINDREC_HOME),$(FINDREC_HOME),$(CURDIR))
-CODE    = findrec tests evaluation .ci setup.py
+CODE    = findrec tests evaluation docs .ci setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-cluster torture lint types lock bench clean
+.PHONY: help setup demo test test-cluster torture lint types lock bench docs clean
 
 help:
 	@echo "make demo    set up, then train and evaluate on MovieLens-100K (about ten minutes on two cores)"
@@ -22,6 +22,7 @@ help:
 	@echo "make types   mypy, strict for the package, lenient for tests and benchmarks"
 	@echo "make lock    resolve the dependencies anew into requirements.lock"
 	@echo "make bench   time and memory of the hot kernels"
+	@echo "make docs    the documentation as a site, site/index.html"
 	@echo "make clean   remove build products and caches; data/, runs/ and $(VENV) stay"
 	@echo "Other Python or place: make setup PYTHON=python3.12 VENV=/path/to/venv"
 
@@ -73,6 +74,9 @@ lock: setup
 bench: setup
 	$(PY) evaluation/benchmarks/ops.py
 
+docs: setup
+	$(PY) -m mkdocs build
+
 clean:
-	rm -rf build dist *.egg-info findrec/assets .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site build dist *.egg-info findrec/assets .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find findrec tests evaluation .ci -name __pycache__ -type d -prune -exec rm -rf {} +
