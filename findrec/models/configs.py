@@ -21,6 +21,7 @@ from findrec.models.gru4rec.config import GRU4RecConfig
 from findrec.models.hgcf.config import HGCFConfig
 from findrec.models.hstu.config import HSTUConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
+from findrec.models.mufasa.config import MufasaConfig
 from findrec.models.sasrec.config import SASRecConfig
 from findrec.models.unisrec.config import UniSRecConfig
 
@@ -34,6 +35,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "hstu": HSTUConfig,
     "mamba4rec": Mamba4RecConfig,
     "hgcf": HGCFConfig,
+    "mufasa": MufasaConfig,
     "sasrec": SASRecConfig,
     "unisrec": UniSRecConfig,
 }

@@ -34,6 +34,12 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("findrec", "transformer"): {"stream": {"kind": "transformer"}},
     ("findrec", "marginal"): {"align": {"kind": "marginal"}},
     ("findrec", "mmd"): {"align": {"kind": "mmd"}},
+    ("mufasa", "tuned"): {"tuning": "tuned", "anchor": "mean"},
+    ("mufasa", "sparse"): {
+        "sizes": {"block": 4, "stride": 2, "selected_block": 4, "selected": 3, "window": 5, "share": 2},
+        "branches": ["block", "selected"],
+    },
+    ("mufasa", "pairs"): {"branches": ["window", "selected"], "anchor": "image"},
     ("esasrec", "heads"): {"heads": 2, "feed_factor": 1},
     ("hstu", "target"): {"times": "target", "heads": 2},
     ("hstu", "none"): {"times": "none"},
