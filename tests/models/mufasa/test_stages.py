@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.evaluation.scoring.load import load_scorer
 from findrec.evaluation.validation import validate
-from findrec.models.mufasa.fusion_stage import FusionStage, collapse_warnings
+from findrec.models.mufasa.fusion_stage import collapse_warnings
 from findrec.models.mufasa.item_pairs import ItemPairExamples
 from findrec.models.mufasa.model import Mufasa
 from findrec.models.parts.artifacts import artifact_rows, artifact_weights
@@ -134,11 +135,46 @@ def test_stages_and_what_they_need(folder: DataFolder) -> None:
     assert [job.name for job in training_jobs(without, Path("run"))] == ["mufasa/fusion", "mufasa"]
 
 
-def test_each_loss_has_a_curve_that_falls(trained: Trained) -> None:
-    curves = trained[1]["mufasa/fusion"]
-    for name in ("anchor", "collaborative", "structure", "distribution"):
-        values = curves.curve(f"aux/{name}")
-        assert sum(values[-5:]) < sum(values[:5]), name
+LOSSES = ("anchor", "collaborative", "structure", "distribution")
+
+
+def test_each_loss_has_a_curve(trained: Trained) -> None:
+    """The logged loss is their weighted sum, and falls."""
+    log = trained[1]["mufasa/fusion"]
+    weights = dict(zip(LOSSES, (1.0, 0.5, 0.5, 0.1), strict=True))
+    total = log.curve("train/loss")
+    for step, values in enumerate(total):
+        parts = sum(weight * log.curve(f"aux/{name}")[step] for name, weight in weights.items())
+        assert values == pytest.approx(parts, rel=1e-4)
+    assert sum(total[-5:]) < 0.9 * sum(total[:5])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_loss_alone_falls(trained: Trained, folder: DataFolder, name: str) -> None:
+    losses = dict.fromkeys(LOSSES, 0.0) | {name: 1.0}
+    config = make_config(folder, fusion={"dim": 16, "epochs": 15, "reach": 1, "losses": losses})
+    curve = train_fusion(config, folder, trained[0][1].needs).curve(f"aux/{name}")
+    assert sum(curve[-3:]) < 0.9 * sum(curve[:3])
+
+
+def train_fusion(config: RunConfig, folder: DataFolder, needs: Mapping[str, Path]) -> Log:
+    """The stage of fusion alone, with vectors of a collaborative stage if it needs some."""
+    job = next(job for job in training_jobs(config, Path("run")) if job.name == "mufasa/fusion")
+    torch.manual_seed(0)
+    artifacts = find_artifacts(config, needs) if job.needs else {}
+    tower, log = PlainTower(build_tower_model(job.config, folder, artifacts), config.training.optim), Log()
+    with tempfile.TemporaryDirectory() as checkpoints:
+        run_training(
+            job.config,
+            folder,
+            Path(checkpoints),
+            tower,
+            build_tables(job.config, folder),
+            worker=Worker(),
+            validate=validate,
+            log=log,
+        )
+    return log
 
 
 def test_streams_do_not_collapse(trained: Trained) -> None:
@@ -265,24 +301,10 @@ def test_partners_are_close_in_the_training_events_of_one_user(folder: DataFolde
 )
 @pytest.mark.parametrize("anchor", ["text", "image", "mean"])
 def test_ablations_of_the_fusion_stage_train(
-    folder: DataFolder, tmp_path: Path, losses: dict[str, Any], anchor: str
+    trained: Trained, folder: DataFolder, losses: dict[str, Any], anchor: str
 ) -> None:
     config = make_config(folder, anchor=anchor, fusion={"dim": 8, "epochs": 1, "losses": losses})
-    job = next(job for job in training_jobs(config, tmp_path) if job.name == "mufasa/fusion")
-    model = build_tower_model(job.config, folder)
-    assert isinstance(model, FusionStage)
-    log = Log()
-    run_training(
-        job.config,
-        folder,
-        tmp_path / "checkpoints",
-        PlainTower(model, job.config.training.optim),
-        build_tables(job.config, folder),
-        worker=Worker(),
-        validate=validate,
-        log=log,
-    )
-    names = {"anchor", "collaborative", "structure", "distribution"}
+    log = train_fusion(config, folder, trained[0][1].needs)
     left_out = {name for name, weight in losses.items() if weight == 0}
     logged = {key.rpartition("/")[2] for values in log.steps for key in values}
-    assert names & logged == names - left_out
+    assert set(LOSSES) & logged == set(LOSSES) - left_out
