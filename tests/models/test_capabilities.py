@@ -13,7 +13,7 @@ from findrec.models.configs import CONFIGS
 @pytest.mark.parametrize("name", CONFIGS)
 def test_members_of_a_protocol_come_together(name: str) -> None:
     """A model implements all members of a capability or none."""
-    model = make_model({"name": name, "dim": 8})
+    model = make_model({"name": name, "dim": 8}, {"text": 5})
     members = {
         Explains: ("alignment_diagnostics", "explain"),
         Streams: ("open_stream",),
