@@ -51,7 +51,7 @@ def _rank(
     worker: Worker,
 ) -> Ranks:
     """The ranks of this worker's part of the targets."""
-    model, table = tower.whole_model().eval(), tables[ITEMS]
+    model, table = tower.whole_model().eval(), tables.get(ITEMS)  # None: of an earlier stage
     protocol = RankingProtocol.of_validation(config, folder)
     if isinstance(table, ShardedRowsTable):
         assert isinstance(model, SequenceModel)

@@ -26,7 +26,8 @@ class StageSpec:
         name: name of the stage; empty for the last stage, which is the model that is ranked.
         model: configuration of the model trained in this stage.
         needs: names of earlier stages whose best checkpoints this one reads (`DataFacts.artifacts`).
-        training: keys of the `training` section that differ in this stage.
+        training: keys of the `training` section that differ in this stage; a dict has keys of a part of it,
+            such as `{"optim": {"lr": 0.01}}`.
     """
 
     name: str

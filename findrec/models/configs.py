@@ -18,6 +18,7 @@ from findrec.models.esasrec.config import ESASRecConfig
 from findrec.models.findrec.config import FindRecConfig
 from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.gru4rec.config import GRU4RecConfig
+from findrec.models.hdrm.config import HDRMConfig
 from findrec.models.hgcf.config import HGCFConfig
 from findrec.models.hstu.config import HSTUConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
@@ -34,6 +35,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "gru4rec": GRU4RecConfig,
     "hstu": HSTUConfig,
     "mamba4rec": Mamba4RecConfig,
+    "hdrm": HDRMConfig,
     "hgcf": HGCFConfig,
     "mufasa": MufasaConfig,
     "sasrec": SASRecConfig,

@@ -74,7 +74,10 @@ def _stages_of(config: RunConfig, folder: Path) -> list[TrainingJob]:
     for spec in config.model.stages():
         here = folder / STAGES / spec.name if spec.name else folder
         name = f"{config.model.title}/{spec.name}" if spec.name else config.model.title
-        training: dict[str, Any] = dict(spec.training)
+        training: dict[str, Any] = {
+            key: getattr(config.training, key).model_copy(update=value) if isinstance(value, dict) else value
+            for key, value in spec.training.items()
+        }
         if spec.name:
             training["warm_start"] = None
         changed = config.model_copy(

@@ -99,16 +99,18 @@ def load_ranker(
     Raises `FindRecError` if there is no checkpoint, it is damaged, or `folder` is not its data.
     """
     saved = _best(job) if checkpoint is None else load_checkpoint(checkpoint)
-    if ITEMS not in saved.tables:
+    all_tables = scorer_class(job.config.model).reads_all_tables
+    if ITEMS in saved.tables:
+        check_num_items(folder, saved.table.num_rows - 1, saved.path)
+    elif not all_tables:
         raise FindRecError(f"{saved.path} has no table of items, so its model cannot be ranked")
-    check_num_items(folder, saved.table.num_rows - 1, saved.path)
     check_identity(folder, saved.state.catalogue, saved.path)
     model = build_tower_model(job.config, folder, find_artifacts(job.config, job.needs))
     check_weights(model, saved.tower, saved.path)
     model.load_state_dict(saved.tower)
     model.to(device).eval()
     catalogue = build_catalogue(job.config, folder)
-    names = saved.tables if scorer_class(job.config.model).reads_all_tables else [ITEMS]
+    names = saved.tables if all_tables else [ITEMS]
     weights = {name: saved.tables[name]["weight"] for name in names}
     return make_scorer(job.config, model, weights, catalogue, device, job.name)
 

@@ -1,0 +1,1 @@
+"""Hyperbolic diffusion on user-item pairs."""
