@@ -13,6 +13,7 @@ from findrec.evaluation.ranking.evaluate import rank_split, summarise
 from findrec.evaluation.scoring.baselines import make_baseline
 from findrec.evaluation.scoring.inner_product import ModelScorer
 from findrec.evaluation.validation import validate
+from findrec.models.configs import choose_model
 from findrec.tables.base import ITEMS
 from findrec.training import loop
 from findrec.training.build import build_catalogue, build_tables, build_tower_model
@@ -65,7 +66,9 @@ def folder(tmp_path_factory):
 )
 def test_learns_a_planted_pattern_that_popularity_cannot(folder, tmp_path, name, precision):
     config = make_config(precision=precision)
-    config = config.model_copy(update={"model": config.model.model_copy(update={"name": name})})
+    if name != config.model.name:
+        other = choose_model({"name": name, "dim": config.model.dim, "dropout": 0.0})
+        config = config.model_copy(update={"model": other})
     model, table, log = train(config, folder, tmp_path)
     protocol = RankingProtocol(users_per_block=64, max_length=16, ks=[10])
     scorer = ModelScorer(

@@ -6,11 +6,13 @@ Shape letters: B rows, L steps, H heads, d width, c width of a head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from findrec.devices import is_cpu
 from findrec.models.parts.layers import Dropout
 from findrec.models.parts.transformer import INIT_STD
 
@@ -42,11 +44,37 @@ def time_buckets(seconds: Tensor) -> Tensor:
     return bucket.clamp(max=NUM_TIME_BUCKETS - 1)
 
 
+class _Lookup(torch.autograd.Function):
+    """`table[index]` of numbers on a CPU, where an embedding of width 1 takes several times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, table_n: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num_entries = len(table_n)
+        return table_n.take(index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        sums_n = torch.bincount(index.flatten(), grads[0].flatten(), minlength=ctx.num_entries)
+        return sums_n.to(grads[0].dtype), None
+
+
+def look_up(table: nn.Embedding, index: Tensor) -> Tensor:
+    """The numbers of a table of width 1, in the shape of `index`."""
+    if not is_cpu(index.device):
+        return F.embedding(index, table.weight).squeeze(-1)
+    found: Tensor = _Lookup.apply(table.weight.flatten(), index)  # type: ignore[no-untyped-call]
+    return found
+
+
 class HSTULayer(nn.Module):
     """`x + W2 (LN(A V) * U)` with `U, V, Q, K = SiLU(W1 LN(x))` and `A = SiLU(Q K^T + bias) / n`, causal.
 
     `n` is the longest history. It is a constant, so results do not depend on padding.
     """
+
+    uses_child_weights = True  # `look_up` reads the tables of biases
 
     def __init__(self, dim: int, heads: int, max_length: int, dropout: float, *, times: bool) -> None:
         super().__init__()
@@ -81,9 +109,7 @@ class HSTULayer(nn.Module):
 
     def _bias(self, relations: Relations) -> Tensor:
         """`[B or 1, 1, L, L]`."""
-        bias: Tensor = self.position_bias(relations.distance_LL).squeeze(-1)
-        if self.time_bias is not None:
-            bias = bias + self.time_bias(relations.time_BLL).squeeze(-1)
-        else:
-            bias = bias[None]
-        return bias[:, None]
+        bias_LL = look_up(self.position_bias, relations.distance_LL)
+        if self.time_bias is None or relations.time_BLL is None:
+            return bias_LL[None, None]
+        return (look_up(self.time_bias, relations.time_BLL) + bias_LL)[:, None]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from findrec.models.hstu.layers import HSTULayer, Relations, time_buckets
+from findrec.models.hstu.layers import HSTULayer, Relations, look_up, time_buckets
 
 DIM, LENGTH, LONGEST = 8, 11, 30
 
@@ -78,3 +78,15 @@ def test_weights_do_not_depend_on_the_length_of_the_batch() -> None:
     padded_BLd = torch.cat([x_BLd, torch.randn(2, LONGEST - LENGTH, DIM)], dim=1)
     short, long = (Relations.of(n, torch.device("cpu"), None, None) for n in (LENGTH, LONGEST))
     torch.testing.assert_close(layer(x_BLd, short), layer(padded_BLd, long)[:, :LENGTH])
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 4, 4)])
+def test_looked_up_numbers_and_their_gradient_are_those_of_indexing(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    table, index = torch.nn.Embedding(9, 1).double(), torch.randint(0, 8, shape)  # the last is never read
+    weight = torch.randn(shape, dtype=torch.float64)
+    result, want = look_up(table, index), table.weight[index, 0]
+    assert torch.equal(result, want)
+    gradients = [torch.autograd.grad((y * weight).sum(), table.weight)[0] for y in (result, want)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][8].any()
