@@ -16,7 +16,7 @@ from findrec import __version__
 from findrec.cli.config import config
 from findrec.cli.leaderboard import leaderboard
 from findrec.cli.lists import RUN_HELP, index_run, recommend, similar
-from findrec.cli.serving import export
+from findrec.cli.serving import export, serve
 from findrec.errors import FindRecError, system_error
 from findrec.paths import drop_checkout_from_sys_path, find_data_folder, find_run, resolve
 from findrec.text import printable
@@ -307,6 +307,7 @@ app.command("index")(index_run)
 app.command()(recommend)
 app.command()(similar)
 app.command()(export)
+app.command()(serve)
 
 
 @app.command()

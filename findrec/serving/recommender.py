@@ -114,10 +114,16 @@ class Recommender:
             FindRecError: for unknown users, users without events at the query time, malformed histories or
                 an invalid allow-list.
         """
-        _check_k(k)
         time = None if at is None else parse_time(str(at))
         asked = self._asked(users, histories, times, events, time, lenient=lenient)
-        candidates = self._candidates(only, items, items_column, timed=time is not None)
+        candidates = self.candidates(only, items, items_column, timed=time is not None)
+        return self.answer(asked, candidates, k, exclude_seen=exclude_seen)
+
+    def answer(
+        self, asked: Asked, candidates: Candidates, k: int, *, exclude_seen: bool | None = None
+    ) -> Lists[Recommended]:
+        """The lists of `recommend` for histories that were read before."""
+        _check_k(k)
         if exclude_seen is None:
             exclude_seen = seen_filter(self.config.evaluation.mask_seen, self.folder)
         limit = k if self._ranker.list_limit is None else min(k, self._ranker.list_limit)
@@ -135,6 +141,34 @@ class Recommender:
             ids, found = self._popular(candidates, int(asked.time_B[row]), k)
             lists[row] = self._recommended(asked, row, ids, found, POPULARITY)
         return Lists([lists[row] for row in range(len(asked.labels))])
+
+    def candidates(
+        self,
+        only: Sequence[str] = (),
+        items: object = None,
+        items_column: str | None = None,
+        *,
+        timed: bool = False,
+    ) -> Candidates:
+        """The items that may be listed; arguments as in `recommend`.
+
+        With `timed` they are those that are available at the time of the query.
+
+        Raises `FindRecError` for an invalid allow-list.
+        """
+        run, conditions = self.config.evaluation.candidates, list(only)
+        if isinstance(items, str | Path):
+            conditions.append(f"{FILE}{items}{f'#{items_column}' if items_column else ''}")
+            items = None
+        if not conditions and items is None:
+            conditions = allow_list_conditions(run)
+        available = ["available"] if timed or uses_availability(run) else []
+        candidates = Candidates.of(self.folder, [*available, *conditions])
+        if items is None:
+            return candidates
+        listed_V = torch.zeros(self.folder.num_items + 1, dtype=torch.bool)
+        listed_V[[self._item(raw) for raw in raw_ids(items)]] = True
+        return candidates.restricted(listed_V)
 
     def similar_items(
         self, items: object, k: int = 10, *, only: Sequence[str] = (), among: object = None
@@ -154,7 +188,7 @@ class Recommender:
         raw = raw_ids(items)
         ids = torch.tensor([self._item(one) for one in raw], dtype=torch.int64)
         vectors = torch.nn.functional.normalize(self._with_vectors("similar items need").items_Vd, dim=1)
-        since_V = self._candidates(only, among, None, timed=False).since_V
+        since_V = self.candidates(only, among, None, timed=False).since_V
         always = torch.full((len(ids),), NEVER - 1, dtype=torch.int64)
         times = None if since_V is None else Times(since_V, always)
         best, scores = top_items(
@@ -163,7 +197,7 @@ class Recommender:
         found = zip(raw, ids.tolist(), best.tolist(), scores.tolist(), strict=True)
         return Lists(
             [
-                SimilarItems(item=one, title=self._titles.of(item), **self._listed(listed, cosines))
+                SimilarItems(item=one, title=self.titles.of(item), **self._listed(listed, cosines))
                 for one, item, listed, cosines in found
             ]
         )
@@ -228,11 +262,13 @@ class Recommender:
             return inspect_user(scorer, self.folder, row, last)
 
     @cached_property
-    def _id_of(self) -> dict[str, int]:
+    def id_of(self) -> dict[str, int]:
+        """The number 1..V of each item by raw id."""
         return {raw: number for number, raw in enumerate(self.item_ids, start=1)}
 
     @cached_property
-    def _titles(self) -> Titles:
+    def titles(self) -> Titles:
+        """Display names of the items by number."""
         return Titles(self.folder)
 
     @cached_property
@@ -257,9 +293,9 @@ class Recommender:
         return Popularity(self.folder).popularity
 
     def _item(self, raw: str) -> int:
-        if raw not in self._id_of:
-            raise FindRecError(f"no item {raw!r} in {self.folder.path}{suggest(raw, self._id_of)}")
-        return self._id_of[raw]
+        if raw not in self.id_of:
+            raise FindRecError(f"no item {raw!r} in {self.folder.path}{suggest(raw, self.id_of)}")
+        return self.id_of[raw]
 
     def _check_users(self) -> None:
         if not self.folder.num_users:
@@ -292,24 +328,7 @@ class Recommender:
             self._check_users()
             return read_users(self.folder, raw_ids(users), at, lenient=lenient)
         latest = self.latest if at is None else at
-        return read_visitors(self.folder, self._id_of, histories, times, events, latest=latest, at=at)
-
-    def _candidates(
-        self, only: Sequence[str], items: object, items_column: str | None, *, timed: bool
-    ) -> Candidates:
-        run, conditions = self.config.evaluation.candidates, list(only)
-        if isinstance(items, str | Path):
-            conditions.append(f"{FILE}{items}{f'#{items_column}' if items_column else ''}")
-            items = None
-        if not conditions and items is None:
-            conditions = allow_list_conditions(run)
-        available = ["available"] if timed or uses_availability(run) else []
-        candidates = Candidates.of(self.folder, [*available, *conditions])
-        if items is None:
-            return candidates
-        listed_V = torch.zeros(self.folder.num_items + 1, dtype=torch.bool)
-        listed_V[[self._item(raw) for raw in raw_ids(items)]] = True
-        return candidates.restricted(listed_V)
+        return read_visitors(self.folder, self.id_of, histories, times, events, latest=latest, at=at)
 
     def _popular(self, candidates: Candidates, time: int, k: int) -> tuple[list[int], list[float]]:
         """The available items with the most training events, and their scores."""
@@ -332,7 +351,7 @@ class Recommender:
         best = [(item, score) for item, score in zip(ids, scores, strict=True) if item]
         return {
             "items": [self.item_ids[item - 1] for item, _ in best],
-            "titles": [self._titles.of(item) for item, _ in best],
+            "titles": [self.titles.of(item) for item, _ in best],
             "scores": [score for _, score in best],
             "more": {
                 name: [column[item - 1].as_py() for item, _ in best] for name, column in self._more.items()

@@ -114,10 +114,12 @@ def read_visitors(
         np.array(types, dtype=np.int64) if codes else None,
     )
     numbers = [str(number + 1) for number in range(len(rows))]
-    return Asked(labels or numbers, np.diff(past.offset), np.array(query, dtype=np.int64), _reader(past))
+    return Asked(labels or numbers, np.diff(past.offset), np.array(query, dtype=np.int64), reader_of(past))
 
 
-def _reader(past: Histories) -> Callable[[IntArray], Histories]:
+def reader_of(past: Histories) -> Callable[[IntArray], Histories]:
+    """A function of rows that returns their histories, as `Asked.histories`."""
+
     def read(rows: IntArray) -> Histories:
         size = np.diff(past.offset)[rows]
         offset = np.concatenate([[0], np.cumsum(size)]).astype(np.int64)
