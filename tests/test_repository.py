@@ -282,7 +282,7 @@ def test_wheel_carries_package_and_assets_and_nothing_else(wheel: Path) -> None:
         "findrec/assets/cluster/README.md",
     ):
         assert name in names
-    sources = {p.relative_to(ROOT).as_posix() for p in own_files(".cpp", ".h", ".j2", ".js", ".css")}
+    sources = {p.relative_to(ROOT).as_posix() for p in own_files(".cpp", ".h", ".j2", ".js", ".css", ".svg")}
     assert sources
     assert sources <= set(names)
     assert not any(name.startswith("findrec/assets/evaluation/benchmarks") for name in names)

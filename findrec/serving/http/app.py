@@ -169,7 +169,7 @@ def _add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/page/{name}", include_in_schema=False)
     async def file(name: str) -> FileResponse:
-        if name not in ("page.js", "page.css"):
+        if name not in ("page.js", "page.css", "icon.svg"):
             raise UnknownError(f"no file {name!r}")
         return FileResponse(PAGE / name)
 

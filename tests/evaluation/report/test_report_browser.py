@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browsers import BROWSER, needs_browser
 from PIL import Image
 from saved_run import save_run
 
@@ -18,12 +17,6 @@ from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.evaluation.run import evaluate_run
 from findrec.evaluation.suites.suites import run_suite, write_suite
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-PLACES = (os.environ.get("FINDREC_BROWSER"), *map(shutil.which, NAMES))
-BROWSER = next((path for path in PLACES if path), None)
-needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium here: apt-get install chromium, or set FINDREC_BROWSER to its path"
-)
 NUM_ITEMS = 40
 
 
