@@ -21,10 +21,12 @@ from findrec.models.gru4rec.config import GRU4RecConfig
 from findrec.models.hdrm.config import HDRMConfig
 from findrec.models.hgcf.config import HGCFConfig
 from findrec.models.hstu.config import HSTUConfig
+from findrec.models.lightgcn.config import LightGCNConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
 from findrec.models.mufasa.config import MufasaConfig
 from findrec.models.sasrec.config import SASRecConfig
 from findrec.models.unisrec.config import UniSRecConfig
+from findrec.models.vbpr.config import VBPRConfig
 
 DEFAULT = "findrec"
 TRAINED_BASELINE = "sasrec"  # trained beside the model of a run by default
@@ -34,12 +36,14 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "esasrec": ESASRecConfig,
     "gru4rec": GRU4RecConfig,
     "hstu": HSTUConfig,
+    "lightgcn": LightGCNConfig,
     "mamba4rec": Mamba4RecConfig,
     "hdrm": HDRMConfig,
     "hgcf": HGCFConfig,
     "mufasa": MufasaConfig,
     "sasrec": SASRecConfig,
     "unisrec": UniSRecConfig,
+    "vbpr": VBPRConfig,
 }
 
 

@@ -1,0 +1,1 @@
+"""The VBPR model, and BPR matrix factorisation."""
