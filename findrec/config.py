@@ -75,7 +75,10 @@ class TrainingConfig(Part):
 
     epochs: int = Field(20, ge=1)
     microbatches: int = Field(12, ge=1)  # per step; a multiple of the number of workers
-    tokens: int = Field(3200, ge=1)  # largest number of padded positions of a microbatch
+    # largest number of padded positions of a microbatch; auto: 3,200 on CPUs; on GPUs what their memory
+    # holds, up to 51,200, while an epoch has 100 steps or more (findrec/cluster/plan/tokens.py). It is chosen
+    # once, at the first start of a run, and saved with it.
+    tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = 3200
     eval_every: int = Field(1, ge=1)  # epochs between validations
     patience: int = Field(0, ge=0)  # validations without improvement before stopping; 0: never stop
     # Stop at the end of the first epoch that completes this time in training steps, with a validation; time
@@ -102,6 +105,23 @@ class TrainingConfig(Part):
     objective: Literal["all", "last"] = "all"  # every position is a target, or one sample per prefix
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _check_tokens(cls, given: object) -> object:
+        if (isinstance(given, str) and given != "auto") or (isinstance(given, int) and given < 1):
+            raise ValueError("must be a number of at least 1, or auto")
+        return given
+
+    @property
+    def num_tokens(self) -> int:
+        """`tokens` as a number; raises `FindRecError` for `auto`, which is replaced at the start of a run."""
+        if self.tokens == "auto":
+            raise FindRecError(
+                "training.tokens=auto has no number before a run is started with it (`train_run` or "
+                "`resolve_tokens`); set a number to use this configuration without a run"
+            )
+        return self.tokens
 
 
 class ClusterConfig(Part):

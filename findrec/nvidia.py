@@ -69,6 +69,17 @@ def find_driver() -> Driver | None:
     return Driver(found[0][0], tuple(name for _, name in found), tuple(map(float, capabilities)))
 
 
+def gpu_memory() -> int | None:
+    """Bytes of the smallest GPU of this machine by `nvidia-smi`; None if it does not say.
+
+    All GPUs of the machine count, also those that CUDA_VISIBLE_DEVICES hides from this process.
+    """
+    program = shutil.which("nvidia-smi")
+    lines = [] if program is None else _query(program, "memory.total")[0]
+    sizes = [int(match[1]) << 20 for line in lines if (match := re.fullmatch(r"(\d+) MiB", line))]
+    return min(sizes, default=None)
+
+
 def _query(program: str, fields: str) -> tuple[list[str], str]:
     """The lines of an answer of `nvidia-smi`, or why there is none."""
     command = [program, f"--query-gpu={fields}", "--format=csv,noheader"]

@@ -74,6 +74,8 @@ def train_run(config: RunConfig, *, fresh: bool = False) -> Path:
 
 def _train(config: RunConfig, *, fresh: bool) -> Path:
     from findrec.cluster.async_evaluation import AsyncEvaluation
+    from findrec.cluster.plan.machines import machines_of
+    from findrec.cluster.plan.tokens import resolve_tokens
     from findrec.cluster.supervise import train_on_ray
     from findrec.datasets.prepare.pipeline import open_or_prepare
     from findrec.evaluation.check import check_run
@@ -81,7 +83,7 @@ def _train(config: RunConfig, *, fresh: bool) -> Path:
     from findrec.progress import say
     from findrec.ray_session import ray_session
     from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
-    from findrec.training.runs import open_run_folder, run_folder, training_jobs
+    from findrec.training.runs import open_run_folder, run_folder, training_jobs, with_saved_tokens
     from findrec.training.warm_start import find_warm_start
 
     data = open_or_prepare(config.data)
@@ -91,6 +93,10 @@ def _train(config: RunConfig, *, fresh: bool) -> Path:
             find_warm_start(job.config, data)
     if fresh:
         shutil.rmtree(run_folder(config), ignore_errors=True)
+    config = with_saved_tokens(config)
+    if config.training.tokens == "auto":
+        with machines_of(config) as machines:
+            config = resolve_tokens(config, data, machines)
     folder = open_run_folder(config)
     with ray_session(config), _sigterm_sets() as stop:
         async_evaluation = (

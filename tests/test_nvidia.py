@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from findrec.nvidia import BUILDS, Driver, choose_build, driver_problem
+from findrec.nvidia import BUILDS, Driver, choose_build, driver_problem, gpu_memory
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,20 @@ def test_this_machine_has_a_build_that_fits_its_driver():
     assert not driver_problem(driver, torch.version.cuda)
     build = choose_build(driver).build
     assert build in BUILDS
+
+
+@pytest.mark.parametrize(
+    ("answer", "size"),
+    [("81559 MiB\n24564 MiB", 24564 << 20), ("[N/A]", None), ("No devices were found", None)],
+)
+def test_the_memory_of_the_smallest_gpu(tmp_path, monkeypatch, answer, size):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert gpu_memory() == size
+
+
+def test_without_a_driver_the_memory_of_gpus_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu_memory() is None

@@ -32,7 +32,7 @@ def plan_digest(config: RunConfig, folder: DataFolder, source: ExampleSource[Any
         folder.manifest.events_sha256,
         training.seed,
         training.microbatches,
-        training.tokens,
+        training.num_tokens,
         training.epochs,
         *source.identity(),
     ]

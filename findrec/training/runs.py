@@ -106,18 +106,41 @@ def _cannot_write(folder: Path, error: OSError) -> FindRecError:
     )
 
 
+def with_tokens(config: RunConfig, tokens: int) -> RunConfig:
+    """The run with another number for `training.tokens`."""
+    return config.model_copy(update={"training": config.training.model_copy(update={"tokens": tokens})})
+
+
+def with_saved_tokens(config: RunConfig) -> RunConfig:
+    """The run with the tokens of its checkpoints in place of `training.tokens=auto`, if it has checkpoints.
+
+    The steps of a run depend on them, so that a resumed run keeps them on any hardware.
+    """
+    folder = run_folder(config)
+    if config.training.tokens != "auto" or not _has_checkpoints(config, folder):
+        return config
+    return with_tokens(config, read_run_config(folder).training.num_tokens)
+
+
+def _has_checkpoints(config: RunConfig, folder: Path) -> bool:
+    jobs = training_jobs(config, folder)
+    saved = any(list_checkpoints(checkpoint_folder(job.folder)) for job in jobs)
+    return saved and (folder / "config.yaml").is_file()
+
+
 def open_run_folder(config: RunConfig) -> Path:
     """Create the run folder with the resolved `config.yaml`, or open it to resume the run.
 
-    Raises `FindRecError` if it has checkpoints of another configuration or of a newer version, or if it
-    cannot be written.
+    Raises `FindRecError` if it has checkpoints of another configuration or of a newer version, if it cannot
+    be written, or if it is new and `training.tokens` is still `auto`.
     """
+    config = with_saved_tokens(config)
+    config = with_tokens(config, config.training.num_tokens)
     folder = run_folder(config)
-    saved = folder / "config.yaml"
     jobs = training_jobs(config, folder)
     for job in jobs:
         refuse_newer(checkpoint_folder(job.folder))
-    if saved.is_file() and any(list_checkpoints(checkpoint_folder(job.folder)) for job in jobs):
+    if _has_checkpoints(config, folder):
         old = read_run_config(folder)
         changed = changes(old, config, "resume")
         if changed:

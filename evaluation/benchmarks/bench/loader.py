@@ -146,7 +146,7 @@ def ours(folder: DataFolder, profile: Profile) -> Callable[[], Iterator[Batch]]:
 
 def stock(shard: Path, profile: Profile, impl: Impl) -> Callable[[], Iterable[Batch]]:
     """Return a function that reads a one-user-per-member tar through the WebDataset pipeline."""
-    batch_size = max(1, int(RunConfig().training.tokens / profile.mean))
+    batch_size = max(1, int(RunConfig().training.num_tokens / profile.mean))
 
     def collate(samples: list[tuple[str, Any]]) -> Batch:
         both = np.concatenate([values for _, values in samples], axis=1)

@@ -172,7 +172,7 @@ def bench_throughput(
     """Targets per second of one run on two workers, and of two concurrent runs on one worker each."""
     alone = _at_stage(scaling_config(), stage=0, workers=1)
     training = alone.training
-    rows = training.tokens // alone.data.max_length
+    rows = training.num_tokens // alone.data.max_length
     joint: dict[int, list[float]] = {stage: [] for stage in stages}
     moved: dict[int, float] = {}
     apart: list[float] = []
@@ -207,7 +207,7 @@ def bench_throughput(
                 "bench": "throughput",
                 "items": items,
                 "microbatches": training.microbatches,
-                "tokens": training.tokens,
+                "tokens": training.num_tokens,
                 "zero_stage": stage,
                 "joint_targets_per_s": round(statistics.median(joint[stage]), 1),
                 "apart_targets_per_s": round(statistics.median(apart), 1),
@@ -239,8 +239,8 @@ def bench_memory(
     tables: Sequence[Table] = ("replicated", "sharded"),
 ) -> list[Figures]:
     """Peak memory, traffic per step and time to save of two workers, by ZeRO stage and placement."""
-    from findrec.cluster.plan.dry_run import make_plan
     from findrec.cluster.plan.machines import this_machine
+    from findrec.cluster.plan.plan import make_plan
 
     rows = []
     for table in tables:
@@ -278,7 +278,9 @@ def bench_memory(
 
 def _planned_targets(config: RunConfig, folder: DataFolder) -> Any:
     training, windows = config.training, build_windows(config, folder)
-    plan = plan_epoch(windows, seed=0, epoch=0, microbatches=training.microbatches, tokens=training.tokens)
+    plan = plan_epoch(
+        windows, seed=0, epoch=0, microbatches=training.microbatches, tokens=training.num_tokens
+    )
     return plan.targets
 
 
@@ -295,8 +297,8 @@ def _step_of(config: RunConfig, folder: DataFolder, weights: int) -> Step:
         weights=weights,
         items=folder.num_items,
         dim=config.model.dim,
-        targets=config.training.tokens,
-        distinct=min(config.training.tokens, folder.num_items),
+        targets=config.training.num_tokens,
+        distinct=min(config.training.num_tokens, folder.num_items),
         repeats=int(statistics.mean(distinct)) if config.model.repeat_consumption else 0,
         stage=config.cluster.zero_stage,
         table=place_tables(config, folder, config.cluster.workers)[ITEMS].mode,

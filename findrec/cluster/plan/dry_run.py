@@ -1,86 +1,26 @@
-"""`--dry-run`: plans a run without starting it, and checks that it fits into memory.
-
-The plan uses the same code as training for microbatches and models. Memory is an estimate
-(`findrec.cluster.plan.memory`); a test compares it with measured peaks, which it meets within a factor of
-1.5.
-"""
+"""`--dry-run`: plans a run without starting it, and checks that it fits into memory."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from findrec.cluster.plan.activations import MicrobatchShape, measure_microbatch
-from findrec.cluster.plan.machines import (
-    Machine,
-    cluster_machines,
-    place_workers,
-    this_machine,
-    use_gpus,
-)
-from findrec.cluster.plan.memory import Sizes, WorkerMemory, evaluator_memory, worker_memory
+from findrec.cluster.plan.machines import Machine, machines_of
+from findrec.cluster.plan.memory import FEATURE_TABLES
+from findrec.cluster.plan.plan import Plan, make_plan
+from findrec.cluster.plan.tokens import resolve_tokens
 from findrec.config import RunConfig, parse_config
-from findrec.datasets.batches.batch import Batch
-from findrec.datasets.batches.examples import ExampleSource
-from findrec.datasets.batches.plan import EpochPlan, share
+from findrec.datasets.batches.catalogue import GPU_SHARE
 from findrec.datasets.folder.configured import data_folder_of, open_data_folder
 from findrec.datasets.folder.data_folder import DataFolder
-from findrec.datasets.folder.splits import Int64Array
 from findrec.errors import FindRecError
 from findrec.evaluation.check import check_run
-from findrec.models.base import Microbatch, Model
 from findrec.progress import say
-from findrec.ray_session import ray_session
-from findrec.training.build import build_catalogue, build_tower_model, data_facts, place_tables, table_shapes
-from findrec.training.runs import training_jobs
+from findrec.training.runs import training_jobs, with_saved_tokens
 
 # The processes of Ray and the driver on one machine.
 RAY_BYTES = 1536 << 20
 _STAGES = (0, 1, 2, 3)
-MAX_MEASURED = 8192  # padded positions above which the memory of a microbatch is extrapolated
-_MIN_EXAMPLES = 8  # fewest examples of a microbatch to extrapolate from
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plan of a run on given machines."""
-
-    config: RunConfig
-    placed: list[tuple[Machine, int]]  # machines with their numbers of workers
-    gpu: bool
-    sizes: Sizes
-    num_steps: int  # of the first epoch; others may differ by one
-    num_targets: int
-    padding: float
-    shards: list[int]  # number of shards that each worker reads in the first epoch
-    num_shards: int
-
-    @property
-    def memory(self) -> WorkerMemory:
-        """The memory of one worker."""
-        return worker_memory(self.config, self.sizes, gpu=self.gpu)
-
-    @property
-    def evaluator_bytes(self) -> int:
-        """Bytes of the asynchronous evaluator; 0 if there is none."""
-        is_async = self.config.evaluation.evaluator == "async"
-        return evaluator_memory(self.config, self.sizes) if is_async else 0
-
-    def memory_at_stage(self, stage: int) -> WorkerMemory:
-        """The memory of one worker at another ZeRO stage."""
-        changed = {
-            "zero_stage": stage,
-            "offload_optimizer": self.config.cluster.offload_optimizer and stage > 0,
-        }
-        cluster = self.config.cluster.model_copy(update=changed)
-        return worker_memory(self.config.model_copy(update={"cluster": cluster}), self.sizes, gpu=self.gpu)
 
 
 def dry_run(config: RunConfig) -> None:
@@ -91,7 +31,8 @@ def dry_run(config: RunConfig) -> None:
     folder = _open_prepared(config)
     check_run(config, folder)
     say(f"plan of run {config.name!r}: nothing is started")
-    with _machines(config) as machines:
+    with machines_of(config) as machines:
+        config = resolve_tokens(with_saved_tokens(config), folder, machines)
         for job in training_jobs(config, Path()):
             say(f"training of {job.name}")
             plan = make_plan(job.config, folder, machines, announce=True)
@@ -101,93 +42,6 @@ def dry_run(config: RunConfig) -> None:
         unknown = plan.gpu and any(machine.gpu_memory is None for machine, _ in plan.placed)
     checked = "it fits, as far as is known: the memory of GPUs was not checked" if unknown else "it fits"
     say(f"{checked}; start it with the same command without --dry-run")
-
-
-def make_plan(
-    config: RunConfig, folder: DataFolder, machines: Sequence[Machine], *, announce: bool = False
-) -> Plan:
-    """Plan a run on `machines`; reads one microbatch and builds the model, but no tables.
-
-    `announce` tells the user about GPUs as in `use_gpus`.
-    """
-    config, gpu = use_gpus(config, machines, announce=announce)
-    workers = config.cluster.workers
-    model = build_tower_model(config, folder)
-    source: ExampleSource[Any] = model.examples(config, folder)
-    epoch = source.plan(0)
-    largest = max((part for step in epoch.steps for part in step), key=source.size)
-    shape, activations = measure(config, folder, model, source, largest)
-    sizes = Sizes(
-        num_weights=sum(p.numel() for p in model.parameters()),
-        tables=place_tables(config, folder, workers),
-        num_items=folder.num_items,
-        num_users=folder.num_users,
-        num_windows=source.num_examples,
-        feature_dims=data_facts(config, folder).feature_dims,
-        shape=shape,
-        activations=activations,
-    )
-    return Plan(
-        config=config,
-        placed=place_workers(config, machines, gpu=gpu),
-        gpu=gpu,
-        sizes=sizes,
-        num_steps=len(epoch.steps),
-        num_targets=int(epoch.targets.sum()),
-        padding=epoch.padding,
-        shards=[_num_shards(source, epoch, rank, workers) for rank in range(workers)],
-        num_shards=len(folder.manifest.shards),
-    )
-
-
-def measure(
-    config: RunConfig, folder: DataFolder, model: Model[Any], source: ExampleSource[Any], chosen: Int64Array
-) -> tuple[MicrobatchShape, int]:
-    """The shape of the microbatch of the examples `chosen`, and the bytes the model takes for it.
-
-    For a large microbatch the bytes are extrapolated linearly from a quarter and a half of its examples,
-    which do not depend on each other. For remote data, examples of equal sizes are generated instead of
-    downloaded.
-    """
-    shapes = table_shapes(config, folder)
-    catalogue = build_catalogue(config, folder)
-
-    def run(part: Int64Array) -> tuple[MicrobatchShape, int]:
-        examples = source.dummy_examples(part) if folder.remote else source.read(0, [part])[0]
-        shape = shape_of(examples)
-        microbatch = Microbatch(examples, catalogue, max(1, shape.targets), config.training.microbatches, 0)
-        return shape, measure_microbatch(model, shapes, microbatch)
-
-    model.train()
-    size, count = source.size(chosen), len(chosen)
-    if size <= MAX_MEASURED or count < _MIN_EXAMPLES:
-        return run(chosen)
-    # Examples are sorted by size, so every n-th is a representative sample that includes the largest.
-    (_, half), (quarter_shape, quarter) = run(chosen[::2]), run(chosen[::4])
-    sizes = [source.size(chosen[::step]) for step in (2, 4)]
-    slope = (half - quarter) / max(1, sizes[0] - sizes[1])
-    scale = size / sizes[1]
-    shape = MicrobatchShape(
-        rows=round(quarter_shape.rows * scale),
-        length=quarter_shape.length,
-        targets=round(quarter_shape.targets * scale),
-        distinct=min(round(quarter_shape.distinct * scale), folder.num_items + 1),
-    )
-    return shape, round(half + slope * (size - sizes[0]))
-
-
-def shape_of(examples: Any) -> MicrobatchShape:
-    """The sizes of a microbatch; other examples than histories count as histories of one event."""
-    if isinstance(examples, Batch):
-        rows, length = examples.item.shape
-        return MicrobatchShape(rows, length, len(examples.target), len(examples.ids))
-    count = max((len(x) for x in vars(examples).values() if isinstance(x, Tensor) and x.ndim), default=1)
-    return MicrobatchShape(count, 1, count, count)
-
-
-def _num_shards(source: ExampleSource[Any], epoch: EpochPlan, rank: int, world: int) -> int:
-    mine = [part for step in epoch.steps for _, part in share(step, rank, world)]
-    return source.num_shards(np.concatenate(mine))
 
 
 def describe(plan: Plan) -> Iterator[str]:
@@ -214,6 +68,8 @@ def describe(plan: Plan) -> Iterator[str]:
     read = sorted(set(plan.shards))
     span = f"{read[0]}" if len(read) == 1 else f"{read[0]} to {read[-1]}"
     yield f"  shards      {span} of {plan.num_shards} per worker and epoch (users are shuffled)"
+    if plan.gpu and plan.sizes.feature_bytes:
+        yield f"  features    {_mib(plan.sizes.feature_bytes)}, {_where_features_are(plan)}"
     yield "  memory per worker"
     for part in plan.memory.parts:
         where = "  on the GPU" if plan.gpu and part.location == "device" else ""
@@ -230,6 +86,17 @@ def describe(plan: Plan) -> Iterator[str]:
             has_gpu = "unknown, not checked" if machine.gpu_memory is None else _gib(machine.gpu_memory)
             line += f"; {_gib(plan.memory.total('device'))} on each GPU, of {has_gpu}"
         yield line
+
+
+def _where_features_are(plan: Plan) -> str:
+    if plan.gpu_memory is None:
+        return "kept on the GPUs if they fit; counted, as their memory is unknown"
+    if any(part.name == FEATURE_TABLES for part in plan.memory.parts):
+        return "kept on the GPUs after the first step"
+    return (
+        f"read from host memory for every microbatch: more than {GPU_SHARE:.0%} of what the rest leaves free "
+        "on a GPU"
+    )
 
 
 def check_memory_fits(plan: Plan, folder: DataFolder, machines: Sequence[Machine]) -> None:
@@ -269,7 +136,7 @@ def _changes_that_fit(plan: Plan, folder: DataFolder, machines: Sequence[Machine
         tried.append(["training.checkpoint_activations=true"])
     fewer = [w for w in range(cluster.workers - 1, 0, -1) if training.microbatches % w == 0]
     tried += [[f"cluster.workers={w}"] for w in fewer]
-    tokens = training.tokens // 2
+    tokens = training.num_tokens // 2
     while tokens >= 64:
         tried.append([f"training.tokens={tokens}"])
         tokens //= 2
@@ -306,16 +173,6 @@ def _open_prepared(config: RunConfig) -> DataFolder:
             f"there is no data set in {location}. Prepare it first: findrec prepare {config.data.recipe}"
         )
     return open_data_folder(config.data, verify=False)
-
-
-@contextmanager
-def _machines(config: RunConfig) -> Iterator[list[Machine]]:
-    """This machine, or those of the cluster that the run would use."""
-    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
-        yield [this_machine()]
-        return
-    with ray_session(config):
-        yield cluster_machines()
 
 
 def _mib(size: int) -> str:

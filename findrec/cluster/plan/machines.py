@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ import torch
 from findrec.cluster.plan.placement import min_workers, shareable
 from findrec.config import RunConfig
 from findrec.errors import FindRecError
+from findrec.nvidia import gpu_memory
 from findrec.progress import say, warn
-from findrec.ray_session import usable_cpus, usable_gpus
+from findrec.ray_session import ray_session, usable_cpus, usable_gpus
+
+_ANSWER_S = 60.0  # for the machines of a cluster to say the memory of their GPUs
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Machine:
     memory: int  # bytes
     gpus: int = 0
     gpu_memory: int | None = None  # bytes
+    node: str = ""  # Ray's id of the machine
 
 
 def this_machine() -> Machine:
@@ -46,7 +51,7 @@ def machine_memory() -> int:
 
 
 def cluster_machines() -> list[Machine]:
-    """The living nodes of the Ray cluster this process has joined; Ray does not tell the memory of GPUs."""
+    """The living nodes of the Ray cluster this process has joined; see `with_gpu_memory` for their GPUs."""
     import ray
 
     machines = []
@@ -56,8 +61,49 @@ def cluster_machines() -> list[Machine]:
             # Ray reserves part of a node's memory for its object store, which a training hardly uses.
             memory = int(resources.get("memory", 0) + resources.get("object_store_memory", 0))
             name = str(node["NodeManagerAddress"])
-            machines.append(Machine(name, resources.get("CPU", 0), memory, int(resources.get("GPU", 0))))
+            gpus, node_id = int(resources.get("GPU", 0)), str(node["NodeID"])
+            machines.append(Machine(name, resources.get("CPU", 0), memory, gpus, node=node_id))
     return machines
+
+
+def with_gpu_memory(machines: Sequence[Machine]) -> list[Machine]:
+    """The machines of a Ray cluster with the memory of their GPUs, as far as they answer in time.
+
+    Each is asked by a task that takes no resources, as all of its GPUs may be in use.
+    """
+    asked = [machine for machine in machines if machine.gpus and machine.gpu_memory is None and machine.node]
+    if not asked:
+        return list(machines)
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(gpu_memory)
+    answers = {
+        machine.node: ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(machine.node, soft=False)
+        ).remote()
+        for machine in asked
+    }
+    ready, late = ray.wait(list(answers.values()), num_returns=len(answers), timeout=_ANSWER_S)
+    for task in late:
+        ray.cancel(task, force=True)
+    known: dict[str, int | None] = {}
+    for node, answer in answers.items():
+        try:
+            known[node] = ray.get(answer) if answer in ready else None
+        except ray.exceptions.RayError:  # the machine was lost
+            known[node] = None
+    return [replace(m, gpu_memory=known[m.node]) if m.node in known else m for m in machines]
+
+
+@contextmanager
+def machines_of(config: RunConfig) -> Iterator[list[Machine]]:
+    """This machine, or those of the cluster that a run would use."""
+    if not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        yield [this_machine()]
+        return
+    with ray_session(config):
+        yield with_gpu_memory(cluster_machines())
 
 
 def place_workers(config: RunConfig, machines: Sequence[Machine], *, gpu: bool) -> list[tuple[Machine, int]]:

@@ -20,12 +20,14 @@ from findrec.cluster.plan.activations import (
 )
 from findrec.cluster.zero.config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from findrec.config import RunConfig
+from findrec.datasets.batches.catalogue import fit_gpu
 from findrec.tables.base import ITEMS
 from findrec.tables.placement import Placement
 
 # A worker process after loading torch, DeepSpeed and Ray.
 PROCESS_BYTES = 512 << 20
 CUDA_CONTEXT_BYTES = 512 << 20
+FEATURE_TABLES = "feature tables"
 _USER_BYTES = 6 * 8  # location, length and cuts of a history
 _WINDOW_BYTES = 4 * 8 + 3 * 8  # a window, and its position in the plan under construction
 
@@ -53,6 +55,7 @@ class Sizes:
     feature_dims: Mapping[str, int]
     shape: MicrobatchShape  # of the largest microbatch
     activations: int  # bytes of the model for it
+    feature_bytes: int = 0  # of the feature tables of all items, in fp16
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,14 @@ def _table_weights(tables: Mapping[str, Placement]) -> int:
     return sum(FLOAT * table.rows * table.dim for table in tables.values())
 
 
-def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> WorkerMemory:
-    """The peak memory of one worker by component."""
+def worker_memory(
+    config: RunConfig, sizes: Sizes, *, gpu: bool, gpu_memory: int | None = None
+) -> WorkerMemory:
+    """The peak memory of one worker by component.
+
+    `gpu_memory` is that of its GPU in bytes, which decides where feature tables are kept
+    (`Catalogue.keep_on`). If it is unknown, they are counted as kept on the GPU.
+    """
     cluster, dims, shape = config.cluster, sizes.feature_dims, sizes.shape
     items = sizes.tables.get(ITEMS)
     parts = tower_parts(
@@ -138,6 +147,9 @@ def worker_memory(config: RunConfig, sizes: Sizes, *, gpu: bool) -> WorkerMemory
         parts.append(Part("CUDA context", CUDA_CONTEXT_BYTES, "device"))
         # Table rows and moments are copied to host memory for a checkpoint.
         parts.append(Part("checkpoint", 3 * _table_weights(sizes.tables), "host"))
+        on_device = sum(part.bytes for part in parts if part.location == "device")
+        if gpu_memory is None or fit_gpu(sizes.feature_bytes, gpu_memory - on_device):
+            parts.append(Part(FEATURE_TABLES, sizes.feature_bytes, "device"))
     parts.append(Part("process", PROCESS_BYTES, "host"))
     return WorkerMemory(tuple(part for part in parts if part.bytes))
 

@@ -17,6 +17,11 @@ GPU_SHARE = 0.25  # of the free memory of a GPU, for feature tables
 _COPIED_ROWS = 1 << 16  # copied to a GPU at a time
 
 
+def fit_gpu(table_bytes: int, free: int, share: float = GPU_SHARE) -> bool:
+    """Whether feature tables are kept on a GPU with `free` bytes of unused memory."""
+    return table_bytes <= share * free
+
+
 class ItemFeatures(Protocol):
     """Source of item features for training."""
 
@@ -67,7 +72,7 @@ class Catalogue:
     def keep_on(self, device: torch.device | str, share: float = GPU_SHARE) -> bool:
         """Copy the tables to a GPU if they take at most `share` of its free memory; returns whether."""
         tables = {name: self._folder.feature(name) for name in self.modalities}
-        if is_cpu(device) or sum(t.nbytes for t in tables.values()) > share * free_bytes(device):
+        if is_cpu(device) or not fit_gpu(self.nbytes, free_bytes(device), share):
             return False
         # Assigned at once: a loader's thread may be asking whether the tables are there.
         self._on_gpu = {name: self._copied(name, table, device) for name, table in tables.items()}
@@ -99,6 +104,11 @@ class Catalogue:
         if (dropped := self._dropped.get(name)) is not None:
             present = present & ~dropped[ids_n]
         return present.nonzero().squeeze(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the feature tables."""
+        return sum(self._folder.feature(name).nbytes for name in self.modalities)
 
     @property
     def is_on_gpu(self) -> bool:

@@ -96,7 +96,7 @@ class EqualSizeExamples:
             seed=training.seed,
             epoch=epoch,
             microbatches=training.microbatches,
-            size=training.tokens,
+            size=training.num_tokens,
         )
 
     def prefetch(self, chosen: Int64Array) -> None:

@@ -54,7 +54,7 @@ class HistoryExamples:
             seed=training.seed,
             epoch=epoch,
             microbatches=training.microbatches,
-            tokens=training.tokens,
+            tokens=training.num_tokens,
         )
 
     def _read_batches(self, epoch: int, parts: Sequence[Int64Array]) -> list[Batch]:

@@ -33,7 +33,14 @@ from findrec.training.checkpoints.budget import is_over
 from findrec.training.checkpoints.checkpoint import checkpoint_folder, list_checkpoints
 from findrec.training.checkpoints.manifest import MANIFEST
 from findrec.training.checkpoints.validations import saved_state
-from findrec.training.runs import TrainingJob, open_run_folder, read_run_config, run_folder, training_jobs
+from findrec.training.runs import (
+    TrainingJob,
+    open_run_folder,
+    read_run_config,
+    run_folder,
+    training_jobs,
+    with_saved_tokens,
+)
 
 LOG = "train.log"  # the output of a run that is trained beside others
 _MOST_FAILURES = 3  # after which no further runs are started
@@ -83,7 +90,7 @@ def is_finished(config: RunConfig, folder: DataFolder) -> bool:
     metrics = path / "metrics.json"
     if not metrics.is_file() or not (path / "ranks.parquet").is_file():
         return False
-    if changes(read_run_config(path), config, "resume"):
+    if changes(read_run_config(path), with_saved_tokens(config), "resume"):
         return False
     check_run_data(config, path, folder)
     try:

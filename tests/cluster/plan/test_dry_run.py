@@ -7,10 +7,12 @@ import pytest
 from engine_workers import Workers
 from planted import make_config, planted_folder
 
-from findrec.cluster.plan import dry_run
-from findrec.cluster.plan.dry_run import RAY_BYTES, check_memory_fits, describe, make_plan
+from findrec.cluster.plan import dry_run, machines
+from findrec.cluster.plan import plan as plan_module
+from findrec.cluster.plan.dry_run import RAY_BYTES, check_memory_fits, describe
 from findrec.cluster.plan.machines import Machine, place_workers
 from findrec.cluster.plan.memory import tower_parts
+from findrec.cluster.plan.plan import make_plan
 from findrec.config import parse_config
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.in_memory import write_data_folder
@@ -96,8 +98,8 @@ def test_the_extrapolated_memory_is_that_of_the_whole_microbatch(long_histories,
     training = {"tokens": 10_000, "microbatches": 1}
     config = parse_config({"model": {"name": name}, "training": training, "cluster": {"workers": 1}})
     extrapolated = make_plan(config, long_histories, ROOMY).sizes
-    assert extrapolated.shape.positions > dry_run.MAX_MEASURED
-    monkeypatch.setattr(dry_run, "MAX_MEASURED", 1 << 30)
+    assert extrapolated.shape.positions > plan_module.MAX_MEASURED
+    monkeypatch.setattr(plan_module, "MAX_MEASURED", 1 << 30)
     whole = make_plan(config, long_histories, ROOMY).sizes
     assert extrapolated.activations == pytest.approx(whole.activations, rel=0.05)
     for size in ("rows", "length", "targets", "distinct"):
@@ -163,7 +165,7 @@ def test_every_training_of_a_run_is_planned_with_all_its_tables(planted, monkeyp
     model = {"name": "toy_models:TwoStages", "dim": 16}
     tree = make_config().model_dump(mode="json") | {"model": model}
     config = parse_config(tree, [f"data.folder={planted.path}", "evaluation.baselines=[sasrec]"])
-    monkeypatch.setattr(dry_run, "this_machine", lambda: ROOMY[0])
+    monkeypatch.setattr(machines, "this_machine", lambda: ROOMY[0])
     dry_run.dry_run(config)
     said = capsys.readouterr()
     text = said.out + said.err

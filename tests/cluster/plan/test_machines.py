@@ -3,15 +3,19 @@
 import re
 
 import pytest
+import ray
 import torch
 from planted import make_config, planted_folder
 
 from findrec import nvidia, ray_session
 from findrec.cluster.plan import machines
-from findrec.cluster.plan.dry_run import check_memory_fits, describe, make_plan
+from findrec.cluster.plan.dry_run import check_memory_fits, describe
 from findrec.cluster.plan.machines import Machine, use_gpus
+from findrec.cluster.plan.memory import FEATURE_TABLES
+from findrec.cluster.plan.plan import make_plan
 from findrec.config import load_config, parse_config
 from findrec.errors import FindRecError
+from findrec.training.build import build_catalogue
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +108,7 @@ def test_the_dry_run_says_that_it_did_not_check_gpus(tmp_path, monkeypatch, caps
     folder = planted_folder(tmp_path / "planted")
     config = parse_config(make_config().model_dump(mode="json"), [f"data.folder={folder.path}"])
     for memory, said in ((None, "the memory of GPUs was not checked"), (80 << 30, "it fits; start it")):
-        monkeypatch.setattr(dry_run, "this_machine", lambda memory=memory: with_gpus(2, memory=memory)[0])
+        monkeypatch.setattr(machines, "this_machine", lambda memory=memory: with_gpus(2, memory=memory)[0])
         dry_run.dry_run(config)
         assert said in "".join(capsys.readouterr())
 
@@ -131,3 +135,67 @@ def test_gpus_that_pytorch_cannot_use_are_not_given_to_ray(monkeypatch, capsys):
             pass
         assert given["num_gpus"] == 0
         assert ("NVIDIA A100 is not used" in "".join(capsys.readouterr())) == warned
+
+
+def test_the_machines_of_a_cluster_are_asked_for_the_memory_of_their_gpus(monkeypatch):
+    """One answers, one has no driver, one does not answer in time, one is lost; the last has no GPU."""
+    ids = [letter * 56 for letter in "abcde"]
+    gpus = (2, 1, 1, 1, 0)
+    nodes = [Machine("m", 8, 1 << 34, count, node=node) for node, count in zip(ids, gpus, strict=True)]
+    asked, options, cancelled = [], {}, []
+
+    class Task:
+        def __init__(self, node=None):
+            self.node = node
+
+        def options(self, scheduling_strategy):
+            return Task(scheduling_strategy.node_id)
+
+        def remote(self):
+            asked.append(self.node)
+            return self
+
+    def remote(**given):
+        options.update(given)
+        return lambda function: Task() if function is nvidia.gpu_memory else None
+
+    def get(task):
+        if task.node == ids[3]:
+            raise ray.exceptions.RayError("lost")
+        return {ids[0]: 80 << 30, ids[1]: None}[task.node]
+
+    def wait(tasks, **_):
+        late = [task for task in tasks if task.node == ids[2]]
+        return [task for task in tasks if task not in late], late
+
+    monkeypatch.setattr(ray, "remote", remote)
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "cancel", lambda task, force: cancelled.append((task.node, force)))
+    found = machines.with_gpu_memory(nodes)
+    assert [m.gpu_memory for m in found] == [80 << 30, None, None, None, None]
+    assert asked == ids[:4]
+    assert options["num_cpus"] == 0
+    assert cancelled == [(ids[2], True)]
+    asked.clear()
+    assert machines.with_gpu_memory(found[:1] + nodes[4:]) == found[:1] + nodes[4:]
+    assert not asked, "what is known, and machines without GPUs, are not asked"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_feature_tables_are_counted_where_they_are_kept(tmp_path, kept):
+    """By the rule of `Catalogue.keep_on`, with what the other parts of the plan leave free."""
+    folder = planted_folder(tmp_path / "planted")
+    config = make_config()
+    size = build_catalogue(config, folder).nbytes
+    host = make_plan(config, folder, with_gpus(2, memory=1 << 20)).memory
+    assert not [part for part in host.parts if part.name == FEATURE_TABLES]
+    rest = host.total("device")
+    free = 4 * size  # a quarter of it is for the tables
+    plan = make_plan(config, folder, with_gpus(2, memory=rest + (free if kept else free - 1)))
+    assert plan.memory.total("device") - rest == (size if kept else 0)
+    assert plan.memory.total("host") == host.total("host")
+    (line,) = [line for line in describe(plan) if line.startswith("  features ")]
+    assert ("kept on the GPUs after the first step" if kept else "read from host memory") in line
+    cpu = make_plan(config, folder, [Machine("m", 16, 64 << 30)])
+    assert not [line for line in describe(cpu) if line.startswith("  features ")]
