@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.training_pairs import TrainingPairs
-from findrec.models.base import DataFacts
+from findrec.models.base import DataFacts, SequenceModel
 from findrec.models.config import ModelConfig
 from findrec.models.configs import choose_model
 from findrec.models.registry import build_model, model_class
@@ -45,3 +46,8 @@ def row_width(config: ModelConfig, feature_dims: Mapping[str, int]) -> int:
     """The width of the rows of the item table of a model."""
     facts = DataFacts(num_items=1, feature_dims=feature_dims if config.content else {})
     return model_class(config).tables(config, facts)[ITEMS].dim
+
+
+def training_batch(model: SequenceModel, batch: Batch) -> Batch:
+    """The batch that a model is called with in training, where some read the rows of the targets too."""
+    return batch.with_targets() if model.reads_targets else batch

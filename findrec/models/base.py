@@ -180,6 +180,7 @@ class SequenceModel(Model[Batch]):
     """
 
     content_scores = False  # whether `item_transform` is not the identity
+    reads_targets = False  # whether `loss` gives `forward` the rows of the targets too (`Batch.target_index`)
 
     def __call__(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """`forward`, in bfloat16 products if `low_precision` is set and the model is in training mode."""
@@ -235,6 +236,8 @@ class SequenceModel(Model[Batch]):
     def loss(self, microbatch: Microbatch[Batch], tables: Tables) -> StepLoss:
         """Next-item prediction: the catalogue loss at every target, plus the auxiliary terms of `Out`."""
         batch, items = microbatch.examples, tables[ITEMS]
+        if self.reads_targets:
+            batch = batch.with_targets()
         out = self(batch, items.rows(batch.ids), microbatch.features.features(batch.ids))
         bonus = weights_TR = None
         if out.repeat is not None:

@@ -6,7 +6,7 @@ The keys of a model are the fields of its class in `findrec/models/<name>/config
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -67,6 +67,13 @@ class ModelConfig(Part):
     def content(self) -> Literal["all"] | Sequence[str]:
         """The modalities that are inputs of the model; by default none."""
         return ()
+
+    def vector_dim(self, modalities: Collection[str]) -> int:
+        """The width of user vectors and of the vectors that items are scored by.
+
+        `modalities` are those of `content` that the data has.
+        """
+        return self.dim
 
     @property
     def scores_content(self) -> bool:

@@ -20,6 +20,7 @@ from findrec.models.findrec_2025.config import FindRec2025Config
 from findrec.models.gru4rec.config import GRU4RecConfig
 from findrec.models.hdrm.config import HDRMConfig
 from findrec.models.hgcf.config import HGCFConfig
+from findrec.models.hm4sr.config import HM4SRConfig
 from findrec.models.hstu.config import HSTUConfig
 from findrec.models.lightgcn.config import LightGCNConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
@@ -41,6 +42,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "hdrm": HDRMConfig,
     "hgcf": HGCFConfig,
     "mufasa": MufasaConfig,
+    "hm4sr": HM4SRConfig,
     "sasrec": SASRecConfig,
     "unisrec": UniSRecConfig,
     "vbpr": VBPRConfig,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_models import make_model, row_width
+from small_models import make_model, row_width, training_batch
 from torch import Tensor
 
 from findrec.config import LossConfig, OptimConfig
@@ -47,6 +47,9 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("mamba4rec", "deep"): {"stream": {"layers": 2}},
     ("unisrec", "dot"): {"temperature": None, "experts": 3},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
+    ("hm4sr", "categories"): {"categories": "image"},
+    ("hm4sr", "plain"): {"interactive": {"experts": 0}, "temporal": {"experts": 0}},
+    ("hm4sr", "calendar"): {"temporal": {"reads": "calendar"}},
     ("findrec-2025", "mean"): {"routing": {"kind": "mean"}},
     ("findrec-2025", "legacy"): {"align": {"kind": "legacy", "paired_weight": 0.1}},
     ("findrec-2025", "window"): {"routing": {"window": 5}},
@@ -95,7 +98,12 @@ class Case:
         rows = self.table[batch.ids].clone().requires_grad_()
         return rows, self.features(batch.ids)
 
+    def vectors(self) -> Tensor:
+        """The vectors that items are scored by."""
+        return self.model.item_transform(self.table, self.all_features("cpu"))
+
     def run(self, batch: Batch) -> Out:
+        batch = training_batch(self.model, batch)
         rows, features = self.inputs(batch)
         out: Out = self.model(batch, rows, features)
         return out
@@ -150,7 +158,7 @@ def test_shapes_and_repeat_head(case: Case) -> None:
     batch = as_batch(histories([9, 4]))
     case.model.eval()
     out = case.run(batch)
-    assert out.h.shape == (13, DIM)
+    assert out.h.shape == (13, case.vectors().shape[1])
     assert (out.repeat is not None) == case.repeat
     if out.repeat is not None:
         assert out.repeat.shape == (13, NUM_REPEAT_FEATURES)
@@ -199,7 +207,7 @@ def test_only_target_positions_are_returned(case: Case) -> None:
 
 def test_gradient_reaches_every_parameter_and_the_rows(case: Case) -> None:
     case.model.train()
-    batch = as_batch(histories([30, 25]))
+    batch = training_batch(case.model, as_batch(histories([30, 25])))
     rows, features = case.inputs(batch)
     out = case.model(batch, rows, features)
     loss = (out.h * torch.randn_like(out.h)).sum() + sum(term.value for term in out.aux.values())
@@ -267,19 +275,20 @@ def test_scores_of_untrained_models_are_small(case: Case) -> None:
     case.model.load_state_dict(case.untrained)
     case.model.eval()
     h = case.run(as_batch(histories([40]))).h
-    vectors = case.model.item_transform(case.table, case.all_features("cpu"))
+    vectors = case.vectors()
     temperature = getattr(case.model.config, "temperature", None)
     if temperature is not None:
         torch.testing.assert_close(h.norm(dim=1), torch.full((40,), 1 / temperature), rtol=0.01, atol=0)
         assert 0.95 < vectors[1:].norm(dim=1).mean() < 1
         assert (temperature * h @ vectors.t()).abs().mean() < 1.5 * DIM**-0.5
         return
-    assert 0.3 * DIM**0.5 < h.norm(dim=1).mean() < 3 * DIM**0.5
+    width = vectors.shape[1]
+    assert 0.3 * width**0.5 < h.norm(dim=1).mean() < 3 * width**0.5
     assert (h @ vectors.t()).abs().mean() < 0.5
 
 
 def test_low_precision_rounds_products_and_nothing_else(case: Case) -> None:
-    batch = as_batch(histories([30, 25]))
+    batch = training_batch(case.model, as_batch(histories([30, 25])))
 
     def trained(low: bool) -> tuple[Out, dict[str, Tensor]]:
         case.model.low_precision = low
@@ -349,6 +358,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_formula(case: Case, num_tar
     case.model.zero_grad()
     torch.manual_seed(7)
     weight = case.table.clone().requires_grad_()
+    batch = training_batch(case.model, batch)
     out = case.model(batch, weight[batch.ids], case.features(batch.ids))
     scores = out.h @ case.model.item_transform(weight, case.all_features("cpu")).T
     if out.repeat is not None:

@@ -148,7 +148,7 @@ def loss_bytes(
     `rows` is the number of local table rows and `row_width` their width (default: that of item vectors);
     `feature_dims` are the widths of the modalities.
     """
-    loss, d = config.training.loss, config.model.dim
+    loss, d = config.training.loss, config.model.vector_dim(feature_dims)
     device = "cuda" if on_gpu else "cpu"
     if loss.kind == "exact":
         tile_rows = max(tile_bytes(device, loss.tile_mib << 20) // (rows * FLOAT), d // 4, 1)

@@ -136,7 +136,7 @@ def worker_memory(
         parts.append(Part("loss chunk", chunk, "device"))
     if items is not None and items.mode == "sharded" and config.training.loss.kind == "exact":
         # Each worker gathers the user vectors of all workers, and returns their gradients.
-        gathered = 2 * FLOAT * cluster.workers * shape.targets * config.model.dim
+        gathered = 2 * FLOAT * cluster.workers * shape.targets * config.model.vector_dim(dims)
         parts.append(Part("vectors of all workers", gathered, "device"))
     if config.model.scores_content and config.training.loss.kind == "exact":
         every = FLOAT * (sizes.num_items + 1) * sum(dims.values())
@@ -157,5 +157,5 @@ def worker_memory(
 def evaluator_memory(config: RunConfig, sizes: Sizes) -> int:
     """Bytes of the asynchronous evaluator: the model, all rows and item vectors."""
     rows = sum((table.num_rows + 1) * table.dim for table in sizes.tables.values())
-    vectors = (sizes.num_items + 1) * config.model.dim
+    vectors = (sizes.num_items + 1) * config.model.vector_dim(sizes.feature_dims)
     return PROCESS_BYTES + FLOAT * (sizes.num_weights + rows + vectors)

@@ -33,6 +33,7 @@ class Batch:
     wait: Tensor | None = None  # [T] int64, log2 bucket of the seconds from a position to its query
     time: Tensor | None = None  # [B, L] int64, seconds since 1970 of each event, 0 padding
     query_time: Tensor | None = None  # [T] int64, seconds since 1970, when a target position predicts
+    target_index: Tensor | None = None  # [T] int64, index of each target in `ids`; see `with_targets`
 
     @staticmethod
     def build(
@@ -64,6 +65,14 @@ class Batch:
             time=time,
             query_time=query_time,
         )
+
+    def with_targets(self) -> Batch:
+        """The same batch with the targets among `ids`, for models that compare vectors with them."""
+        if self.target_index is not None:
+            return self
+        ids, index = torch.unique(torch.cat([self.ids, self.target]), return_inverse=True)
+        of_ids, of_target = index.split([len(self.ids), len(self.target)])
+        return replace(self, ids=ids, index=of_ids[self.index], target_index=of_target)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

@@ -35,6 +35,7 @@ MODELS: dict[str, Any] = {
         {"model": {"dim": 32, "stream": {"kind": "transformer"}}, "training": SAMPLED},
         {"text": 384},
     ),
+    "hm4sr": ({"model": {"name": "hm4sr", "dim": 32}}, {"text": 48, "image": 96}),
     "2025": (
         {"model": {"name": "findrec-2025", "dim": 32, "items": {"features": "both"}}},
         {"text": 384},
@@ -60,7 +61,8 @@ def make_batch(rows, length):
     item = torch.randint(1, NUM_ITEMS + 1, (rows, length))
     full = torch.full((rows,), length)
     position = torch.arange(rows * length)
-    return Batch.build(item, full, torch.arange(rows), position, item.flatten().roll(-1))
+    time = torch.arange(rows * length).view(rows, length)
+    return Batch.build(item, full, torch.arange(rows), position, item.flatten().roll(-1), time=time)
 
 
 def shape_of(batch):

@@ -97,6 +97,18 @@ def test_predictions_have_the_time_they_are_made_at() -> None:
     assert batch.query_time.tolist() == [12, 3]
 
 
+def test_targets_can_be_among_the_ids() -> None:
+    histories = Histories(np.array([5, 2, 9, 2, 7]), np.arange(5), np.array([0, 3, 5]))
+    batch = padded_batch(histories, np.arange(2), 9, skip=np.zeros(2, dtype=np.int64))
+    assert batch.ids.tolist() == [0, 2, 5]
+    more = batch.with_targets()
+    assert more.ids.tolist() == [0, 2, 5, 7, 9]
+    assert more.target_index is not None
+    assert torch.equal(more.ids[more.index], batch.item)
+    assert torch.equal(more.ids[more.target_index], batch.target)
+    assert more.with_targets() is more
+
+
 def test_gap_bucket_agrees_with_gap_buckets() -> None:
     seconds = np.array([0, 1, 2, 3, 7, 8, 1 << 20, (1 << 30) - 2, (1 << 30) - 1, 1 << 45])
     both = np.stack([np.zeros_like(seconds), seconds], axis=1).ravel()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from planted import planted_folder
-from small_models import make_model, row_width
+from small_models import make_model, row_width, training_batch
 
 from findrec.config import parse_config
 from findrec.datasets.batches.batch import Batch
@@ -43,6 +43,7 @@ def gradients(name, length, checkpoint):
         item.flatten(),
         time=torch.randint(0, 10**6, (3, length)).cumsum(1),
     )
+    batch = training_batch(model, batch)
     rows = torch.randn(len(batch.ids), row_width(config.model, {"text": 12}), requires_grad=True)
     features = {"text": ModalRows(torch.randn(len(batch.ids), 12), batch.ids > 0)}
     kept = {}

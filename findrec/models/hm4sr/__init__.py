@@ -1,0 +1,1 @@
+"""The HM4SR model."""
