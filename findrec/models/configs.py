@@ -25,6 +25,7 @@ from findrec.models.hstu.config import HSTUConfig
 from findrec.models.lightgcn.config import LightGCNConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
 from findrec.models.mufasa.config import MufasaConfig
+from findrec.models.mfn.config import MFNConfig
 from findrec.models.sasrec.config import SASRecConfig
 from findrec.models.unisrec.config import UniSRecConfig
 from findrec.models.vbpr.config import VBPRConfig
@@ -43,6 +44,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "hgcf": HGCFConfig,
     "mufasa": MufasaConfig,
     "hm4sr": HM4SRConfig,
+    "mfn": MFNConfig,
     "sasrec": SASRecConfig,
     "unisrec": UniSRecConfig,
     "vbpr": VBPRConfig,

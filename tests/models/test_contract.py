@@ -47,6 +47,8 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("mamba4rec", "deep"): {"stream": {"layers": 2}},
     ("unisrec", "dot"): {"temperature": None, "experts": 3},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
+    ("mfn", "ids"): {"attend": "ids"},
+    ("mfn", "both"): {"attend": "both"},
     ("hm4sr", "categories"): {"categories": "image"},
     ("hm4sr", "plain"): {"interactive": {"experts": 0}, "temporal": {"experts": 0}},
     ("hm4sr", "calendar"): {"temporal": {"reads": "calendar"}},

@@ -1,0 +1,1 @@
+"""The MFN model: attention by content over values of ids."""
