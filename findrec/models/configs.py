@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, SerializeAsAny
 
 from findrec.errors import FindRecError, suggest
+from findrec.models.bivrec.config import BiVRecConfig
 from findrec.models.config import ModelConfig
 from findrec.models.esasrec.config import ESASRecConfig
 from findrec.models.findrec.config import FindRecConfig
@@ -24,8 +25,8 @@ from findrec.models.hm4sr.config import HM4SRConfig
 from findrec.models.hstu.config import HSTUConfig
 from findrec.models.lightgcn.config import LightGCNConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
-from findrec.models.mufasa.config import MufasaConfig
 from findrec.models.mfn.config import MFNConfig
+from findrec.models.mufasa.config import MufasaConfig
 from findrec.models.sasrec.config import SASRecConfig
 from findrec.models.unisrec.config import UniSRecConfig
 from findrec.models.vbpr.config import VBPRConfig
@@ -44,6 +45,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "hgcf": HGCFConfig,
     "mufasa": MufasaConfig,
     "hm4sr": HM4SRConfig,
+    "bivrec": BiVRecConfig,
     "mfn": MFNConfig,
     "sasrec": SASRecConfig,
     "unisrec": UniSRecConfig,

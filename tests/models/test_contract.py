@@ -47,6 +47,7 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("mamba4rec", "deep"): {"stream": {"layers": 2}},
     ("unisrec", "dot"): {"temperature": None, "experts": 3},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
+    ("bivrec", "plain"): {"scales": [], "gaussian": False, "interests": {"number": 1}},
     ("mfn", "ids"): {"attend": "ids"},
     ("mfn", "both"): {"attend": "both"},
     ("hm4sr", "categories"): {"categories": "image"},
@@ -160,7 +161,7 @@ def test_shapes_and_repeat_head(case: Case) -> None:
     batch = as_batch(histories([9, 4]))
     case.model.eval()
     out = case.run(batch)
-    assert out.h.shape == (13, case.vectors().shape[1])
+    assert out.h.shape[:1] + out.h.shape[-1:] == (13, case.vectors().shape[1])  # one or several vectors
     assert (out.repeat is not None) == case.repeat
     if out.repeat is not None:
         assert out.repeat.shape == (13, NUM_REPEAT_FEATURES)
@@ -285,7 +286,7 @@ def test_scores_of_untrained_models_are_small(case: Case) -> None:
         assert (temperature * h @ vectors.t()).abs().mean() < 1.5 * DIM**-0.5
         return
     width = vectors.shape[1]
-    assert 0.3 * width**0.5 < h.norm(dim=1).mean() < 3 * width**0.5
+    assert 0.3 * width**0.5 < h.norm(dim=-1).mean() < 3 * width**0.5
     assert (h @ vectors.t()).abs().mean() < 0.5
 
 

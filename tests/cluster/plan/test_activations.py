@@ -35,6 +35,7 @@ MODELS: dict[str, Any] = {
         {"model": {"dim": 32, "stream": {"kind": "transformer"}}, "training": SAMPLED},
         {"text": 384},
     ),
+    "bivrec": ({"model": {"name": "bivrec", "dim": 32}}, {"text": 48, "image": 96}),
     "hm4sr": ({"model": {"name": "hm4sr", "dim": 32}}, {"text": 48, "image": 96}),
     "2025": (
         {"model": {"name": "findrec-2025", "dim": 32, "items": {"features": "both"}}},

@@ -1,0 +1,1 @@
+"""The BiVRec model."""
