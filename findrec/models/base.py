@@ -59,8 +59,6 @@ class DataFacts:
     # Folders of the best checkpoints of the stages that this one needs, by stage name. Empty if the model is
     # only built to be measured or checked before those stages are trained.
     artifacts: Mapping[str, Path] = field(default_factory=dict)
-    # Reads the rows `[n + 1, d]` of all tables of such a stage by table name, at its checkpoint.
-    stage_rows: Callable[[str], Mapping[str, Tensor]] | None = None
     # Reads the distinct user-item pairs of the training events, for models of the interaction graph.
     training_pairs: Callable[[], TrainingPairs] | None = None
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from findrec.config import RunConfig
 from findrec.datasets.batches.catalogue import Catalogue
@@ -25,7 +24,6 @@ from findrec.tables.item_table import ItemTable
 from findrec.tables.placement import Placement, place_table
 from findrec.tables.sharded_table import ShardedItemTable
 from findrec.tables.table_spec import TableSpec
-from findrec.training.checkpoints.checkpoint import load_checkpoint
 
 
 def used_modalities(config: RunConfig, folder: DataFolder) -> list[str]:
@@ -73,13 +71,7 @@ def data_facts(
         max_length=config.data.max_length,
         artifacts=artifacts or {},
         training_pairs=partial(TrainingPairs.read, folder),
-        stage_rows=partial(_stage_rows, artifacts or {}),
     )
-
-
-def _stage_rows(artifacts: Mapping[str, Path], stage: str) -> dict[str, Tensor]:
-    saved = load_checkpoint(artifacts[stage], verify=False)  # verified when it was found
-    return {name: table["weight"] for name, table in saved.tables.items()}
 
 
 def build_tower_model(

@@ -30,7 +30,7 @@ from findrec.evaluation.index.store import index_folder, keep_setting, load_inde
 from findrec.evaluation.protocol import RankingProtocol
 from findrec.evaluation.scoring.base import Top
 from findrec.evaluation.scoring.candidates import Candidates
-from findrec.evaluation.scoring.load import load_scorer
+from findrec.evaluation.scoring.load import load_inner_product
 from findrec.evaluation.scoring.user_vectors import top_items
 from findrec.evaluation.search.faiss_library import GPU_MOST, Gpus, choose_gpus, need_faiss
 from findrec.progress import say
@@ -118,9 +118,9 @@ def measure_indexes(
             "with a split that leaves test events"
         )
     job = main_job(config, run_folder)
-    scorer = load_scorer(job, folder)
+    scorer = load_inner_product(job, folder)
     checkpoint = best_checkpoint_path(checkpoint_folder(job.folder))
-    assert checkpoint is not None, "load_scorer has loaded it"
+    assert checkpoint is not None, "load_inner_product has loaded it"
     threads = threads or max(1, config.cluster.threads or torch.get_num_threads())
     protocol = RankingProtocol.of(config, folder)
     items_Vd, k = scorer.items_Vd, min(k, folder.num_items)

@@ -14,7 +14,7 @@ from findrec.datasets.batches.catalogue import Catalogue
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError
 from findrec.evaluation.scoring.base import Scorer
-from findrec.evaluation.scoring.inner_product import ModelScorer
+from findrec.evaluation.scoring.inner_product import InnerProductScorer, ModelScorer
 from findrec.models.base import Model, SequenceModel
 from findrec.models.config import ModelConfig
 from findrec.models.configs import import_object
@@ -116,14 +116,28 @@ def load_ranker(
 
 
 def load_scorer(job: TrainingJob, folder: DataFolder, device: torch.device | str = "cpu") -> ModelScorer:
-    """`load_ranker` for uses that need user vectors; raises `FindRecError` if the scorer has none."""
+    """`load_ranker` for uses that need a sequence model; raises `FindRecError` if it is none."""
     scorer = load_ranker(job, folder, device)
     if not isinstance(scorer, ModelScorer):
-        raise FindRecError(
-            f"{job.name} is ranked by {job.config.model.scorer}, but this needs a model with user vectors "
-            "(a subclass of findrec.evaluation.scoring.inner_product:ModelScorer)"
-        )
+        raise _no_vectors(job, "ModelScorer")
     return scorer
+
+
+def load_inner_product(
+    job: TrainingJob, folder: DataFolder, device: torch.device | str = "cpu"
+) -> InnerProductScorer:
+    """`load_ranker` for uses that need vectors of users and items; raises `FindRecError` if it has none."""
+    scorer = load_ranker(job, folder, device)
+    if not isinstance(scorer, InnerProductScorer):
+        raise _no_vectors(job, "InnerProductScorer")
+    return scorer
+
+
+def _no_vectors(job: TrainingJob, needed: str) -> FindRecError:
+    return FindRecError(
+        f"{job.name} is ranked by {job.config.model.scorer}, but this needs a model with user vectors "
+        f"(a subclass of findrec.evaluation.scoring.inner_product:{needed})"
+    )
 
 
 def _best(job: TrainingJob) -> Checkpoint:

@@ -22,6 +22,7 @@ from findrec.models.capabilities import UserItemVectors
 from findrec.models.hdrm.config import ENCODER, HDRMConfig
 from findrec.models.hdrm.denoiser import Denoiser
 from findrec.models.hdrm.diffusion import Diffusion
+from findrec.models.parts.artifacts import artifact_rows
 from findrec.models.parts.hyperbolic_graph import (
     edge_points,
     fold_in,
@@ -68,8 +69,7 @@ class HDRM(Model[Edges]):
     def _encoded(self, facts: DataFacts, width: int) -> dict[str, Tensor]:
         """The vectors of the first stage; zero if it is not trained yet and the model is only measured."""
         if facts.artifacts:
-            assert facts.stage_rows is not None
-            rows = facts.stage_rows(ENCODER)
+            rows = {name: artifact_rows(facts.artifacts[ENCODER], name) for name in (USERS, ITEMS)}
             self.graph.check_users(len(rows[USERS]), self.config.title)
         else:
             rows = {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from planted import Silent, planted_folder
+from safetensors.torch import save_file
 from small_models import few_pairs
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from findrec.models.hdrm.model import HDRM
 from findrec.serving.recommender import Recommender
 from findrec.tables.base import ITEMS, USERS
 from findrec.training.build import build_tables, build_tower_model
+from findrec.training.checkpoints.saved_table import file_stem
 from findrec.training.checkpoints.validations import find_artifacts
 from findrec.training.loop import run_training
 from findrec.training.runs import open_run_folder, read_run_config, training_jobs
@@ -37,7 +40,7 @@ from findrec.training.worker import Worker
 NUM_USERS, NUM_ITEMS, DIM, LAYERS = 5, 14, 8, 2
 
 
-def stage_rows(_: str = "") -> dict[str, Tensor]:
+def stage_rows() -> dict[str, Tensor]:
     """Rows of both tables, as the first stage leaves them; padding is zero."""
     generator = torch.Generator().manual_seed(0)
     users, items = (
@@ -49,15 +52,17 @@ def stage_rows(_: str = "") -> dict[str, Tensor]:
 
 def model(**keys: Any) -> HDRM:
     tree = {"name": "hdrm", "dim": DIM, "encoder": {"layers": LAYERS}, **keys}
-    facts = DataFacts(
-        NUM_ITEMS,
-        NUM_USERS,
-        artifacts={"encoder": Path("stage")},
-        stage_rows=stage_rows,
-        training_pairs=lambda: few_pairs(NUM_USERS, NUM_ITEMS),
-    )
-    torch.manual_seed(0)
-    return HDRM(choose_model(tree), facts)  # type: ignore[arg-type]
+    with TemporaryDirectory() as folder:
+        for name, rows in stage_rows().items():
+            save_file({"weight": rows}, f"{folder}/{file_stem(name)}-0-{len(rows) - 1}.safetensors")
+        facts = DataFacts(
+            NUM_ITEMS,
+            NUM_USERS,
+            artifacts={"encoder": Path(folder)},
+            training_pairs=lambda: few_pairs(NUM_USERS, NUM_ITEMS),
+        )
+        torch.manual_seed(0)
+        return HDRM(choose_model(tree), facts)  # type: ignore[arg-type]
 
 
 def dense() -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from findrec.config import LossConfig, OptimConfig
 from findrec.datasets.batches.edges import Edges
 from findrec.datasets.batches.training_pairs import TrainingPairs
 from findrec.datasets.folder.data_folder import DataFolder
+from findrec.evaluation.index.curve import measure_indexes
 from findrec.evaluation.protocol import RankingProtocol
 from findrec.evaluation.ranking.evaluate import rank_split
 from findrec.evaluation.scoring.load import load_ranker
@@ -218,6 +219,16 @@ def test_ranks_are_by_hyperbolic_distance(folder: DataFolder, run: Path) -> None
     # Points are rounded to float32, so items at almost one distance may change places.
     assert np.abs(nearer - ranks.greater).max() <= 1
     assert (nearer == ranks.greater).mean() > 0.98
+
+
+def test_an_exact_index_gives_the_same_lists(folder: DataFolder, run: Path) -> None:
+    """The index holds points, and queries have the sign of the time-like coordinate changed."""
+    measured = measure_indexes(run, ["Flat"], users=30, threads=1)
+    assert {point.recall for point in measured.points} == {1.0}
+    exact, indexed = (
+        Recommender.load(run, index).recommend(folder.user_ids, k=5) for index in (None, "Flat")
+    )
+    assert [one.items for one in exact] == [one.items for one in indexed]
 
 
 def test_visitors_with_the_items_of_a_user_get_nearly_its_list(folder: DataFolder, run: Path) -> None:
