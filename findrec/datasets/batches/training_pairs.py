@@ -33,7 +33,7 @@ class TrainingPairs:
     def read(folder: DataFolder) -> TrainingPairs:
         """Read all training events of the folder once."""
         stride = folder.num_items + 1
-        parts, first = [], 0
+        parts, first = [np.zeros(0, dtype=np.int64)], 0  # an exported folder has no users
         for block in folder.blocks():
             events = np.diff(block.offset)
             row = np.repeat(np.arange(len(events)), events)

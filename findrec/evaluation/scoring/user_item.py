@@ -13,11 +13,13 @@ from torch import Tensor
 
 from findrec.datasets.batches.catalogue import Catalogue
 from findrec.devices import is_cpu
+from findrec.errors import FindRecError
 from findrec.evaluation.scoring.inner_product import InnerProductScorer, signs_of
 from findrec.evaluation.scoring.user_vectors import UserVectors
 from findrec.evaluation.scoring.users import UserBlock
 from findrec.models.base import Model
 from findrec.models.capabilities import RanksUsers
+from findrec.tables.base import USERS
 from findrec.tables.row_sums import add_rows_
 
 
@@ -48,7 +50,13 @@ class UserItemScorer(InnerProductScorer):
         *,
         name: str,
     ) -> None:
+        """Raises `FindRecError` if the rows of the users were left out (`findrec export`)."""
         assert isinstance(model, RanksUsers)
+        if USERS not in tables:
+            raise FindRecError(
+                f"{name} ranks by a learned vector of each user, and there is no table of users: it "
+                "cannot be used without the users it was trained with"
+            )
         self.name, model = name, model.eval()
         if not is_cpu(device) and not catalogue.is_on_gpu:
             catalogue.keep_on(device)

@@ -10,10 +10,12 @@ import torch
 from planted import planted_folder, planted_run
 
 from findrec.datasets.folder.data_folder import DataFolder
+from findrec.errors import FindRecError
 from findrec.evaluation.metrics.metrics import summarise
 from findrec.evaluation.protocol import RankingProtocol
 from findrec.evaluation.ranking.evaluate import rank_split
 from findrec.evaluation.scoring.load import load_ranker
+from findrec.serving.export.export import export_run
 from findrec.serving.recommender import Recommender
 from findrec.tables.base import ITEMS, USERS
 from findrec.training.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -50,6 +52,17 @@ def test_ranks_are_by_the_vectors_of_the_checkpoint(folder: DataFolder, run: Pat
     assert ranks.greater.tolist() == greater.tolist()
     row = summarise(ranks, folder, "valid", protocol, model="users")
     assert row["ndcg@10"] == pytest.approx(saved.state.best)  # of the validation in training
+
+
+def test_it_is_exported_with_its_users_only(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FindRecError, match=r"without its users \(try --users.*no table of users"):
+        export_run(run, tmp_path / "without")
+    exported, recommender = (
+        Recommender.load(export_run(run, tmp_path / "with", users=True)),
+        Recommender.load(run),
+    )
+    users = recommender.user_ids[:4]
+    assert np.array_equal(exported.user_vectors(users), recommender.user_vectors(users))
 
 
 def test_visitors_are_folded_in_from_the_distinct_items_of_their_history(run: Path) -> None:
