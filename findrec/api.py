@@ -70,6 +70,23 @@ class Run:
             ) from None
         return rows
 
+    def export(self, folder: str | Path | None = None, *, users: bool = False, force: bool = False) -> Path:
+        """Write a folder that `load` takes on any machine, without the run and its data; returns its path.
+
+        Args:
+            folder: where to write; default: `export` in the run folder.
+            users: also export the histories of the users.
+            force: replace an earlier export.
+
+        Raises:
+            FindRecError: for a run without a usable checkpoint, a folder that exists, or a model that needs
+                its users.
+        """
+        from findrec.serving.export.export import export_run
+
+        target = None if folder is None else Path(folder).expanduser().resolve()
+        return export_run(self.folder, target, users=users, force=force)
+
     def recommender(self, index: str | None = None) -> Recommender:
         """See `load`."""
         from findrec.serving.recommender import Recommender

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from findrec.cli.app import main
 from findrec.config import parse_config
 from findrec.evaluation.leaderboard.config import LeaderboardConfig
 from findrec.paths import PACKAGE
 from findrec.schema import Part, validate
+from findrec.serving.http.schemas import AppendRequest, RecommendRequest, SimilarRequest
 
 ROOT = PACKAGE.parent
 DOCS = ROOT / "docs"
@@ -72,6 +74,19 @@ def test_leaderboards_and_keys_of_the_pages_are_valid(page: str) -> None:
     sections = "|".join(name for name, section in parse_config({}) if isinstance(section, Part))
     for span in re.findall(rf"`((?:{sections})\.[a-z_.]+=[^`]+)`", text):
         parse_config({}, span.split())
+
+
+def test_requests_of_the_pages_are_valid() -> None:
+    text = (DOCS / "serving.md").read_text(encoding="utf-8")
+    kinds: dict[str, type[BaseModel]] = {
+        "/recommend": RecommendRequest,
+        "/append": AppendRequest,
+        "/similar": SimilarRequest,
+    }
+    shown = re.findall(r"^`(/\w+)`.*?```json\n(.*?)```", text, re.DOTALL | re.MULTILINE)
+    assert {path for path, _ in shown} == set(kinds)
+    for path, body in shown:
+        kinds[path].model_validate_json(body)
 
 
 def messages() -> Iterator[str]:

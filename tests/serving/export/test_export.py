@@ -71,6 +71,13 @@ def test_lists_are_digit_for_digit_those_of_the_run(run: Path, data: DataFolder,
     assert load_streaming(tmp_path / "export").start([1, 2], [0, 60]) is not None
 
 
+def test_from_python(run: Path, tmp_path: Path):
+    exported = findrec.Run(run).export(tmp_path / "export")
+    want = findrec.Run(run).recommender().recommend(histories=[["5", "17"]])
+    assert list(findrec.load(exported).recommend(histories=[["5", "17"]])) == list(want)
+    assert findrec.Run(run).export() == run / "export"
+
+
 def test_users_are_exported_on_request_only(run: Path, data: DataFolder, tmp_path: Path):
     private = export_run(run, tmp_path / "private")
     copy = findrec.load(private)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from http_service import Client, Process
+from http_service import Client, Process, wait_for
 
 from findrec.cli.app import main
 
@@ -53,13 +53,13 @@ def test_a_killed_server_loses_no_acknowledged_event(trained: Path, tmp_path: Pa
 
 
 def test_open_requests_are_answered_after_sigterm(trained: Path, tmp_path: Path):
-    with Process(trained, tmp_path / "events.sqlite", "--wait-ms", "1500") as server:
+    with Process(trained, tmp_path / "events.sqlite", "--wait-ms", "3000") as server:
         answers = []
         thread = threading.Thread(
             target=lambda: answers.append(Client(server.port).post("/recommend", users=["0"], k=2))
         )
-        thread.start()
-        time.sleep(0.5)  # it waits for others to share its pass
+        thread.start()  # its request waits for others to share its pass
+        wait_for(lambda: "findrec_waiting_lists 1.0" in Client(server.port).get("/metrics"))
         server.terminate()
         thread.join(30)
         assert len(answers[0]["lists"][0]["items"]) == 2
