@@ -17,6 +17,7 @@ from findrec.cli.config import config
 from findrec.cli.leaderboard import leaderboard
 from findrec.cli.lists import RUN_HELP, index_run, recommend, similar
 from findrec.cli.serving import export, serve
+from findrec.cli.tune import tune
 from findrec.errors import FindRecError, system_error
 from findrec.paths import drop_checkout_from_sys_path, find_data_folder, find_run, resolve
 from findrec.text import printable
@@ -283,6 +284,7 @@ def compare(
 
 
 app.command()(leaderboard)
+app.command()(tune)
 app.command()(config)
 
 

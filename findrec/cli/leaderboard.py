@@ -31,10 +31,10 @@ def leaderboard(
     jobs: Annotated[
         int,
         typer.Option(
-            min=1,
-            help="Runs trained at the same time, each a process that starts Ray for itself on all cores and "
-            "GPUs of this machine (cluster.threads limits the cores). With RAY_ADDRESS or cluster.address "
-            "they share that cluster, which needs room for all their workers.",
+            min=0,
+            help="Runs trained at the same time, at most; 0: as many as there is room for. They share a Ray "
+            "cluster: that of RAY_ADDRESS or cluster.address, else one on this machine. Each starts when its "
+            "workers' GPUs, or as many cores as they have threads (cluster.threads), are free.",
         ),
     ] = 1,
     only: Annotated[
@@ -47,16 +47,22 @@ def leaderboard(
     ] = None,
 ) -> None:
     """Train and evaluate a list of configurations, and compare them in one table with significance."""
+    from findrec.cluster.side_by_side import shared_cluster
     from findrec.evaluation.leaderboard.checks import check_leaderboard
     from findrec.evaluation.leaderboard.config import load_leaderboard
     from findrec.evaluation.leaderboard.display import command_line, print_leaderboard, write_leaderboard
     from findrec.evaluation.leaderboard.runs import train_runs
     from findrec.evaluation.leaderboard.table import make_tables
+    from findrec.tuning.rows import tune_rows
 
     loaded = load_leaderboard(table, overrides or (), tuple(dict.fromkeys(only or ())))
+    command = command_line(str(table), loaded)
     try:
         checked = check_leaderboard(loaded)
-        train_runs(loaded.runs, checked.folders, jobs)
+        tuned = tune_rows(loaded, command)
+        if tuned is not loaded:
+            loaded, checked = tuned, check_leaderboard(tuned)  # sizes may be others
+        train_runs(loaded.runs, checked.folders, jobs, shared_cluster)
         tables = make_tables(loaded, checked)
     except Preempted as ended:
         print(printable(f"stopped by SIGTERM: {ended}; the same command continues"), file=sys.stderr)
@@ -66,5 +72,5 @@ def leaderboard(
         raise typer.Exit(130) from None
     print_leaderboard(loaded, tables)
     folder = resolve(loaded.runs[0].config.runs).parent if out is None else out
-    written = write_leaderboard(folder, loaded, tables, command_line(str(table), loaded))
+    written = write_leaderboard(folder, loaded, tables, command)
     typer.echo(f"written: {', '.join(map(str, written))}")

@@ -13,27 +13,29 @@ SUGGESTED = tuple(f"{name}@{k}" for name in ("ndcg", "recall", "mrr") for k in (
 
 
 class Budget(Part):
-    """What every training of a leaderboard may use: exactly one of the keys."""
+    """What every row of a leaderboard may use: exactly one of the keys."""
 
     epochs: int | None = Field(None, ge=1)  # `training.epochs` of all rows
     seconds: float | None = Field(None, gt=0)  # `training.max_seconds` of all rows
+    trials: int | None = Field(None, ge=1)  # of `findrec tune` for each row, before it is trained
 
     @model_validator(mode="after")
     def _check(self) -> Budget:
         if len(self.given) != 1:
-            raise ValueError("budget: set one of epochs and seconds")
+            raise ValueError("budget: set one of epochs, seconds and trials")
         return self
 
     @property
     def given(self) -> dict[str, float]:
         """The key that is set."""
-        return {key: value for key, value in (("epochs", self.epochs), ("seconds", self.seconds)) if value}
+        values = {"epochs": self.epochs, "seconds": self.seconds, "trials": self.trials}
+        return {key: value for key, value in values.items() if value is not None}
 
     @property
     def run_keys(self) -> dict[str, Any]:
         """The keys of the run configuration that it sets."""
         names = {"epochs": "training.epochs", "seconds": "training.max_seconds"}
-        return {names[key]: value for key, value in self.given.items()}
+        return {names[key]: value for key, value in self.given.items() if key in names}
 
 
 class Published(Part):

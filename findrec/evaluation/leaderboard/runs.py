@@ -11,11 +11,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import yaml
 
@@ -46,10 +47,30 @@ LOG = "train.log"  # the output of a run that is trained beside others
 _MOST_FAILURES = 3  # after which no further runs are started
 _NEWS_S = 5.0  # between updates of the progress of runs side by side
 _LAST_LINES = 5  # of the log of a failed run, in the error
+_ROOM_S = 1.0  # between attempts to reserve room
 
 
-def train_runs(runs: Sequence[Run], folders: Mapping[str, DataFolder], jobs: int = 1) -> None:
-    """Train and evaluate the runs that are not finished, `jobs` of them at a time.
+class Room(Protocol):
+    """The room for runs side by side."""
+
+    def reserve(self, run: str, config: RunConfig) -> bool:
+        """Reserve what a run needs until `release`; False if there is no room now."""
+
+    def release(self, run: str) -> None:
+        """Give back what a run has reserved."""
+
+
+Share = Callable[[Sequence[RunConfig]], AbstractContextManager[Room | None]]
+
+
+def _no_sharing(_: Sequence[RunConfig]) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def train_runs(
+    runs: Sequence[Run], folders: Mapping[str, DataFolder], jobs: int = 1, share: Share = _no_sharing
+) -> None:
+    """Train and evaluate the runs that are not finished, up to `jobs` of them at a time.
 
     A run that fails does not keep the others from being trained. With several jobs the output of each goes to
     `train.log` in its folder.
@@ -57,7 +78,9 @@ def train_runs(runs: Sequence[Run], folders: Mapping[str, DataFolder], jobs: int
     Args:
         runs: the runs, in the order in which they are started.
         folders: the data folders, by the label of the data set.
-        jobs: number of processes side by side.
+        jobs: number of processes side by side; 0: as many as there is room for.
+        share: with several jobs, makes the cluster for processes started inside the context, and its room;
+            a room of None is unlimited.
 
     Raises:
         FindRecError: if a run has checkpoints of another configuration or of other data, before anything is
@@ -70,7 +93,11 @@ def train_runs(runs: Sequence[Run], folders: Mapping[str, DataFolder], jobs: int
     say(f"{len(runs) - len(pending)} of {len(runs)} runs are finished, {len(pending)} are to be trained")
     if not pending:
         return
-    failed = _Processes(len(pending), jobs).train(pending)
+    if jobs == 1:
+        failed = _Processes(len(pending), 1, None).train(pending)
+    else:
+        with share([run.config for run in pending]) as room:
+            failed = _Processes(len(pending), jobs or len(pending), room).train(pending)
     if failed:
         raise FindRecError(
             f"{len(failed)} of {len(pending)} runs failed: {'; '.join(failed)}. There is no table without "
@@ -129,8 +156,9 @@ def _check_resumable(run: Run) -> None:
 class _Processes:
     """The processes of the runs under way."""
 
-    def __init__(self, total: int, jobs: int) -> None:
-        self._total, self._jobs = total, jobs
+    def __init__(self, total: int, jobs: int, room: Room | None) -> None:
+        self._total, self._jobs, self._room = total, jobs, room
+        self._beside = room is not None or jobs > 1  # a single run shows its own progress
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
         self._stop = False
@@ -140,16 +168,20 @@ class _Processes:
     def train(self, runs: Sequence[Run]) -> list[str]:
         """Train all; returns a description of each failure."""
         failed = []
-        beside = self._jobs > 1  # a single run shows its own progress
         with (
             handles_sigterm(_raise_preempted),
-            progress("leaderboard", self._total, "runs", show=beside) as bar,
+            progress("leaderboard", self._total, "runs", show=self._beside) as bar,
             ThreadPoolExecutor(self._jobs) as pool,
         ):
-            left = {pool.submit(self._run, run) for run in runs}
+            waiting, left = deque(runs), set[Future[str | None]]()
             try:
-                while left:
-                    done, left = wait(left, timeout=_NEWS_S, return_when=FIRST_COMPLETED)
+                while left or (waiting and not self._stop):
+                    while waiting and len(left) < self._jobs and self._may_start(waiting[0]):
+                        left.add(pool.submit(self._run, waiting.popleft()))
+                    if not left:
+                        time.sleep(_ROOM_S)
+                    seconds = _ROOM_S if waiting else _NEWS_S
+                    done, left = wait(left, timeout=seconds, return_when=FIRST_COMPLETED)
                     for problem in filter(None, (future.result() for future in done)):
                         failed.append(problem)
                         warn(f"FAILED: {problem}")
@@ -162,6 +194,9 @@ class _Processes:
                 raise
         return failed
 
+    def _may_start(self, run: Run) -> bool:
+        return not self._stop and (self._room is None or self._room.reserve(run.title, run.config))
+
     def _end(self, number: signal.Signals) -> None:
         with self._lock:
             self._stop = True
@@ -170,12 +205,19 @@ class _Processes:
 
     def _run(self, run: Run) -> str | None:
         """Train one; returns the problem if it fails."""
+        try:
+            return self._train(run)
+        finally:
+            if self._room is not None:
+                self._room.release(run.title)
+
+    def _train(self, run: Run) -> str | None:
         folder, begin = run_folder(run.config), time.monotonic()
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             # Not `config.yaml` of the run folder: there no key is left open for the machine to decide.
             yaml.safe_dump(run.tree, file, sort_keys=False)
             file.flush()
-            with _output(folder / LOG if self._jobs > 1 else None) as output:
+            with _output(folder / LOG if self._beside else None) as output:
                 if (process := self._start(run, file.name, output)) is None:
                     return None
                 try:
@@ -215,7 +257,7 @@ class _Processes:
             say(f"{run.title}: done in {format_seconds(seconds)}{more}")
 
     def _last_lines(self, folder: Path) -> str:
-        if self._jobs == 1:
+        if not self._beside:
             return ", its message is above"
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
         return f", {folder / LOG} ends with: {' | '.join(text.splitlines()[-_LAST_LINES:])}"

@@ -194,7 +194,10 @@ def notes_of(leaderboard: Leaderboard, table: DataTable) -> Iterator[str]:
 def _cost_notes(leaderboard: Leaderboard, table: DataTable) -> Iterator[str]:
     if (budget := leaderboard.config.budget) is not None:
         given = ", ".join(f"{value:g} {key}" for key, value in budget.given.items())
-        yield f"budget of each training: {given}"
+        if budget.trials is None:
+            yield f"budget of each training: {given}"
+        else:
+            yield f"budget of each row: {given}, with the first seed and by the validation metric"
     if any(cost for line in table.lines for cost in line.costs):
         yield (
             "cost: weights with those of embedding tables; targets per second of the last stage; time in "

@@ -70,7 +70,7 @@ def test_rows_are_trained_once(tmp_path: Path) -> None:
     (
         runs / "planted" / "wide-s1" / "metrics.json"
     ).unlink()  # as if it had been stopped before its evaluation
-    said = leaderboard(tmp_path, "--jobs", "2")
+    said = leaderboard(tmp_path, "--jobs", "0")
     assert "0 of 4 runs are finished, 4 are to be trained" in said
     assert "tiny.md" in said
     first = {path.name: path.read_bytes() for path in runs.glob("tiny.*")}
@@ -88,6 +88,7 @@ def test_rows_are_trained_once(tmp_path: Path) -> None:
         line = table["lines"][name.startswith("narrow")]
         assert line["metrics"]["ndcg@10"]["seeds"][int(name[-1])] == pytest.approx(row["ndcg@10"])
         assert len(list_checkpoints(checkpoint_folder(run))) == 1
+        assert "joining the Ray cluster at 127.0.0.1:" in (run / "train.log").read_text()
     again = leaderboard(tmp_path)
     assert "4 of 4 runs are finished, 0 are to be trained" in again
     assert "placing" not in again
