@@ -41,6 +41,12 @@ MODELS: dict[str, Any] = {
         {"model": {"name": "findrec-2025", "dim": 32, "items": {"features": "both"}}},
         {"text": 384},
     ),
+    "gru4rec": ({"model": {"name": "gru4rec"}}, {}),
+    "esasrec": ({"model": {"name": "esasrec"}, "training": SAMPLED}, {}),
+    "hstu": ({"model": {"name": "hstu"}}, {}),
+    "mamba4rec": ({"model": {"name": "mamba4rec"}}, {}),
+    "unisrec": ({"model": {"name": "unisrec"}}, {"text": 384}),
+    "unisrec sampled": ({"model": {"name": "unisrec"}, "training": SAMPLED}, {"text": 384}),
 }
 
 
