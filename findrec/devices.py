@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,3 +50,34 @@ def free_bytes(device: torch.device | str) -> int:
     """Memory of a GPU that nothing is stored in."""
     free: int = torch.get_device_module(device).mem_get_info(device)[0]
     return free
+
+
+class CopyStream:
+    """Copies to a GPU beside its other work: on a stream of their own, also from another thread."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._module: Any = torch.get_device_module(self._device)
+        self._stream = self._module.Stream(device=self._device)
+
+    def copy(self, large: Mapping[str, Tensor], small: Mapping[str, Tensor]) -> Arriving:
+        """Begin to copy tensors of the CPU; `small` ones are joined to few copies (`copy_all_to`)."""
+        with self._module.stream(self._stream):
+            there = {name: copy_to(value, self._device) for name, value in large.items()}
+            there |= copy_all_to(small, self._device)
+            return Arriving(there, self._stream.record_event(), self._module)
+
+
+class Arriving:
+    """Tensors that are being copied to a GPU by a `CopyStream`."""
+
+    def __init__(self, there: Mapping[str, Tensor], event: Any, module: Any) -> None:
+        self._there, self._event, self._module = there, event, module
+
+    def arrived(self) -> Mapping[str, Tensor]:
+        """The copies, for kernels launched from now on: these wait for them, the host does not."""
+        for value in self._there.values():
+            stream = self._module.current_stream(value.device)
+            stream.wait_event(self._event)
+            value.record_stream(stream)  # else the copy stream may reuse the memory before it was read
+        return self._there

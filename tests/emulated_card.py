@@ -5,6 +5,8 @@ operation are refused, and code that asks for the device type sees one that is n
 accelerators run without one, and their cost per step can be tested: the number of kernels that would be
 launched, and the number of times the host would wait for the device.
 
+Copies on another stream arrive when the main stream waits for their event; what is read before is noise.
+
 Both are counted by place (`file.py:line` of this project). A kernel is an operation that is not a view, an
 allocation or a synchronisation; on a GPU some of them launch a few more (`sort`, `cumsum`). Operations of the
 backward pass are counted at the line of the forward pass if the code runs under
@@ -97,8 +99,40 @@ class _Module:
         """Free and total bytes."""
         return 1 << 30, 1 << 30
 
+    def Stream(self, device: torch.device | str) -> CardStream:  # noqa: N802 - named as in torch.cuda
+        return CardStream()
+
+    def stream(self, stream: CardStream) -> _Copying:
+        """A context in whose thread copies are made on a stream."""
+        return _Copying(stream)
+
+    def current_stream(self, device: torch.device | str | None = None) -> CardStream:
+        return MAIN
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
+
+
+@dataclass(eq=False)
+class CardStream:
+    """A stream: copies on one beside the main one are noise until their event is waited for."""
+
+    # Pairs of the noise that a tensor holds and what will replace it.
+    late: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    read: list[torch.Tensor] = field(default_factory=list)  # told to the allocator by `record_stream`
+
+    def record_event(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What has arrived when the event has happened."""
+        event, self.late = self.late, []
+        return event
+
+    def wait_event(self, event: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Kernels that are launched from now on see what was copied before the event."""
+        for held, value in event:
+            held.copy_(value)
+
+
+MAIN = CardStream()
 
 
 def register() -> None:
@@ -134,6 +168,10 @@ class CardTensor(torch.Tensor):
     def tolist(self) -> Any:
         """One copy to the host, as on a GPU."""
         return self.cpu().tolist()
+
+    def record_stream(self, stream: Any) -> None:
+        """Told by a user of memory on another stream."""
+        stream.read.append(self)
 
     def new_tensor(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One copy from the host, as on a GPU."""
@@ -204,6 +242,29 @@ class Counting(TorchDispatchMode):
         empty = bool(tensors) and not any(tensor.numel() for tensor in tensors)
         if _launches(func, name) and not empty and not (name == "copy_" and _is_itself(*args[:2])):
             self.counts.kernels[f"{_place()}: {name}"] += 1
+        return result
+
+
+class _Copying(TorchDispatchMode):
+    """Runs operations of a thread on a stream, which may only be copies that nobody waits for."""
+
+    def __init__(self, stream: CardStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, name = dict(kwargs or {}), func._overloadpacket.__name__
+        if not _on_card(args, kwargs):
+            return func(*args, **kwargs)
+        result = _run(func, args, kwargs)
+        if _launches(func, name):
+            assert name == "_to_copy", f"{name} on a stream for copies"
+            assert not _waits(name, args, kwargs), "the host waits for a copy"
+            value = result.held.clone()
+            result.held.fill_(77)
+            self._stream.late.append((result.held, value))
         return result
 
 

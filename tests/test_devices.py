@@ -1,9 +1,11 @@
 """Copies between devices: those of several tensors keep names, types, shapes and values."""
 
-import torch
-from emulated_card import NAME, Counting, Counts
+from concurrent.futures import ThreadPoolExecutor
 
-from findrec.devices import copy_all_to
+import torch
+from emulated_card import MAIN, NAME, CardTensor, Counting, Counts
+
+from findrec.devices import CopyStream, copy_all_to
 
 VALUES = {
     "a": torch.arange(6).view(2, 3),
@@ -30,3 +32,32 @@ def test_tensors_are_copied_together(card):
     for name, value in VALUES.items():
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value)
+
+
+def copied_beside() -> tuple[list[bool], list[torch.Tensor], Counts, int]:
+    """Copies by a thread: whether there at once, then; cost on the main stream; reads not told of."""
+    before = len(MAIN.read)
+    values = {name: value for name, value in VALUES.items() if value.numel()}
+    names = sorted(values)
+    with Counting() as counting:
+        stream = CopyStream(NAME)
+        with ThreadPoolExecutor(1) as pool:
+            halves = [{name: values[name] for name in part} for part in (names[:2], names[2:])]
+            arriving = pool.submit(stream.copy, *halves).result()
+        held = {name: value.held for name, value in arriving._there.items() if isinstance(value, CardTensor)}
+        early = [torch.equal(held[name], values[name]) for name in names]
+        there = arriving.arrived()
+        counts = counting.counts
+    told = {id(value) for value in MAIN.read[before:]}
+    untold = sum(id(value) not in told for value in there.values())
+    return early, [there[name].cpu() for name in names], counts, untold
+
+
+def test_copies_beside_other_work_are_waited_for_by_the_gpu_alone(card):
+    early, found, counts, untold = card(copied_beside)
+    names = sorted(name for name, value in VALUES.items() if value.numel())
+    assert not any(early), "they are on the way"
+    for name, value in zip(names, found, strict=True):
+        assert torch.equal(value, VALUES[name]), name
+    assert counts.num_waits == counts.num_kernels() == 0, counts.table()
+    assert untold == 0, "the allocator must know who reads them"

@@ -19,7 +19,7 @@ from planted import make_config, planted_folder
 
 from findrec.config import parse_config
 from findrec.datasets.batches.catalogue import Catalogue
-from findrec.datasets.batches.read_ahead import read_ahead
+from findrec.datasets.batches.read_ahead import ReadAhead
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.evaluation.scoring.inner_product import InnerProductScorer
 from findrec.evaluation.scoring.user_vectors import UserVectors, top_items
@@ -81,11 +81,11 @@ def train_step(device: str, kind: str, *, kept: bool = True, places: bool = Fals
         network.train()
         for step in (1, 2):  # what is made once is made in the first
             network.start_step(step)
-            ahead = read_ahead(catalogue, examples, torch.device(device))
+            ahead = ReadAhead(catalogue, device)(examples) if device == NAME else None
             counting.counts = Counts()
             with warnings.catch_warnings(), torch.autograd.set_detect_anomaly(places, check_nan=False):
                 warnings.simplefilter("ignore")
-                batch, features = ahead.to(device) if device == NAME else (examples, catalogue)
+                batch, features = ahead.to(device) if ahead else (examples, catalogue)
                 microbatch = Microbatch(batch, features, num_targets=100, num_microbatches=2, seed=step)
                 loss = run_microbatch(tower, tables, microbatch)
             first = copy.deepcopy(counting.counts)

@@ -19,7 +19,7 @@ from findrec.config import RunConfig
 from findrec.datasets.batches.catalogue import Catalogue, ItemFeatures
 from findrec.datasets.batches.examples import ExampleLoader, ExampleSource
 from findrec.datasets.batches.plan import microbatch_seed
-from findrec.datasets.batches.read_ahead import Prepared, read_ahead
+from findrec.datasets.batches.read_ahead import Prepared, ReadAhead
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.splits import Int64Array
 from findrec.devices import is_cpu
@@ -157,7 +157,7 @@ class _Run:
         self.prepare: Callable[[Any], Prepared] | None = None
         self.features_stay = is_cpu(worker.device)  # or are copied to a GPU
         if not is_cpu(worker.device):
-            self.prepare = partial(read_ahead, self.catalogue, device=worker.device)
+            self.prepare = ReadAhead(self.catalogue, worker.device)
 
     def epoch(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """Train the rest of an epoch; returns the state after it and the values of the epoch."""

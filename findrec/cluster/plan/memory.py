@@ -21,6 +21,7 @@ from findrec.cluster.plan.activations import (
 from findrec.cluster.zero.config import BUCKET_ELEMENTS, LIVE_ELEMENTS
 from findrec.config import RunConfig
 from findrec.datasets.batches.catalogue import fit_gpu
+from findrec.datasets.batches.examples import PREFETCHED_STEPS
 from findrec.tables.base import ITEMS
 from findrec.tables.placement import Placement
 
@@ -147,11 +148,21 @@ def worker_memory(
         parts.append(Part("CUDA context", CUDA_CONTEXT_BYTES, "device"))
         # Table rows and moments are copied to host memory for a checkpoint.
         parts.append(Part("checkpoint", 3 * _table_weights(sizes.tables), "host"))
-        on_device = sum(part.bytes for part in parts if part.location == "device")
-        if gpu_memory is None or fit_gpu(sizes.feature_bytes, gpu_memory - on_device):
-            parts.append(Part(FEATURE_TABLES, sizes.feature_bytes, "device"))
+        parts += _feature_parts(config, sizes, gpu_memory, parts)
     parts.append(Part("process", PROCESS_BYTES, "host"))
     return WorkerMemory(tuple(part for part in parts if part.bytes))
+
+
+def _feature_parts(config: RunConfig, sizes: Sizes, gpu_memory: int | None, others: list[Part]) -> list[Part]:
+    """The feature tables if they are kept on the GPU, else the rows that are copied there in advance."""
+    on_device = sum(part.bytes for part in others if part.location == "device")
+    if gpu_memory is None or fit_gpu(sizes.feature_bytes, gpu_memory - on_device):
+        return [Part(FEATURE_TABLES, sizes.feature_bytes, "device")]
+    # The loader's thread holds one step beside those that are queued, the training another.
+    steps = PREFETCHED_STEPS + 2
+    microbatches = config.training.microbatches // config.cluster.workers
+    rows = 2 * sizes.shape.distinct * sum(sizes.feature_dims.values())
+    return [Part("features read ahead", steps * microbatches * rows, "device")]
 
 
 def evaluator_memory(config: RunConfig, sizes: Sizes) -> int:

@@ -2,12 +2,14 @@
 
 A lookup during the microbatch would make the host wait for the ids, read, and make the GPU wait for the rows.
 Here the ids are still on the CPU, so the rows, and which of them are present, are known before the microbatch
-begins. Rows of tables that are kept on the GPU (`Catalogue.keep_on`) are looked up there.
+begins. They are copied from page-locked memory on a stream of their own, while the GPU computes earlier
+microbatches; nothing but the kernels that read them waits for them. Rows of tables that are kept on the GPU
+(`Catalogue.keep_on`) are looked up there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from findrec.datasets.batches.catalogue import Catalogue
 from findrec.datasets.batches.examples import OnDevice
 from findrec.datasets.folder.features import ModalRows
-from findrec.devices import copy_all_to, copy_to
+from findrec.devices import Arriving, CopyStream
 
 
 @runtime_checkable
@@ -44,41 +46,50 @@ class FeaturesAhead:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Examples on the CPU with the stored features of their items, by modality."""
+    """Examples on the CPU, and the features of their items on the way to the GPU."""
 
     examples: OnDevice
     catalogue: Catalogue
-    index: Mapping[str, Tensor]  # [n] indices of the items that have the modality
-    # fp16 [U, D] and mask [U]; empty if the tables are on the GPU
-    stored: Mapping[str, tuple[Tensor, Tensor]]
+    modalities: Sequence[str]  # of the features that were read ahead
+    # By modality with a prefix: indices of the items that have it and, unless the tables are on the GPU, fp16
+    # values [U, D] and mask [U].
+    arriving: Arriving | None = None
 
     def to(self, device: torch.device | str) -> tuple[Any, Catalogue | FeaturesAhead]:
         """The examples and their features on a device."""
         examples = self.examples.to(device)
-        if not self.index:
+        if self.arriving is None:
             return examples, self.catalogue
-        if self.stored:
-            found = {
-                name: ModalRows(copy_to(values, device).float(), copy_to(present, device))
-                for name, (values, present) in self.stored.items()
-            }
-        else:
-            found = self.catalogue.features(examples.ids)
-        index = copy_all_to(self.index, device)
-        rows = {name: ModalRows(found[name].values, found[name].present, index[name]) for name in index}
+        there = self.arriving.arrived()
+        rows = {}
+        found = self.catalogue.features(examples.ids) if self.catalogue.is_on_gpu else {}
+        for name in self.modalities:
+            index = there[_INDEX + name]
+            if _VALUES + name in there:
+                rows[name] = ModalRows(there[_VALUES + name].float(), there[_PRESENT + name], index)
+            else:
+                rows[name] = ModalRows(found[name].values, found[name].present, index)
         return examples, FeaturesAhead(self.catalogue, examples.ids, rows)
 
 
-def read_ahead(catalogue: Catalogue, examples: OnDevice, device: torch.device) -> Prepared:
-    """Read the features of the items of `examples` for a GPU, into memory that it reads by itself."""
-    if not isinstance(examples, _OfItems):
-        return Prepared(examples, catalogue, {}, {})
-    names, ids_U = catalogue.modalities, examples.ids
-    index = {name: catalogue.present_index(name, ids_U) for name in names}
-    stored = {} if catalogue.is_on_gpu else {name: catalogue.stored_rows(name, ids_U) for name in names}
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # a new thread is on the first GPU
-            stored = {
-                name: (values.pin_memory(), mask.pin_memory()) for name, (values, mask) in stored.items()
-            }
-    return Prepared(examples, catalogue, index, stored)
+_INDEX, _VALUES, _PRESENT = "index ", "values ", "present "
+
+
+class ReadAhead:
+    """Reads the features of the items of a microbatch and copies them to a GPU on a stream of their own."""
+
+    def __init__(self, catalogue: Catalogue, device: torch.device | str) -> None:
+        self._catalogue, self._stream = catalogue, CopyStream(device)
+
+    def __call__(self, examples: OnDevice) -> Prepared:
+        """Called in the loader's thread; the copies are waited for by the GPU only, in `Prepared.to`."""
+        catalogue = self._catalogue
+        if not isinstance(examples, _OfItems) or not catalogue.modalities:
+            return Prepared(examples, catalogue, [])
+        names, ids_U = catalogue.modalities, examples.ids
+        small = {_INDEX + name: catalogue.present_index(name, ids_U) for name in names}
+        large = {}
+        if not catalogue.is_on_gpu:
+            for name in names:
+                large[_VALUES + name], small[_PRESENT + name] = catalogue.stored_rows(name, ids_U)
+        return Prepared(examples, catalogue, names, self._stream.copy(large, small))
