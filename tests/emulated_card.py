@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from emulated_attention import ATTENTION
 from torch.utils import _foreach_utils as foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -334,61 +335,12 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     inner_kwargs.pop("pin_memory", None)
     if name == "_fused_sdp_choice":
         return 3  # `_scaled_dot_product_fused_attention_overrideable`
-    result = _ATTENTION.get(name, func)(*inner_args, **inner_kwargs)
+    result = ATTENTION.get(name, func)(*inner_args, **inner_kwargs)
     if func._schema.is_mutable:
         return _written(func, args, kwargs, result)
     if to_host:
         return result.clone() if any(result is leaf for leaf in tree_leaves(inner_args)) else result
     return tree_map_only(torch.Tensor, CardTensor, result)
-
-
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    causal: bool = False,
-    *_: Any,
-    scale: float | None = None,
-    **__: Any,
-) -> Any:
-    """Fused attention: the output, its log-sum-exp, and what the backward pass on a GPU needs beside them."""
-    out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, dropout, causal, attn_mask=bias, scale=scale
-    )
-    none = torch.zeros(0, dtype=torch.int64)
-    return out, total, none, none, q.shape[2], k.shape[2], none, none, none
-
-
-def _attention_backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
-    wanted: list[bool],
-    out: torch.Tensor,
-    total: torch.Tensor,
-    cum_q: Any,
-    cum_k: Any,
-    max_q: int,
-    max_k: int,
-    dropout: float,
-    causal: bool,
-    *_: Any,
-    scale: float | None = None,
-) -> Any:
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, total, dropout, causal, attn_mask=bias, scale=scale
-    )
-    return (*grads, None)
-
-
-_ATTENTION = {
-    "_scaled_dot_product_fused_attention_overrideable": _attention,
-    "_scaled_dot_product_fused_attention_overrideable_backward": _attention_backward,
-}
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:

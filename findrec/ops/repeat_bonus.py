@@ -113,12 +113,14 @@ def repeat_features_of_history(
         ends = torch.searchsorted(row_T, first_rows).tolist()
     for (first, end), lo in zip(pairwise(ends), range(0, num_rows, block), strict=False):
         hi = min(lo + block, num_rows)
-        row, step = row_T[first:end] - lo, step_T[first:end]
+        row = row_T[first:end] - lo if lo else row_T[first:end]
+        step = step_T[first:end]
+        end_T = step + 1
         occurrences = _running_sum(rank_BE[lo:hi], torch.ones_like(distance_BE[lo:hi]), num_candidates)
-        total = occurrences[row, step + 1]
-        recent = total - occurrences[row, (step + 1 - min(RECENT, window)).clamp(min=0)]
-        count = total - occurrences[row, (step + 1 - window).clamp(min=0)]
-        last = _running_sum(rank_BE[lo:hi], distance_BE[lo:hi], num_candidates)[row, step + 1]
+        total = occurrences[row, end_T]
+        recent = total - occurrences[row, (end_T - min(RECENT, window)).clamp(min=0)]
+        count = total - occurrences[row, (end_T - window).clamp(min=0)]
+        last = _running_sum(rank_BE[lo:hi], distance_BE[lo:hi], num_candidates)[row, end_T]
         seen = torch.gt(count, 0, out=seen_TN[first:end])
         lag = (step[:, None] - last).to(dtype)
         _fill_features(phi_TRN[first:end], count.to(dtype), lag, recent.to(dtype), seen)
@@ -135,17 +137,16 @@ def repeat_features(count: Tensor, lag: Tensor, recent: Tensor) -> Tensor:
     """
     phi_1RN = count.new_empty(1, NUM_REPEAT_FEATURES, len(count))
     seen = torch.ones_like(count, dtype=torch.bool)
-    count, lag, recent = (x.clone()[None] for x in (count, lag, recent))  # overwritten by _fill_features
-    _fill_features(phi_1RN, count, lag, recent, seen[None])
+    _fill_features(phi_1RN, count[None], lag.clone()[None], recent[None], seen[None])
     return phi_1RN[0].t()
 
 
 def _fill_features(phi: Tensor, count: Tensor, lag: Tensor, recent: Tensor, seen: Tensor) -> None:
-    """Write the features `[T, R, N]` to `phi`; overwrites `count`, `lag` and `recent`."""
+    """Write the features `[T, R, N]` to `phi`; overwrites `lag`."""
     mask = seen.to(phi.dtype)
     phi[:, 0] = mask
-    phi[:, 1] = count.log1p_()  # zero where unseen, as is `recent`
-    phi[:, 3] = recent.log1p_()
+    torch.log1p(count, out=phi[:, 1])  # zero where unseen, as is `recent`
+    torch.log1p(recent, out=phi[:, 3])
     torch.mul(lag.log1p(), mask, out=phi[:, 2]).mul_(LAG_SCALE)
     torch.mul(lag.mul_(-1.0 / LAG_DECAY).exp_(), mask, out=phi[:, 4])
 
@@ -155,7 +156,7 @@ def _distance_to_previous(rank_BE: Tensor) -> Tensor:
     sorted_BE, order_BE = rank_BE.sort(dim=1, stable=True)
     distance_BE = order_BE.clone()
     repeated_BE = sorted_BE[:, 1:] == sorted_BE[:, :-1]
-    distance_BE[:, 1:] -= torch.where(repeated_BE, order_BE[:, :-1], 0)
+    distance_BE[:, 1:] -= order_BE[:, :-1] * repeated_BE
     return torch.empty_like(distance_BE).scatter_(1, order_BE, distance_BE).to(torch.float32)
 
 

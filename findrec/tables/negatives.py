@@ -8,6 +8,8 @@ Shape letters: T tokens, S samples, n distinct ids read by the loss, V items, d 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,7 +50,7 @@ class Negatives:
         self._cumulative /= self._cumulative[-1].clone()
 
     def draw(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
-        """Draw negatives `[S]` and, for the sampled softmax, their expected counts `[S]` (float64).
+        """Draw negatives `[S]` and, for the sampled softmax, logs of their expected counts `[S]` (float64).
 
         The sampled softmax draws with replacement from the proposal, gBCE uniformly without replacement.
         """
@@ -69,7 +71,7 @@ class Negatives:
         uniform = torch.rand(num, dtype=torch.float64, generator=generator)
         drawn = torch.searchsorted(self._cumulative, uniform, right=True)
         expected = (self._cumulative[drawn] - self._cumulative[drawn - 1]) * num
-        return copy_to(drawn, self._device), copy_to(expected, self._device)
+        return copy_to(drawn, self._device), copy_to(expected.log(), self._device)
 
     def loss(
         self,
@@ -81,13 +83,12 @@ class Negatives:
         repeat: RepeatBonus | None,
     ) -> Tensor:
         """The loss summed over tokens; `ids_n`, ascending, are all ids used, `vectors_nd` their vectors."""
-
-        def vectors_of(ids: Tensor) -> Tensor:
-            return F.embedding(torch.searchsorted(ids_n, ids), vectors_nd)
-
-        sample_S, expected_S = drawn
-        target_Td, sample_Sd = vectors_of(target_T), vectors_of(sample_S)
-        if expected_S is None:
+        sample_S, log_expected_S = drawn
+        wanted = [target_T, sample_S]
+        if log_expected_S is not None and repeat is not None:
+            wanted.append(repeat.ids_BN)
+        target_Td, sample_Sd, *candidate = _vectors_of(wanted, ids_n, vectors_nd)
+        if log_expected_S is None:
             return generalised_bce(
                 h,
                 target_Td,
@@ -98,7 +99,7 @@ class Negatives:
                 calibration=self._loss.calibration,
                 repeat=repeat,
             )
-        log_expected_S = expected_S.log().to(h.dtype) if self._loss.correct_sampling else None
+        log_expected_S = log_expected_S.to(h.dtype) if self._loss.correct_sampling else None
         return sampled_cross_entropy(
             h,
             target_Td,
@@ -107,5 +108,16 @@ class Negatives:
             sample_S,
             log_expected_S,
             repeat=repeat,
-            candidate_row_BNd=None if repeat is None else vectors_of(repeat.ids_BN),
+            candidate_row_BNd=candidate[0] if candidate else None,
         )
+
+
+def _vectors_of(wanted: Sequence[Tensor], ids_n: Tensor, vectors_nd: Tensor) -> list[Tensor]:
+    """The vectors `[..., d]` of each of several tensors of ids."""
+    if is_cpu(ids_n.device):
+        return [F.embedding(torch.searchsorted(ids_n, ids), vectors_nd) for ids in wanted]
+    # One lookup, and one gradient, on a GPU: each kernel takes as long for one of them as for all.
+    joined = torch.cat([ids.flatten() for ids in wanted])
+    found = F.embedding(torch.searchsorted(ids_n, joined), vectors_nd)
+    parts = torch.split(found, [ids.numel() for ids in wanted])
+    return [part.view(*ids.shape, -1) for part, ids in zip(parts, wanted, strict=True)]

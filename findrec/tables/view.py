@@ -68,8 +68,12 @@ class TableView:
 
         A collective call for a sharded table.
         """
-        for ids, rows in self._read:
-            gradient = torch.zeros_like(rows) if rows.grad is None else rows.grad / factor
+        if not self._read:
+            return
+        leaves = [rows for _, rows in self._read]
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        gradients = list(torch._foreach_div(gradients, factor))
+        for (ids, _), gradient in zip(self._read, gradients, strict=True):
             self._table.push(ids, gradient)
 
 
@@ -110,4 +114,4 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gradients = ctx.saved_tensors
-        return (None, None, *(grads[0] * gradient for gradient in gradients), *(None for _ in gradients))
+        return (None, None, *torch._foreach_mul(gradients, grads[0]), *(None for _ in gradients))

@@ -14,7 +14,7 @@ no better when narrow and as useless as the marginal one when wide (evaluation/f
 
 Latents are the target: they are trained by the ranking loss, and gradients reach the memories only.
 
-Shape letters: U distinct items of a batch, n items with events and content, d width.
+Shape letters: U distinct items of a batch, n items with events and content, d width, M modalities.
 """
 
 from __future__ import annotations
@@ -39,26 +39,33 @@ def alignment_terms(
     """The auxiliary losses `align_<modality>`; `present_U` are the items that have the modality."""
     if config.kind == "none":
         return {}
-    terms = {}
-    for name, latent_Ud in latents.items():
-        use_U = present_U[name] & rows.known_n
-        if config.kind == "conditional":
-            value = _conditional(rows.memory_nd[name], latent_Ud.detach(), use_U)
-        else:
-            use_n = _sample(use_U, config.rows)
+    if config.kind == "conditional":
+        values = _conditional(rows, latents, present_U)
+    else:
+        values = {}
+        for name, latent_Ud in latents.items():
+            use_n = _sample(present_U[name] & rows.known_n, config.rows)
             # At unit variance, for which the bandwidths are numerically well chosen.
             unit = latent_Ud.shape[1] ** 0.5 / TABLE_STD
             memory_nd, latent_nd = rows.memory_nd[name][use_n] * unit, latent_Ud[use_n].detach() * unit
             discrepancy = stein_discrepancy if config.kind == "marginal" else mmd
-            value = discrepancy(memory_nd, latent_nd)
-        terms[f"align_{name}"] = Term(config.weight * value, value.detach())
-    return terms
+            values[name] = discrepancy(memory_nd, latent_nd)
+    return {f"align_{name}": Term(config.weight * value, value.detach()) for name, value in values.items()}
 
 
-def _conditional(memory_Ud: Tensor, latent_Ud: Tensor, use_U: Tensor) -> Tensor:
-    """Mean squared residual of the items to use, in units of the initial variance of item vectors."""
-    residual_U = (memory_Ud - latent_Ud).square().sum(1) / TABLE_STD**2
-    return (residual_U * use_U).sum() / use_U.sum().clamp(min=1)
+def _conditional(
+    rows: Rows, latents: Mapping[str, Tensor], present_U: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Mean squared residuals of the items to use, in units of the initial variance of item vectors."""
+    if not latents:
+        return {}
+    # Modalities together: each kernel of a GPU takes as long for one as for all of them.
+    memory_MUd = torch.stack([rows.memory_nd[name] for name in latents])
+    latent_MUd = torch.stack([latent_Ud.detach() for latent_Ud in latents.values()])
+    use_MU = torch.stack([present_U[name] for name in latents]) & rows.known_n
+    residual_MU = (memory_MUd - latent_MUd).square().sum(2) / TABLE_STD**2
+    value_M = (residual_MU * use_MU).sum(1) / use_MU.sum(1).clamp(min=1)
+    return dict(zip(latents, value_M.unbind(), strict=True))
 
 
 def _sample(use_U: Tensor, rows: int) -> Tensor:

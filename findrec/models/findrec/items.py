@@ -68,8 +68,8 @@ class Weights:
 class Gate(nn.Module):
     """The probability that content belongs to its item, from the agreement of its latent with the memory.
 
-    Evidence are the cosine and the distance of the two. It is detached: a gate describes the vectors, and
-    must not change them.
+    The evidence, their cosine and distance (`evidence`), is detached: a gate describes the vectors, and must
+    not change them.
     """
 
     def __init__(self) -> None:
@@ -80,14 +80,20 @@ class Gate(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.constant_(self.out.bias, 2.0 / LOGIT_SCALE)
 
-    def forward(self, latent_nd: Tensor, memory_nd: Tensor) -> Tensor:
-        """Log-odds `[n]`."""
-        latent_nd, memory_nd = latent_nd.detach(), memory_nd.detach()
-        cosine_n = F.cosine_similarity(latent_nd, memory_nd, dim=1, eps=1e-6)
-        distance_n = torch.linalg.vector_norm(latent_nd - memory_nd, dim=1) / TABLE_STD
-        evidence_n2 = torch.stack([COSINE_SCALE * cosine_n, distance_n], dim=1)
+    def forward(self, evidence_n2: Tensor) -> Tensor:
+        """Log-odds `[n]`, from `evidence`."""
         logit_n: Tensor = LOGIT_SCALE * self.out(F.gelu(self.hidden(evidence_n2))).squeeze(1)
         return logit_n
+
+
+def evidence(latent_Mnd: Tensor, memory_Mnd: Tensor) -> list[Tensor]:
+    """`[n, 2]` for each modality: the cosine and the distance of latents and memories, scaled."""
+    latent_Mnd, memory_Mnd = latent_Mnd.detach(), memory_Mnd.detach()
+    cosine_Mn = F.cosine_similarity(latent_Mnd, memory_Mnd, dim=2, eps=1e-6)
+    distance_Mn = torch.linalg.vector_norm(latent_Mnd - memory_Mnd, dim=2) / TABLE_STD
+    parts = zip(COSINE_SCALE * cosine_Mn, distance_Mn, strict=True)
+    # Not as one tensor: on a CPU the last bits of products depend on where in memory a matrix begins.
+    return [torch.stack(part, dim=1) for part in parts]
 
 
 class ItemVectors(ContentProjections):
@@ -124,22 +130,26 @@ class ItemVectors(ContentProjections):
         """
         known_n = rows.known_n if views is None else views.row_U
         vector_nd = rows.id_nd * known_n[:, None]
-        logits, gates, presents = {}, {}, {}
-        for name, latent_nd in latents.items():
-            present_n = features[name].present
-            if views is not None:
-                latent_nd = latent_nd[views.source_U[name]]
-                present_n = present_n[views.source_U[name]] & views.content_U
+        presents: Mapping[str, Tensor] = {name: features[name].present for name in latents}
+        if views is not None:
+            presents = views.present_U
+            latents = {name: latent_nd[views.source_U[name]] for name, latent_nd in latents.items()}
+        # Modalities together: each kernel of a GPU takes as long for one as for all of them.
+        gate_Mn = torch.stack([presents[name] for name in latents]).to(vector_nd.dtype)
+        logits: dict[str, Tensor] = {}
+        if self.gates is not None:
+            memory_Mnd = torch.stack([rows.memory_nd[name] for name in latents])
+            shown = evidence(torch.stack(list(latents.values())), memory_Mnd)
+            logits = {name: self.gates[name](shown_n2) for name, shown_n2 in zip(latents, shown, strict=True)}
+            chance_Mn = torch.stack([torch.sigmoid(logit_n.detach()) for logit_n in logits.values()])
+            gate_Mn = gate_Mn * torch.where(known_n, chance_Mn, 1.0)
+        if order_n is not None:
+            gate_Mn = gate_Mn[:, order_n] * torch.stack([presents[name] for name in latents])
+        gates = dict(zip(latents, gate_Mn.unbind(), strict=True))
+        kept_Mn = (1 - gate_Mn) * known_n
+        for (name, latent_nd), kept_n in zip(latents.items(), kept_Mn.unbind(), strict=True):
             memory_nd = rows.memory_nd[name].detach()
-            gate_n = present_n.to(latent_nd.dtype)
-            if self.gates is not None:
-                logits[name] = self.gates[name](latent_nd, memory_nd)
-                gate_n = gate_n * torch.where(known_n, torch.sigmoid(logits[name].detach()), 1.0)
-            if order_n is not None:
-                gate_n = gate_n[order_n] * present_n
-            gates[name], presents[name] = gate_n, present_n
-            kept_n1 = ((1 - gate_n) * known_n)[:, None]
-            vector_nd = vector_nd + gate_n[:, None] * latent_nd + kept_n1 * memory_nd
+            vector_nd = vector_nd + gates[name][:, None] * latent_nd + kept_n[:, None] * memory_nd
         return vector_nd, Weights(logits, gates, presents)
 
     def trusting(self, rows: Rows, features: Mapping[str, ModalRows]) -> Tensor:

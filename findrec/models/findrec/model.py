@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.batches.catalogue import ItemFeatures
 from findrec.datasets.folder.features import ModalRows
+from findrec.devices import is_cpu
 from findrec.models.base import DataFacts, Out, SequenceModel, TableShape, Term
 from findrec.models.capabilities import Explanation
 from findrec.models.findrec.alignment import DIAGNOSTICS, alignment_terms, diagnose_alignment
@@ -99,14 +100,28 @@ class FindRec(SequenceModel):
 
     def _gate_terms(self, rows: Rows, weights: Weights, views: Views) -> dict[str, Term]:
         """Cross-entropy of the gates' knowledge of which content is wrong, over items with a memory."""
-        terms = {}
-        for name, logit_U in weights.logit_n.items():
-            judged_U = (weights.present_n[name] & rows.known_n).to(logit_U.dtype)
-            true_U = views.true_U[name].to(logit_U.dtype)
-            loss_U = F.binary_cross_entropy_with_logits(logit_U, true_U, reduction="none")
-            loss = (loss_U @ judged_U) / judged_U.sum().clamp(min=1)
-            terms[f"gate_{name}"] = Term(self.config.control.weight * loss, loss.detach())
-        return terms
+        names = list(weights.logit_n)
+        if not names:
+            return {}
+        logits = list(weights.logit_n.values())
+        judged_MU = torch.stack([weights.present_n[name] for name in names]) & rows.known_n
+        judged_MU = judged_MU.to(logits[0].dtype)
+        true_MU = torch.stack([views.true_U[name] for name in names]).to(judged_MU.dtype)
+        if is_cpu(judged_MU.device):
+            # One after the other: the last bits of a result depend on where in a tensor its values are.
+            loss_M = torch.stack(
+                [
+                    F.binary_cross_entropy_with_logits(logit_U, true_U, reduction="none") @ judged_U.clone()
+                    for logit_U, true_U, judged_U in zip(logits, true_MU, judged_MU, strict=True)
+                ]
+            )
+        else:
+            loss_MU = F.binary_cross_entropy_with_logits(torch.stack(logits), true_MU, reduction="none")
+            loss_M = (loss_MU * judged_MU).sum(1)
+        loss_M = loss_M / judged_MU.sum(1).clamp(min=1)
+        weighted_M = self.config.control.weight * loss_M
+        reported_M = loss_M.detach()
+        return {f"gate_{name}": Term(weighted_M[m], reported_M[m]) for m, name in enumerate(names)}
 
     def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:
         """See `SequenceModel`; in training the content of the items is trusted (`ItemVectors.trusting`)."""

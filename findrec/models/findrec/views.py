@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from findrec.datasets.folder.features import ModalRows
-from findrec.devices import copy_to
+from findrec.devices import copy_all_to
 from findrec.models.findrec.config import ControlConfig
 
 
@@ -26,31 +26,39 @@ class Views:
 
     source_U: Mapping[str, Tensor]  # by modality: index of the item whose content each item is shown with
     true_U: Mapping[str, Tensor]  # by modality: bool, whether that is its own
+    present_U: Mapping[str, Tensor]  # by modality: bool, whether it is shown with any
     row_U: Tensor  # bool, whether the row is shown
     content_U: Tensor  # bool, whether content is shown
 
 
 def draw_views(features: Mapping[str, ModalRows], known_U: Tensor, config: ControlConfig) -> Views:
     """Draw what is shown; items without events (`known_U` false) or without content keep what they have."""
-    num, device = len(known_U), known_U.device
-    source_U, true_U = {}, {}
+    num = len(known_U)
+    drawn_U: dict[str, Tensor] = {}
     altered = bool(torch.rand(()) < config.altered)
     for name in features:
-        source = torch.arange(num)
+        source_U = torch.arange(num)
         if altered:
             share = config.swapped * float(torch.rand(()))
-            drawn = torch.randperm(num)[: int(share * num)]
-            source[drawn] = drawn.roll(1)
-        source_U[name] = copy_to(source, device)
-        true_U[name] = source_U[name] == torch.arange(num, device=device)
-    chance_U = copy_to(torch.rand(num), device)
+            swapped = torch.randperm(num)[: int(share * num)]
+            source_U[swapped] = swapped.roll(1)
+        drawn_U[_SOURCE + name], drawn_U[_TRUE + name] = source_U, source_U == torch.arange(num)
+    chance_U = torch.rand(num)
+    drawn_U[_HIDE_ROW] = chance_U < config.hide_id
+    drawn_U[_HIDE_CONTENT] = chance_U > 1 - config.hide_content
+    drawn_U = copy_all_to(drawn_U, known_U.device)
+    source = {name: drawn_U[_SOURCE + name] for name in features}
+    shown = {name: rows.present[source[name]] for name, rows in features.items()}
     # Without its row an item must have content, also where it is shown with that of another.
-    present_U = torch.stack(
-        [rows.present & rows.present[source_U[name]] for name, rows in features.items()]
-    ).any(0)
+    both_U = torch.stack([rows.present & shown[name] for name, rows in features.items()]).any(0)
+    content_U = ~(drawn_U[_HIDE_CONTENT] & known_U)
     return Views(
-        source_U,
-        true_U,
-        row_U=known_U & ~((chance_U < config.hide_id) & present_U),
-        content_U=~((chance_U > 1 - config.hide_content) & known_U),
+        source,
+        {name: drawn_U[_TRUE + name] for name in features},
+        {name: shown_U & content_U for name, shown_U in shown.items()},
+        row_U=known_U & ~(drawn_U[_HIDE_ROW] & both_U),
+        content_U=content_U,
     )
+
+
+_SOURCE, _TRUE, _HIDE_ROW, _HIDE_CONTENT = "source ", "true ", "hide row", "hide content"

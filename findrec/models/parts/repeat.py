@@ -37,6 +37,7 @@ class RepeatCandidates:
     row_T: Tensor  # int64, the chunk of each target position, ascending
     step_T: Tensor  # int64, its event within the chunk
     window: int  # latest events whose items are candidates
+    slot_T: Tensor | None = None  # index of each target position among all events of the chunks, if known
 
     def bonus(self, weights_TR: Tensor, impl: Impl = "auto") -> RepeatBonus:
         """The bonuses of the candidates, differentiable in the weights; see `repeat_bonus`."""
@@ -49,7 +50,8 @@ class RepeatCandidates:
             window=self.window,
             impl=impl,
         )
-        return RepeatBonus(self.ids_PN, self.row_T, seen_TN, bonus_TN, longest=max(1, self.rank_PE.shape[1]))
+        longest = max(1, self.rank_PE.shape[1])
+        return RepeatBonus(self.ids_PN, self.row_T, seen_TN, bonus_TN, longest, self.slot_T)
 
 
 def repeat_candidates(batch: Batch, window: int = REPEAT_WINDOW) -> RepeatCandidates:
@@ -65,7 +67,7 @@ def repeat_candidates(batch: Batch, window: int = REPEAT_WINDOW) -> RepeatCandid
     if length <= window and not is_cpu(batch.item.device):
         # Sizes that the host knows: a GPU need not be waited for. On a CPU fewer candidates are less work.
         rank_BE, ids_BN = _rank_items(batch.item, max(1, length))
-        return RepeatCandidates(ids_BN, rank_BE, row_T, step_T, window)
+        return RepeatCandidates(ids_BN, rank_BE, row_T, step_T, window, batch.position)
     stride, before = (length, 0) if length <= window else (max(1, window // _CHUNKS_PER_WINDOW), window - 1)
     chunks_per_row = -(-length // stride)
     key_T = row_T * chunks_per_row + torch.div(step_T, stride, rounding_mode="floor")
@@ -91,15 +93,17 @@ def _rank_items(item_PE: Tensor, num_candidates: int | None = None) -> tuple[Ten
     # Padding is replaced by the largest id to be sorted last, so that items get ranks 0, 1, ... in order.
     largest = torch.iinfo(torch.int64).max
     sorted_PE, order_PE = item_PE.masked_fill(item_PE == 0, largest).sort(dim=1, stable=True)
-    first_seen_PE = torch.ones_like(sorted_PE, dtype=torch.bool)
-    first_seen_PE[:, 1:] = sorted_PE[:, 1:] != sorted_PE[:, :-1]
-    index_PE = first_seen_PE.cumsum(1) - 1
-    real_PE = sorted_PE != largest
+    padding_PE = sorted_PE == largest
+    new_PE = torch.zeros_like(padding_PE)  # whether an event's item is another than the one before
+    new_PE[:, 1:] = sorted_PE[:, 1:] != sorted_PE[:, :-1]
+    index_PE = new_PE.cumsum(1)
     if num_candidates is None:
-        num_candidates = max(1, int((first_seen_PE & real_PE).sum(1).max())) if item_PE.numel() else 1
-    index_PE = index_PE.masked_fill(~real_PE, num_candidates)
+        num_candidates = 1
+        if item_PE.numel():
+            num_candidates += max(0, int(index_PE.masked_fill(padding_PE, -1).max()))
+    index_PE = index_PE.masked_fill(padding_PE, num_candidates)
     ids = item_PE.new_zeros(item_PE.shape[0], num_candidates + 1)
-    ids.scatter_(1, index_PE, sorted_PE.masked_fill(~real_PE, 0))
+    ids.scatter_(1, index_PE, sorted_PE.masked_fill(padding_PE, 0))
     rank_PE = torch.empty_like(index_PE).scatter_(1, order_PE, index_PE)
     return rank_PE, ids[:, :num_candidates].contiguous()
 

@@ -40,8 +40,9 @@ class _EagerLoss(torch.autograd.Function):
         if gradients is None:  # a retained graph: the first backward pass consumed the gradients
             _, gradients = ctx.walk(tensors, ctx.needs_grad)
         # Scaled in place: a new tensor would be a second gradient of the table's size.
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grads[0])
         scaled = [
-            None if gradient is None else gradient.mul_(grads[0]).to(source.dtype)
+            None if gradient is None else gradient.to(source.dtype)
             for gradient, source in zip(gradients, tensors, strict=False)
         ]
         return (None, None, None, *scaled, *(None,) * (len(tensors) - len(scaled)))

@@ -66,9 +66,14 @@ class SampleMask:
 class PaddedCandidates:
     """Products of tokens with the repeat candidates of their users: all users at once, padded to L tokens."""
 
-    def __init__(self, candidate_row_BNd: Tensor, row_T: Tensor, longest: int | None) -> None:
-        """`longest` is L; None: it is counted, for which the host waits."""
+    def __init__(
+        self, candidate_row_BNd: Tensor, row_T: Tensor, longest: int | None, slot_T: Tensor | None
+    ) -> None:
+        """`longest` is L; None: it is counted, for which the host waits. `slot_T`: see `RepeatBonus`."""
         self._rows_BNd = candidate_row_BNd
+        if slot_T is not None and longest is not None:
+            self._longest, self._slot_T = longest, slot_T
+            return
         num_users = len(candidate_row_BNd)
         start_B = torch.searchsorted(row_T, torch.arange(num_users, device=row_T.device))
         step_T = torch.arange(len(row_T), device=row_T.device) - start_B[row_T]

@@ -31,10 +31,12 @@ def walk_tiles(
     *,
     batched: bool = False,
     longest: int | None = None,
+    slot_T: Tensor | None = None,
 ) -> tuple[Tensor, Gradients]:
     """The loss, and the gradients that `needs_grad` selects, in the dtype of the computation.
 
-    `batched` is the form for a GPU (`_sampled_batches`); no user has more than `longest` tokens.
+    `batched` is the form for a GPU (`_sampled_batches`); no user has more than `longest` tokens,
+    `slot_T` is as in `RepeatBonus`.
     """
     dtype = torch.promote_types(inputs.h_Td.dtype, inputs.sample_row_Sd.dtype)
     dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
@@ -44,10 +46,14 @@ def walk_tiles(
     assert h_Td is not None
     assert target_row_Td is not None
     assert sample_row_Sd is not None
+    # Gradients with a row for each token are written tile by tile, the others are summed over tiles.
     dh_Td, dtarget_Td, dsample_Sd, dcandidate_BNd, dbonus_TN = gradients = tuple(
-        None if x is None or not need else torch.zeros_like(x)
-        for x, need in zip(
-            (h_Td, target_row_Td, sample_row_Sd, candidate_row_BNd, bonus_TN), needs_grad, strict=True
+        None if x is None or not need else torch.empty_like(x) if by_token else torch.zeros_like(x)
+        for x, need, by_token in zip(
+            (h_Td, target_row_Td, sample_row_Sd, candidate_row_BNd, bonus_TN),
+            needs_grad,
+            (True, True, False, False, True),
+            strict=True,
         )
     )
     num_tokens, num_candidates = len(h_Td), 0 if bonus_TN is None else bonus_TN.shape[1]
@@ -58,7 +64,7 @@ def walk_tiles(
     if candidate_row_BNd is not None:
         assert inputs.row_T is not None
         own = (
-            PaddedCandidates(candidate_row_BNd, inputs.row_T, longest)
+            PaddedCandidates(candidate_row_BNd, inputs.row_T, longest, slot_T)
             if batched
             else _OwnCandidates(candidate_row_BNd, inputs.row_T)
         )

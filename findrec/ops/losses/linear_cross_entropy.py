@@ -44,6 +44,8 @@ class RepeatBonus:
     seen_TN: Tensor  # bool, the item occurred at or before the token, within the window
     bonus_TN: Tensor  # float, 0 where unseen; carries the gradient
     longest: int | None = None  # no row has more tokens; None: not known
+    # int64, distinct indices of the tokens in `[rows, longest]`, each in its row; None: not known
+    slot_T: Tensor | None = None
 
 
 def linear_cross_entropy(

@@ -87,11 +87,11 @@ def sampled_cross_entropy(
 
     batched = impl == "batched" or (impl == "auto" and h_Td.device.type != "cpu")
     size = tile_bytes_on(h_Td.device, _TILE_BYTES) if tile_bytes is None else tile_bytes
-    longest = None if repeat is None else repeat.longest
+    longest, slot_T = (None, None) if repeat is None else (repeat.longest, repeat.slot_T)
 
     def walk(tensors: tuple[Tensor | None, ...], needs_grad: tuple[bool, ...]) -> tuple[Tensor, Gradients]:
         given = Inputs(*tensors)  # type: ignore[arg-type]
-        return walk_tiles(given, size, needs_grad, batched=batched, longest=longest)
+        return walk_tiles(given, size, needs_grad, batched=batched, longest=longest, slot_T=slot_T)
 
     others = (target_T, sample_S, log_expected_S, ids, row, seen)
     return eager_loss(walk, NUM_FLOATS, *floats, *others)

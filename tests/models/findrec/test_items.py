@@ -47,6 +47,7 @@ def make_inputs(modalities: tuple[str, ...]) -> tuple[Tensor, dict[str, ModalRow
 
 def make_views(modalities: tuple[str, ...]) -> Views:
     source, true = {}, {}
+    features = make_inputs(modalities)[1]
     for m in modalities:
         source[m] = torch.arange(NUM)
         source[m][[1, 4, 5, 8]] = torch.tensor([4, 5, 8, 1])
@@ -54,7 +55,8 @@ def make_views(modalities: tuple[str, ...]) -> Views:
     row, content = torch.ones(NUM, dtype=torch.bool), torch.ones(NUM, dtype=torch.bool)
     row[[0, 3, 7, 2, 8]] = False  # unknown, and hidden
     content[[1, 6]] = False
-    return Views(source, true, row, content)
+    present = {m: features[m].present[source[m]] & content for m in modalities}
+    return Views(source, true, present, row, content)
 
 
 def written_out(
@@ -82,7 +84,7 @@ def written_out(
     known = has_row if views is None else views.row_U.tolist()
     for m, i in product(features, range(NUM)):
         shown = i if views is None else int(views.source_U[m][i])
-        if not features[m].present[shown] or (views is not None and not views.content_U[i]):
+        if not (features[m].present if views is None else views.present_U[m])[i]:
             continue
         x = as64(features[m].values[shown])
         x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)

@@ -48,12 +48,14 @@ def test_as_many_items_as_configured_have_the_content_of_another(altered: float,
 
 
 def test_swapped_content_is_that_of_another_item() -> None:
-    _, _, views = drawn(50, altered=1.0, swapped=1.0)
+    features, _, views = drawn(50, altered=1.0, swapped=1.0)
     for view in views:
         for name, source_U in view.source_U.items():
             own = torch.arange(NUM)
             assert torch.equal(view.true_U[name], source_U == own)
             assert torch.equal(source_U.sort().values, own)  # each content is shown once
+            shown_U = features[name].present[source_U] & view.content_U
+            assert torch.equal(view.present_U[name], shown_U)
         swapped = [~view.true_U[name] for name in ("text", "image")]
         both = swapped[0] & swapped[1]
         if both.sum() > 20:  # the modalities are swapped independently
