@@ -24,6 +24,7 @@ from findrec.models.hgcf.config import HGCFConfig
 from findrec.models.hm4sr.config import HM4SRConfig
 from findrec.models.hstu.config import HSTUConfig
 from findrec.models.lightgcn.config import LightGCNConfig
+from findrec.models.m3rec.config import M3RecConfig
 from findrec.models.mamba4rec.config import Mamba4RecConfig
 from findrec.models.mfn.config import MFNConfig
 from findrec.models.mufasa.config import MufasaConfig
@@ -46,6 +47,7 @@ CONFIGS: dict[str, type[ModelConfig]] = {
     "mufasa": MufasaConfig,
     "hm4sr": HM4SRConfig,
     "bivrec": BiVRecConfig,
+    "m3rec": M3RecConfig,
     "mfn": MFNConfig,
     "sasrec": SASRecConfig,
     "unisrec": UniSRecConfig,

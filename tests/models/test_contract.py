@@ -48,6 +48,7 @@ CHANGES: dict[tuple[str, str], dict[str, object]] = {  # of a model's configurat
     ("unisrec", "dot"): {"temperature": None, "experts": 3},
     ("gru4rec", "wide"): {"hidden": 24, "layers": 2},
     ("bivrec", "plain"): {"scales": [], "gaussian": False, "interests": {"number": 1}},
+    ("m3rec", "apart"): {"shared": False, "weights": "equal"},
     ("mfn", "ids"): {"attend": "ids"},
     ("mfn", "both"): {"attend": "both"},
     ("hm4sr", "categories"): {"categories": "image"},

@@ -1,0 +1,1 @@
+"""The M3Rec model."""
