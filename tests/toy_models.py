@@ -225,6 +225,29 @@ class TwoStages(SequenceModel):
         return Out(self.follow(gather_positions(x_BLd, batch)))
 
 
+class ContinuedConfig(ModelConfig):
+    """Of a model whose second stage goes on from the first."""
+
+    def stages(self) -> tuple[StageSpec, ...]:
+        training = {"epochs": 2, "optim": {"lr": 0.005}}
+        first = StageSpec("first", self, training=training)
+        return (first, StageSpec("", self, needs=("first",), continues="first"))
+
+
+class Continued(SequenceModel):
+    """A linear map of the last item's row."""
+
+    Config = ContinuedConfig
+
+    def __init__(self, config: ContinuedConfig, facts: DataFacts) -> None:
+        super().__init__()
+        self.config = config
+        self.follow = nn.Linear(config.dim, config.dim)
+
+    def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
+        return Out(self.follow(gather_positions(x_items[batch.index], batch)))
+
+
 class TwoInterests(SequenceModel):
     """Two vectors per user, ranked by the larger inner product and trained by their mean."""
 

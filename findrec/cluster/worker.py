@@ -88,7 +88,8 @@ def _train_one(job: TrainingJob, folder: DataFolder, worker: Worker, report: Any
     torch.manual_seed(config.training.seed)
     if worker.device.type == "cuda":
         allow_tf32(config.training.precision == "bfloat16")
-    model = build_tower_model(config, folder, _artifacts(job, worker))
+    artifacts = _artifacts(job, worker)
+    model = build_tower_model(config, folder, artifacts)
     if worker.is_rank_zero:
         num_weights = sum(p.numel() for p in model.parameters())
         modalities = ", ".join(used_modalities(config, folder)) or "none"
@@ -128,6 +129,7 @@ def _train_one(job: TrainingJob, folder: DataFolder, worker: Worker, report: Any
         log=None if log is None else _MirroredLog(log, tracker),
         on_start=started,
         after_epoch=report,
+        earlier=None if job.continues is None else artifacts[job.continues],
     )
     if tracker is not None:
         tracker.finish("FINISHED")  # the driver opens the run again to add the final table

@@ -28,12 +28,15 @@ class StageSpec:
         needs: names of earlier stages whose best checkpoints this one reads (`DataFacts.artifacts`).
         training: keys of the `training` section that differ in this stage; a dict has keys of a part of it,
             such as `{"optim": {"lr": 0.01}}`.
+        continues: one of `needs` that has the same weights and item rows, from which this stage starts; a
+            `training.warm_start` of the run takes precedence.
     """
 
     name: str
     model: ModelConfig
     needs: tuple[str, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    continues: str | None = None
 
 
 class ModelConfig(Part):

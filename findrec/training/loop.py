@@ -76,9 +76,11 @@ def run_training(
     log: StepLog | None = None,
     on_start: Callable[[TrainState], None] | None = None,
     after_epoch: Callable[[dict[str, float]], None] | None = None,
+    earlier: Path | None = None,
 ) -> TrainState:
     """Train to the end, from the newest checkpoint, else from `training.warm_start`, else from scratch.
 
+    `earlier` is the checkpoint of an earlier stage to start from instead of from scratch.
     `on_start(state)` is called on rank 0 before anything is logged; `after_epoch(metrics)` on every rank.
 
     Raises:
@@ -87,7 +89,7 @@ def run_training(
     """
     training = config.training
     source: ExampleSource[Any] = tower.model.examples(config, folder)
-    state = restore(config, folder, checkpoints, tower, tables, plan_digest(config, folder, source))
+    state = restore(config, folder, checkpoints, tower, tables, plan_digest(config, folder, source), earlier)
     if worker.is_rank_zero and on_start is not None:
         on_start(state)
     left = source.num_targets * (training.epochs - state.epoch) - state.epoch_targets

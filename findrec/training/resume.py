@@ -21,7 +21,7 @@ from findrec.training.checkpoints.manifest import folder_name, step_of
 from findrec.training.checkpoints.store import CheckpointStore
 from findrec.training.identity import check_identity, data_identity
 from findrec.training.tower import OPTIMIZER_STATE, Tower, check_weights
-from findrec.training.warm_start import apply_warm_start, find_warm_start
+from findrec.training.warm_start import WarmStart, apply_warm_start, find_warm_start
 from findrec.training.worker import share_text
 
 
@@ -46,13 +46,19 @@ def restore(
     tower: Tower,
     tables: Mapping[str, Table],
     digest: str,
+    earlier: Path | None = None,
 ) -> TrainState:
-    """Load the newest checkpoint, else the configured warm start (a collective call)."""
+    """Load the newest checkpoint, else the configured warm start, else that of an earlier stage.
+
+    A collective call. Other tables than that of items are not loaded from an earlier stage.
+    """
     tensors = chain((table.weight for table in tables.values()), tower.model.parameters())
     device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     path = _newest(CheckpointStore.of(config, checkpoints), checkpoints, device)
     if path is None:
         start = find_warm_start(config, folder)
+        if start is None and earlier is not None:
+            start = WarmStart(earlier, folder.num_items)
         if start is not None:
             apply_warm_start(start, tower, tables)
         return TrainState(

@@ -37,12 +37,14 @@ class TrainingJob:
         config: the configuration of the run, with the model of this training.
         folder: folder of its checkpoints and metrics.
         needs: folders of the earlier stages whose best checkpoints it reads, by stage name.
+        continues: the one of `needs` from whose weights and item rows it starts.
     """
 
     name: str
     config: RunConfig
     folder: Path
     needs: dict[str, Path] = field(default_factory=dict)
+    continues: str | None = None
 
     @property
     def ranked(self) -> bool:
@@ -83,7 +85,8 @@ def _stages_of(config: RunConfig, folder: Path) -> list[TrainingJob]:
         changed = config.model_copy(
             update={"model": spec.model, "training": config.training.model_copy(update=training)}
         )
-        jobs.append(TrainingJob(name, changed, here, {need: folders[need] for need in spec.needs}))
+        needs = {need: folders[need] for need in spec.needs}
+        jobs.append(TrainingJob(name, changed, here, needs, spec.continues))
         folders[spec.name] = here
     return jobs
 

@@ -18,9 +18,14 @@ from findrec.errors import FindRecError
 from findrec.models.base import DataFacts
 from findrec.models.registry import build_model
 from findrec.tables.base import ITEMS
+from findrec.training.build import build_tables, build_tower_model
 from findrec.training.checkpoints.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from findrec.training.checkpoints.validations import find_artifacts
+from findrec.training.checkpoints.validations import METRICS, find_artifacts
+from findrec.training.loop import run_training
+from findrec.training.resume import restore
 from findrec.training.runs import main_job, open_run_folder, training_jobs
+from findrec.training.tower import PlainTower
+from findrec.training.worker import Worker
 
 STAGES = {"edges": "TwoTables", "items": "ReadsText", "candidates": "Judge", "no tables": "NoTables"}
 EPOCHS = {"edges": 6, "items": 40, "candidates": 6, "no tables": 40}
@@ -121,6 +126,31 @@ def two_stages(tmp_path: Path, **training: Any) -> Any:
     config = stage_config("TwoStages", epochs=2, **training)
     evaluation = config.evaluation.model_copy(update={"baselines": []})
     return config.model_copy(update={"runs": str(tmp_path), "name": "r", "evaluation": evaluation})
+
+
+def test_a_stage_starts_from_the_one_it_continues(folder: DataFolder, tmp_path: Path) -> None:
+    """From its best weights and rows, with the moments of a new training and its own learning rate."""
+    config = stage_config("Continued", epochs=1).model_copy(update={"runs": str(tmp_path), "name": "r"})
+    first, second = training_jobs(config, tmp_path)[:2]  # the others are baselines
+    assert (first.continues, second.continues) == (None, "first")
+    assert first.config.training.optim.lr == 0.005
+    assert first.config.training.optim.weight_decay == config.training.optim.weight_decay == 0
+    assert second.config.training == config.training
+    torch.manual_seed(0)
+    tower = PlainTower(build_tower_model(first.config, folder), first.config.training.optim)
+    tables = build_tables(first.config, folder)
+    quiet: dict[str, Any] = {"worker": Worker(), "validate": lambda *_: dict.fromkeys(METRICS, 0.0)}
+    run_training(first.config, folder, first.folder / "checkpoints", tower, tables, **quiet)
+    tower = PlainTower(build_tower_model(second.config, folder), second.config.training.optim)
+    tables = build_tables(second.config, folder)
+    earlier = find_artifacts(config, second.needs)["first"]
+    saved = load_checkpoint(earlier)
+    state = restore(second.config, folder, second.folder / "checkpoints", tower, tables, "plan", earlier)
+    assert (state.epoch, state.step) == (0, 0)
+    assert state.started_from.startswith(str(earlier))
+    assert all(torch.equal(value, saved.tower[name]) for name, value in tower.weights().items())
+    assert torch.equal(tables[ITEMS].weight, saved.table["weight"])
+    assert not any(value.any() for name, value in tables[ITEMS].state().items() if name != "weight")
 
 
 def test_a_model_of_two_stages_is_two_trainings_of_one_run(folder: DataFolder, tmp_path: Path) -> None:

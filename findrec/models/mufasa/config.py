@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from findrec.models.config import ModelConfig, SequenceConfig, StageSpec
 from findrec.schema import Part, may_change
 
-COLLABORATIVE, FUSION = "collaborative", "fusion"  # names of the stages
+COLLABORATIVE, FUSION, SEQUENCES = "collaborative", "fusion", "sequences"  # names of the stages
 MEAN = "mean"  # of all modalities, as anchor
 BranchName = Literal["window", "block", "selected"]
 
@@ -82,6 +82,13 @@ class AlignmentConfig(Part):
     consistency: float = Field(0.1, ge=0)  # weight of the agreement of content with the rows of known items
 
 
+class SequencesConfig(Part):
+    """A stage of the sequence model with the frozen fusion layer, before both are trained together."""
+
+    epochs: int = Field(10, ge=1)
+    lr: float = Field(1e-3, gt=0)  # its learning rate; that of the joint stage is training.optim.lr
+
+
 class MufasaConfig(SequenceConfig):
     """Sizes, losses and ablations of all stages."""
 
@@ -93,7 +100,9 @@ class MufasaConfig(SequenceConfig):
     collaborative_epochs: int = Field(10, ge=1)  # of the stage that learns which items are consumed together
     fusion: FusionConfig = FusionConfig()
     # frozen: fused vectors are constants of the sequence model. tuned: the fusion layer is trained with it.
-    tuning: Literal["frozen", "tuned"] = "frozen"
+    tuning: Literal["frozen", "tuned"] = may_change("warm_start", "frozen")
+    # With tuning=tuned: a stage before it with the frozen layer; set training.optim.lr to a tenth of its lr.
+    sequences: SequencesConfig | None = may_change("warm_start", None)
     layers: int = Field(2, ge=1)
     heads: int = Field(4, ge=1)
     groups: int = Field(2, ge=1)  # of heads that share keys, values and selections
@@ -107,6 +116,11 @@ class MufasaConfig(SequenceConfig):
             raise ValueError(
                 f"branches={list(self.branches)} must name at least one of window, block and selected, and "
                 "each at most once"
+            )
+        if self.sequences is not None and self.tuning == "frozen":
+            raise ValueError(
+                "sequences is a stage before the joint training of all parts: set tuning=tuned, or leave it "
+                "out"
             )
         if self.heads % self.groups:
             raise ValueError(f"groups={self.groups} must divide heads={self.heads}")
@@ -133,7 +147,7 @@ class MufasaConfig(SequenceConfig):
         return self.fusion.losses.collaborative > 0
 
     def stages(self) -> tuple[StageSpec, ...]:
-        """See `ModelConfig`: co-consumption, if its loss has a weight; fusion; sequences."""
+        """See `ModelConfig`: co-consumption, if its loss has a weight; fusion; sequences, maybe twice."""
         fusion = FusionStageConfig(
             dim=self.dim, modalities=self.modalities, anchor=self.anchor, fusion=self.fusion
         )
@@ -141,12 +155,16 @@ class MufasaConfig(SequenceConfig):
         if self.needs_collaborative:
             first = CollaborativeStageConfig(dim=self.dim, reach=self.fusion.reach)
             before = (StageSpec(COLLABORATIVE, first, training={"epochs": self.collaborative_epochs}),)
+        needs = tuple(stage.name for stage in before)
+        before += (StageSpec(FUSION, fusion, needs, training={"epochs": self.fusion.epochs}),)
+        if self.sequences is None:
+            return (*before, StageSpec("", self, needs=(FUSION,)))
+        frozen = self.model_copy(update={"tuning": "frozen", "sequences": None})
+        training = {"epochs": self.sequences.epochs, "optim": {"lr": self.sequences.lr}}
         return (
             *before,
-            StageSpec(
-                FUSION, fusion, needs=tuple(s.name for s in before), training={"epochs": self.fusion.epochs}
-            ),
-            StageSpec("", self, needs=(FUSION,)),
+            StageSpec(SEQUENCES, frozen, needs=(FUSION,), training=training),
+            StageSpec("", self, needs=(FUSION, SEQUENCES), continues=SEQUENCES),
         )
 
 

@@ -69,6 +69,7 @@ def test_sizes_follow_the_longest_history_or_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
+        ({"sequences": {"epochs": 2}}, "sequences is a stage before the joint training"),
         ({"branches": []}, "must name at least one of window, block and selected"),
         ({"branches": ["block", "block"]}, "each at most once"),
         ({"heads": 4, "groups": 3}, "groups=3 must divide heads=4"),

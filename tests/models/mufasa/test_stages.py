@@ -111,6 +111,7 @@ def train_jobs(config: RunConfig, folder: DataFolder, root: Path) -> tuple[list[
             worker=Worker(),
             validate=validate,
             log=log,
+            earlier=None if job.continues is None else artifacts[job.continues],
         )
     return jobs, logs
 
@@ -264,6 +265,24 @@ def user_vector(model: Any, items: Any, rows: torch.Tensor, catalogue: Catalogue
     batch = Batch.build(item, last + 1, torch.zeros(1, dtype=torch.int64), last, last[:0])
     vector: torch.Tensor = model.eval()(batch, rows[batch.ids], catalogue.features(batch.ids)).h[0]
     return vector
+
+
+def test_a_joint_stage_continues_the_frozen_one(folder: DataFolder, tmp_path: Path) -> None:
+    """It starts as good as the stage before it ended, and trains the fusion layer too."""
+    fusion = {"dim": 16, "epochs": 2, "losses": {"collaborative": 0}}
+    config = make_config(folder, tuning="tuned", sequences={"epochs": 4, "lr": 0.01}, fusion=fusion)
+    training = config.training.model_copy(update={"epochs": 1})
+    config = config.model_copy(update={"training": training})
+    jobs, logs = train_jobs(config, folder, tmp_path)
+    assert [job.name for job in jobs] == ["mufasa/fusion", "mufasa/sequences", "mufasa"]
+    assert [job.ranked for job in jobs] == [False, True, True]
+    assert jobs[1].config.training.optim.lr == 0.01
+    first, joint = (logs[name].curve("train/loss") for name in ("mufasa/sequences", "mufasa"))
+    assert joint[0] < (first[0] + first[-1]) / 2
+    artifacts = find_artifacts(config, jobs[2].needs | {"": jobs[2].folder})
+    stages = [artifact_weights(artifacts[name], "fusion.") for name in ("fusion", "sequences", "")]
+    assert torch.equal(stages[0]["gate.weight"], stages[1]["gate.weight"])
+    assert not torch.equal(stages[1]["gate.weight"], stages[2]["gate.weight"])
 
 
 def test_partners_are_close_in_the_training_events_of_one_user(folder: DataFolder) -> None:
