@@ -15,9 +15,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from findrec.baseline_configs import BASELINES
 from findrec.cli.app import main
 from findrec.config import parse_config
 from findrec.evaluation.leaderboard.config import LeaderboardConfig
+from findrec.models.configs import CONFIGS
 from findrec.paths import PACKAGE
 from findrec.schema import Part, validate
 from findrec.serving.http.schemas import AppendRequest, RecommendRequest, SimilarRequest
@@ -105,3 +107,9 @@ def test_quoted_messages_are_those_of_the_program() -> None:
     assert len(quoted) > 10
     known = "\n".join(messages())
     assert [one for one in quoted if one not in known] == []
+
+
+def test_the_map_has_every_model_and_baseline() -> None:
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| \[?`([\w-]+)`", text, re.MULTILINE))
+    assert listed == {*CONFIGS, *BASELINES}
