@@ -6,10 +6,13 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable
+from itertools import islice
 
 from findrec.text import printable
 
 _FREE_SPACE = "Free some space, or set FINDREC_HOME to a larger disk; the same command continues."
+_COMPARED = 10_000  # known names, and
+_COMPARED_LENGTH = 1000  # characters, that are compared within a fraction of a second
 _OTHER_FOLDER = "Change its rights, or choose another folder (FINDREC_HOME decides where relative ones are)."
 _REMEDIES = {
     errno.ENOSPC: _FREE_SPACE,
@@ -65,6 +68,12 @@ def system_error(error: BaseException | None) -> FindRecError | None:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest known name, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    """`"; did you mean 'x'?"` for the nearest known name, or an empty string.
+
+    It is empty too for long names and for more known names than are compared quickly.
+    """
+    names = list(islice(known, _COMPARED + 1))
+    if len(names) > _COMPARED or len(name) > _COMPARED_LENGTH:
+        return ""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,21 +43,9 @@ def folder(histories: list[list[int]], tmp_path_factory: pytest.TempPathFactory)
     return write_data_folder(path, histories, texts=titles, features={"text": features}, num_items=NUM_ITEMS)
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run of the planted data with a repeat-consumption bonus.
-
-    Items are of three categories, and item v costs v and is available from the v-th minute.
-    """
-    home: Path = tmp_path_factory.mktemp("home")
-    data = planted_folder(home / "data", num_users=60)
+def with_columns(data: DataFolder, more: Mapping[str, pa.Array]) -> DataFolder:
+    """The folder, changed on disk, with further or other columns of the items."""
     items = pq.read_table(data.path / "items.parquet")
-    ids = range(1, data.num_items + 1)
-    more = {
-        "category": pa.array([f"third {v % 3}" for v in ids]),
-        "price": pa.array([float(v) for v in ids]),
-        "available_from": pa.array([60 * v for v in ids]),
-    }
     items = items.drop_columns([name for name in more if name in items.column_names])
     for name, column in more.items():
         items = items.append_column(name, column)
@@ -65,7 +54,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = json.loads(manifest.read_text())
     tree["files"]["items.parquet"] = sha256_file(data.path / "items.parquet")
     manifest.write_text(json.dumps(tree))
-    return Path(planted_run(home / "runs" / "tiny", DataFolder.open(data.path), model={"repeat": True}))
+    return DataFolder.open(data.path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of the planted data with a repeat-consumption bonus.
+
+    Items are of three categories, and item v costs v and is available from the v-th minute.
+    """
+    home: Path = tmp_path_factory.mktemp("home")
+    data = planted_folder(home / "data", num_users=60)
+    ids = range(1, data.num_items + 1)
+    more = {
+        "category": pa.array([f"third {v % 3}" for v in ids]),
+        "price": pa.array([float(v) for v in ids]),
+        "available_from": pa.array([60 * v for v in ids]),
+    }
+    return Path(planted_run(home / "runs" / "tiny", with_columns(data, more), model={"repeat": True}))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,11 @@
 
 import errno
 import os
+import time
 
 import pytest
 
-from findrec.errors import system_error
+from findrec.errors import suggest, system_error
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
@@ -32,3 +33,16 @@ def test_other_errors_are_not_hidden():
     assert system_error(ValueError("a bug")) is None
     assert system_error(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
     assert system_error(None) is None
+
+
+def test_the_nearest_name_is_suggested():
+    assert suggest("pric", (name for name in ("title", "price"))) == "; did you mean 'price'?"
+    assert suggest("colour", ["title"]) == ""
+
+
+def test_nothing_is_suggested_where_it_would_take_long():
+    known = [f"a film with the number {number}" for number in range(1_000_000)]
+    begin = time.perf_counter()
+    assert suggest("a film with the number 7777777", known) == ""
+    assert suggest("a film" * 1000, known[:9]) == ""
+    assert time.perf_counter() - begin < 1  # with all compared: half a minute

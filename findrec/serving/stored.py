@@ -2,7 +2,7 @@
 
 An export has the layout of a run folder (`config.yaml`, `checkpoints/`, `index/`), and `data/`, a data folder
 with the items and, only if they were exported too, the users. `export.json`, written last, has the sha256 of
-every other file; without it a folder is not an export.
+every other file but the model card, which may be edited; without it a folder is not an export.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from findrec.training.runs import read_run_config
 FORMAT = 1
 EXPORT = "export.json"
 DATA = "data"  # the data folder of an export
+CARD = "README.md"  # the model card: people complete it, e.g. with a licence, so it is not hashed
+_LISTED = ("checkpoints", "stages", DATA, "index")  # read by what is in them, so nothing else may be there
 
 
 class FileEntry(BaseModel):
@@ -46,7 +48,7 @@ class ExportManifest(BaseModel):
     num_items: int
     num_users: int  # with histories in the export
     latest: int  # time of the last event of the run's data, seconds
-    files: dict[str, FileEntry]  # every other file of the export
+    files: dict[str, FileEntry]  # every other file of the export but the card
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,13 @@ def read_export(folder: Path) -> ExportManifest:
 
 
 def check_export(folder: Path, manifest: ExportManifest) -> None:
-    """Raise `FindRecError` if a file of an export is missing or differs from its manifest."""
+    """Raise `FindRecError` if a file of an export is missing, differs from its manifest or is not listed.
+
+    A file that is not listed is often of another export, e.g. weights of a later step.
+    """
     for name, entry in manifest.files.items():
+        if name == CARD:  # exports of earlier versions list it
+            continue
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
             raise FindRecError(f"{folder / EXPORT} names a file outside the export: {name!r}")
@@ -120,6 +127,14 @@ def check_export(folder: Path, manifest: ExportManifest) -> None:
     for name in ("config.yaml", f"{DATA}/manifest.json"):
         if name not in manifest.files:
             raise FindRecError(f"{folder / EXPORT} does not list {name}, so that file is not trusted")
+    for file in (file for name in _LISTED for file in sorted((folder / name).rglob("*"))):
+        path = file.relative_to(folder)
+        # Names with a dot are never read: file managers leave such files.
+        hidden = any(part.startswith(".") for part in path.parts)
+        if file.is_file() and not hidden and path.as_posix() not in manifest.files:
+            raise FindRecError(
+                f"{file} is not in {EXPORT}: it may be of another export. Copy the export to an empty folder"
+            )
 
 
 def _with_own_lists(config: RunConfig, folder: Path) -> RunConfig:

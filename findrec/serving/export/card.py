@@ -44,7 +44,7 @@ over HTTP.
 
 | file | holds |
 |---|---|
-| `export.json` | sizes and sha256 of all files, which are checked when the folder is loaded |
+| `export.json` | sizes and sha256 of all files but this one, which are checked when the folder is loaded |
 | `config.yaml` | the configuration of the run |
 | `checkpoints/`, `stages/` | weights in safetensors files, without optimizer state |
 | `data/items.parquet` | raw ids, titles and other columns of the items; row n is item n, from 1 |

@@ -33,8 +33,9 @@ from findrec.paths import resolve
 from findrec.serving.export.card import model_card
 from findrec.serving.export.checkpoints import copy_checkpoints
 from findrec.serving.export.data import copy_data
+from findrec.serving.lists import Lists, Recommended
 from findrec.serving.recommender import Recommender
-from findrec.serving.stored import DATA, EXPORT, ExportManifest, FileEntry
+from findrec.serving.stored import CARD, DATA, EXPORT, ExportManifest, FileEntry
 from findrec.training.build import used_modalities
 from findrec.training.checkpoints.checkpoint import checkpoint_folder
 from findrec.training.checkpoints.validations import best_checkpoint_path
@@ -113,7 +114,7 @@ def _write(
     if isinstance(original.scorer, InnerProductScorer):
         _write_vectors(folder / "vectors", original)
     card = model_card(run_folder, config, data, users=users, indexes=indexes)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
     names = {path: path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))}
     manifest = ExportManifest(
         findrec=__version__,
@@ -125,7 +126,7 @@ def _write(
         files={
             name: FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
             for path, name in names.items()
-            if path.is_file()
+            if path.is_file() and name != CARD
         },
     )
     with replacing(folder / EXPORT, sync=True) as part:
@@ -213,10 +214,10 @@ def _check_lists(folder: Path, original: Recommender, *, users: bool) -> None:
             "events": codes
             and [[types[code] if code >= 0 else None for code in codes[a:b]] for a, b in spans],
         }
-        same = list(copy.recommend(**asked)) == list(original.recommend(**asked))
+        same = _same(copy.recommend(**asked), original.recommend(**asked))
         if same and users:
             names = [data.user_ids[row] for row in rows.tolist()]
-            same = list(copy.recommend(names)) == list(original.recommend(names))
+            same = _same(copy.recommend(names), original.recommend(names))
     except (FindRecError, RuntimeError, LookupError, ValueError) as error:
         raise FindRecError(f"{original.config.name} cannot be exported{_hint(users)}: {error}") from error
     if not same:
@@ -224,6 +225,11 @@ def _check_lists(folder: Path, original: Recommender, *, users: bool) -> None:
             f"{original.config.name} cannot be exported{_hint(users)}: its lists would differ from those of "
             "the run"
         )
+
+
+def _same(one: Lists[Recommended], other: Lists[Recommended]) -> bool:
+    """Whether lists are equal to the last digit; NaN in a column of the items equals NaN."""
+    return repr(one) == repr(other)  # the shortest text that a number is read back from
 
 
 def _hint(users: bool) -> str:

@@ -28,7 +28,7 @@ class History(Request):
 
     items: Annotated[list[Raw], Field(max_length=MOST_EVENTS)]
     times: list[Seconds] | None = Field(None, description="Seconds since 1970; default: the end of the data.")
-    events: list[str | None] | None = Field(None, description="Types of the events.")
+    events: list[Raw | None] | None = Field(None, description="Types of the events.")
 
     @model_validator(mode="after")
     def _same_length(self) -> History:
@@ -71,7 +71,7 @@ class NewEvent(Request):
 
     item: Raw
     time: Seconds | None = Field(None, description="Seconds since 1970; default: now.")
-    event: str | None = Field(None, description="Type of the event.")
+    event: Raw | None = Field(None, description="Type of the event.")
     key: Raw | None = Field(None, description="Chosen by the client: sending it again stores nothing twice.")
 
 

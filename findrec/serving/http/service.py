@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -43,7 +43,6 @@ from findrec.serving.visitors import reader_of
 
 _CANDIDATES = 64  # allow-lists kept in memory
 _NAMED = 20  # unknown items that a response names
-_COMPARED = 10_000  # names that a wrong one is compared with
 
 
 class UnknownError(FindRecError):
@@ -93,7 +92,8 @@ class Service:
         for user in request.users or ():
             if user not in self._row_of and not self.store.has(user):
                 raise UnknownError(
-                    f"user {user!r} has no events{_near(user, self._row_of)}: append some, or give a history"
+                    f"user {user!r} has no events{suggest(user, self._row_of)}: append some, or give a "
+                    "history"
                 )
         for history in request.histories or ():
             self._check_history(history)
@@ -156,7 +156,7 @@ class Service:
         """The last events of a user; raises `UnknownError` for a user without events."""
         row = self._row_of.get(user)
         if row is None and not self.store.has(user):
-            raise UnknownError(f"user {user!r} has no events{_near(user, self._row_of)}")
+            raise UnknownError(f"user {user!r} has no events{suggest(user, self._row_of)}")
         past = self._past_of_user(user)
         recommender, types = self.recommender, self.data.manifest.event_types
         known = 0 if row is None else int(self.data.length[row])
@@ -260,17 +260,12 @@ class Service:
 
     def _check_item(self, item: str) -> None:
         if item not in self.recommender.id_of:
-            raise UnknownError(f"no item {item!r}{_near(item, self.recommender.id_of)}")
+            raise UnknownError(f"no item {item!r}{suggest(item, self.recommender.id_of)}")
 
     def _check_type(self, kind: str | None) -> None:
         if kind is not None and kind not in self._types:
             known = ", ".join(self._types) or "the data has none"
-            raise FindRecError(f"unknown event type {kind!r}{_near(kind, self._types)} (types: {known})")
-
-
-def _near(name: str, known: Collection[str]) -> str:
-    """`suggest`, which compares with every known name, where that takes no longer than an answer."""
-    return suggest(name, known) if len(known) <= _COMPARED else ""
+            raise FindRecError(f"unknown event type {kind!r}{suggest(kind, self._types)} (types: {known})")
 
 
 def listed(found: ItemList) -> list[ListedItem]:

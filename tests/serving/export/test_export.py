@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from planted import planted_folder
 from saved_run import save_run
+from small_run import with_columns
 
 import findrec
 from findrec.cli.app import main
@@ -210,6 +213,36 @@ def test_a_damaged_export_is_refused(run: Path, tmp_path: Path):
     (export / "export.json").write_text("{")
     with pytest.raises(FindRecError, match="is damaged"):
         findrec.load(export)
+
+
+def test_the_card_may_be_edited(run: Path, tmp_path: Path):
+    export = export_run(run, tmp_path / "export")
+    want = list(findrec.load(export).recommend(histories=[["5"]]))
+    with (export / "README.md").open("a") as card:
+        card.write("The data are under CC BY 4.0.\n")
+    assert list(findrec.load(export).recommend(histories=[["5"]])) == want
+    (export / "README.md").unlink()
+    assert list(findrec.load(export).recommend(histories=[["5"]])) == want
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step-00009999/tower.safetensors", "data/features/more.npy"])
+def test_files_of_another_export_are_refused(run: Path, tmp_path: Path, name: str):
+    """As when an export is copied over an older one; its weights would be loaded if their step is higher."""
+    export = export_run(run, tmp_path / "export")
+    (export / "data" / ".DS_Store").write_text("of a file manager")
+    findrec.load(export)
+    (export / name).parent.mkdir(parents=True, exist_ok=True)
+    (export / name).write_bytes(b"older")
+    with pytest.raises(FindRecError, match=rf"{name} is not in export\.json: .*to an empty folder"):
+        findrec.load(export)
+
+
+def test_columns_with_nan_are_exported(tmp_path: Path):
+    data = planted_folder(tmp_path / "data", num_users=8)
+    price = pa.array([float("nan")] * data.num_items)
+    run = save_run(tmp_path / "run", with_columns(data, {"price": price}), evaluation={"baselines": []})
+    (one,) = findrec.load(export_run(run, tmp_path / "export")).recommend(histories=[["5"]], k=2)
+    assert np.isnan(one.more["price"]).all()
 
 
 def test_the_target_is_not_overwritten_by_accident(

@@ -160,6 +160,18 @@ def test_events_of_a_later_model_are_not_counted_twice(
         ("/recommend", {"histories": [{"items": ["1"], "times": [1e300]}]}, 422, "histories.0.times.0"),
         ("/recommend", {"histories": [{"items": ["1"], "events": ["buy"]}]}, 422, "unknown event type 'buy'"),
         ("/recommend", {"histories": [["1"]]}, 422, "histories.0"),
+        (
+            "/recommend",
+            {"histories": [{"items": ["1"], "events": ["b" * 300]}]},
+            422,
+            "at most 256 characters",
+        ),
+        (
+            "/append",
+            {"user": "0", "events": [{"item": "1", "event": "b" * 300}]},
+            422,
+            "at most 256 characters",
+        ),
         ("/similar", {"items": ["ghost"]}, 404, "no item 'ghost'"),
         ("/similar", {"items": []}, 422, "at least 1 item"),
         ("/similar", {"items": ["1"], "only": ["file:x"]}, 422, "requests do not read files"),
