@@ -172,7 +172,7 @@ def train(
         base = expand(config, where)
     else:
         path = find_asset(str(config), "configs")
-        base, where = read_mapping(path), str(path)
+        base, where = expand(read_mapping(path), str(path)), str(path)
     if data is not None:
         overrides["data"] = _data_section(data)
     with checkout_hidden():

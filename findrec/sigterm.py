@@ -1,4 +1,4 @@
-"""Replaces the handler of SIGTERM, which schedulers send before they take a machine away."""
+"""Replaces the handlers of SIGTERM, which schedulers send before they take a machine away, and of SIGHUP."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from typing import Any
 
 @contextmanager
 def handles_sigterm(handler: Callable[..., Any]) -> Iterator[None]:
-    """Call `handler` on SIGTERM inside the context. Does nothing outside of the main thread."""
+    """Call `handler` inside the context on SIGTERM, and on SIGHUP, which the end of a terminal sends.
+
+    SIGHUP stays ignored if it is, as with `nohup`. Does nothing outside of the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, handler)
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    numbers = [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 import findrec
+from findrec import train_dist
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError
 
@@ -91,6 +92,14 @@ def test_mistakes_are_named(home: Path, events: object, keys: dict, message: str
     with pytest.raises(FindRecError, match=message):
         findrec.prepare(events, **keys)
     assert not (home / "data" / "x").exists()
+
+
+def test_the_model_of_a_file_may_be_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    trained = []
+    monkeypatch.setattr(train_dist, "train_run", lambda config, fresh: trained.append(config) or tmp_path)
+    (tmp_path / "run.yaml").write_text("model: sasrec\n")
+    findrec.train(tmp_path / "run.yaml", model={"dim": 32})
+    assert (trained[0].model.name, trained[0].model.dim) == ("sasrec", 32)
 
 
 @pytest.mark.ray

@@ -96,11 +96,14 @@ def main_job(config: RunConfig, folder: Path) -> TrainingJob:
     return next(job for job in training_jobs(config, folder) if job.folder == folder)
 
 
-def only_training_of(config: RunConfig) -> AbstractContextManager[None]:
-    """Hold the lock of a run; raises `FindRecError`, with its holder, if another process trains this run."""
+def only_training_of(config: RunConfig, *, wait: bool = False) -> AbstractContextManager[None]:
+    """Hold the lock of a run.
+
+    If another process trains this run, wait until it ends, or raise `FindRecError` with its name.
+    """
     folder = run_folder(config)
     error = partial(_cannot_write, folder)
-    return holding(folder, f"training the run {folder}", wait=False, on_error=error)
+    return holding(folder, f"training the run {folder}", wait=wait, on_error=error)
 
 
 def _cannot_write(folder: Path, error: OSError) -> FindRecError:

@@ -12,8 +12,9 @@ replaces them; null leaves a shared key out. In both, the value of the configura
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,20 @@ class Space:
             for key, one in self.keys.items()
         }
 
+    @property
+    def size(self) -> int | None:
+        """The number of combinations of values; None if a range has fractions."""
+        sizes = [_size(tried) for tried in self.keys.values()]
+        return None if None in sizes else math.prod(size for size in sizes if size is not None)
+
+    def combinations(self) -> Iterator[dict[str, Value]]:
+        """All combinations of values, for a space that has a `size`."""
+        values = [
+            range(int(tried.low), int(tried.high) + 1) if isinstance(tried, Range) else dict.fromkeys(tried)
+            for tried in self.keys.values()
+        ]
+        return (dict(zip(self.keys, chosen, strict=True)) for chosen in itertools.product(*values))
+
     def contains(self, key: str, value: object) -> bool:
         """Whether a value is among those tried for a key."""
         tried = self.keys[key]
@@ -88,8 +103,10 @@ def find_space(config: RunConfig, path: Path | None = None) -> Space:
     """The space in the file `path`, by default that of the configuration's model.
 
     Raises `FindRecError` if a file is malformed, has a key that the configuration does not have, or a value
-    that the key does not allow.
+    that the key does not allow; and for `training.tokens=auto`, which is a number only once a run is started.
     """
+    if config.training.tokens == "auto":
+        raise FindRecError("trials need a number of tokens: set training.tokens, e.g. training.tokens=3200")
     known = flatten(config.model_dump(mode="json"))
     if path is not None:
         entries, source = _entries(path, known), str(path)
@@ -108,6 +125,12 @@ def find_space(config: RunConfig, path: Path | None = None) -> Space:
     space = Space(keys)
     _check_values(config, space, source)
     return space
+
+
+def _size(tried: Range | tuple[Value, ...]) -> int | None:
+    if not isinstance(tried, Range):
+        return len(set(tried))
+    return int(tried.high) - int(tried.low) + 1 if tried.whole else None
 
 
 def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> Tree:

@@ -52,6 +52,8 @@ def tuning_folder(config: RunConfig) -> Path:
 def run_study(config: RunConfig, space: Space, *, trials: int, fresh: bool = False) -> list[Trial]:
     """Run trials until `trials` have ended; returns all in the order in which they were started.
 
+    A search space with no more combinations of values than `trials` is tried completely.
+
     Each has the resources of one worker of the run, and as many run side by side as the cluster of the run
     has room for. `fresh` deletes earlier trials first.
 
@@ -71,10 +73,14 @@ def run_study(config: RunConfig, space: Space, *, trials: int, fresh: bool = Fal
         _open(folder, config, space, fresh=fresh)
         known = read_trials(folder)
         ended = [trial for trial in known if trial.ended is not None]
+        trials = min(trials, space.size or trials)
         say(f"{len(ended)} of {trials} trials have ended; their folder is {folder}")
         if len(ended) < trials:
-            with ray_session(config), _switches(), handles_sigterm(_raise_preempted):
-                _fit(config, space, data.location, folder, known, trials)
+            try:
+                with ray_session(config), _switches(), handles_sigterm(_terminate):
+                    _fit(config, space, data.location, folder, known, trials)
+            except _TerminatedError:
+                raise Preempted("trials under way continue from their checkpoints") from None
         return read_trials(folder)
 
 
@@ -121,6 +127,23 @@ def first_values(config: RunConfig, space: Space) -> dict[str, Any] | None:
     return values if all(space.contains(key, value) for key, value in values.items()) else None
 
 
+def first_points(
+    config: RunConfig, space: Space, known: Sequence[Trial], trials: int
+) -> list[dict[str, Any]]:
+    """What is tried before Optuna proposes values.
+
+    These are the trials that were interrupted; the configuration as it is, if nothing is known yet; and all
+    combinations of values if there are no more than `trials`, as Optuna would propose some of them twice.
+    """
+    points = [dict(trial.values) for trial in known if trial.ended is None]
+    if not known and (first := first_values(config, space)) is not None:
+        points = [first]
+    if space.size is not None and space.size <= trials:
+        tried = {trial.name for trial in known} | {trial_name(point) for point in points}
+        points += [values for values in space.combinations() if trial_name(values) not in tried]
+    return points
+
+
 def _fit(
     config: RunConfig, space: Space, data: str, folder: Path, known: Sequence[Trial], trials: int
 ) -> None:
@@ -135,16 +158,14 @@ def _fit(
     tree = config.model_dump(mode="json")
     tree["cluster"]["threads"] = threads
     ended = [trial for trial in known if trial.ended is not None]
-    again = [dict(trial.values) for trial in known if trial.ended is None]
-    if not known and (first := first_values(config, space)) is not None:
-        again = [first]
     search = OptunaSearch(
         distributions(space),
         metric=VALUE,
         mode="max",
-        points_to_evaluate=again,
-        # Another seed for each start: the sampler begins with values that depend on nothing else.
-        sampler=optuna.samplers.TPESampler(seed=config.training.seed + len(ended), constant_liar=True),
+        points_to_evaluate=first_points(config, space, known, trials),
+        # Another seed for each start: the sampler begins with values that depend on nothing else. Trials that
+        # were interrupted count, or else their values would be proposed again.
+        sampler=optuna.samplers.TPESampler(seed=config.training.seed + len(known), constant_liar=True),
     )
     for trial in ended:
         search.add_evaluated_point(dict(trial.values), trial.best or 0.0, error=trial.ended == "failed")
@@ -219,8 +240,12 @@ def _reason(error: BaseException | None) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _raise_preempted(*_: object) -> None:
-    raise Preempted("trials under way continue from their checkpoints")
+class _TerminatedError(BaseException):
+    """SIGTERM. Not an `Exception`, as Ray Tune makes those an error of the trials."""
+
+
+def _terminate(*_: object) -> None:
+    raise _TerminatedError
 
 
 @contextmanager

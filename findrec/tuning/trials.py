@@ -67,6 +67,7 @@ def trial_config(tree: Mapping[str, Any], values: Mapping[str, Any], tuning: Pat
         "evaluation.evaluator": "inline",
         "evaluation.baselines": [],
         "tracking.enabled": False,
+        "training.checkpoint_store": None,  # where all tunings would share the folder of a trial's values
     }
     return parse_config(with_values(with_values(tree, values), own), source="a trial")
 
@@ -78,6 +79,13 @@ def write_trial(folder: Path, values: Mapping[str, Any], ended: str | None = Non
     started = read_json(path)["started"] if path.is_file() else time.time()
     with replacing(path) as part:
         part.write_text(json.dumps({"values": dict(values), "started": started, "ended": ended}, indent=1))
+
+
+def read_ended(folder: Path) -> str | None:
+    """How the trial in a folder ended; None if it has not, or was not started."""
+    path = folder / _FILE
+    ended: str | None = read_json(path)["ended"] if path.is_file() else None
+    return ended
 
 
 def read_trials(tuning: Path) -> list[Trial]:

@@ -101,6 +101,20 @@ def test_mistakes_are_named(tree: dict[str, Any], message: str, tmp_path: Path) 
         space(tmp_path, tree)
 
 
+def test_tokens_that_are_not_known_yet_are_refused() -> None:
+    with pytest.raises(FindRecError, match=r"set training.tokens, e.g. training.tokens=3200"):
+        find_space(parse_config({"model": "sasrec", "training": {"tokens": "auto"}}))
+
+
+def test_the_combinations_of_a_finite_space() -> None:
+    finite = Space({"model.layers": Range(low=1, high=3), "model.dim": (8, 16, 8)})
+    assert finite.size == 6
+    assert list(finite.combinations()) == [
+        {"model.layers": layers, "model.dim": dim} for layers in (1, 2, 3) for dim in (8, 16)
+    ]
+    assert Space({"model.dim": (8, 16), "model.dropout": Range(low=0.0, high=0.5)}).size is None
+
+
 def test_values_replace_keys_of_a_tree() -> None:
     tree = {"model": {"name": "sasrec", "dim": 8}, "training": {"epochs": 2}}
     changed = with_values(tree, {"model.dim": 16, "training.optim.lr": 0.1})

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,10 +19,12 @@ from clusters import environment
 from planted import planted_folder
 
 from findrec.cli.app import main
-from findrec.config import load_config, parse_config
+from findrec.config import RunConfig, load_config, parse_config
+from findrec.errors import Preempted
+from findrec.tuning import study
 from findrec.tuning.space import Range, Space
-from findrec.tuning.study import distributions, first_values
-from findrec.tuning.trials import read_trials
+from findrec.tuning.study import distributions, first_points, first_values
+from findrec.tuning.trials import TRIALS, Trial, read_trials, trial_name, write_trial
 
 SPACE = {"training.optim.lr": {"low": 0.003, "high": 0.03, "log": True}, "model.dim": [8, 16]}
 
@@ -134,3 +141,52 @@ def test_the_configuration_is_a_trial_if_the_space_has_it() -> None:
     space = Space({"model.dim": (8, 16), "model.dropout": Range(low=0.0, high=0.5)})
     assert first_values(config, space) == {"model.dim": 16, "model.dropout": 0.2}
     assert first_values(config, Space({"model.dim": (8, 32)})) is None
+
+
+def test_a_small_space_is_tried_completely() -> None:
+    config = parse_config({"model": {"name": "sasrec", "dim": 16}})
+    space = Space({"model.dim": (8, 16, 32)})
+    given, small, large = ({"model.dim": dim} for dim in (16, 8, 32))
+    assert first_points(config, space, [], 2) == [given]
+    assert first_points(config, space, [], 3) == [given, small, large]
+    known = [
+        Trial(trial_name(small), small, 0.0, "trained", 0.1, 3),
+        Trial(trial_name(large), large, 1.0, None, None, 0),
+    ]
+    assert first_points(config, space, known, 3) == [large, given]
+    assert first_points(config, space, known, 2) == [large]
+
+
+def test_a_small_space_ends(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fit(config: RunConfig, space: Space, data: str, folder: Path, *rest: Any) -> None:
+        asked.append(rest)
+        for values in space.combinations():
+            write_trial(folder / TRIALS / trial_name(values), values, "trained")
+
+    monkeypatch.setenv("FINDREC_HOME", str(home))
+    monkeypatch.setattr(study, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(study, "_fit", fit)
+    config, space = load_config(str(home / "run.yaml"), []), Space({"model.dim": (8, 16)})
+    for _ in range(2):
+        assert len(study.run_study(config, space, trials=30)) == 2
+    assert asked == [([], 2)]
+
+
+def test_sigterm_ends_the_trials_although_errors_are_caught(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*_: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        except Exception:
+            pytest.fail("Ray Tune would take it for an error of the trials")
+
+    monkeypatch.setenv("FINDREC_HOME", str(home))
+    monkeypatch.setattr(study, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(study, "_fit", fit)
+    config, space = load_config(str(home / "run.yaml"), []), Space({"model.dim": (8, 16)})
+    with pytest.raises(Preempted, match="continue from their checkpoints"):
+        study.run_study(config, space, trials=2)

@@ -21,10 +21,12 @@ def test_a_trial_is_named_by_its_values() -> None:
 def test_a_trial_is_trained_by_one_worker_without_baselines(tmp_path: Path) -> None:
     base = parse_config({"model": "sasrec", "cluster": {"workers": 2}, "evaluation": {"evaluator": "async"}})
     tree = base.model_dump(mode="json")
+    tree["training"]["checkpoint_store"] = "s3://bucket/checkpoints"
     config = trial_config(tree, {"model.dim": 16, "training.optim.lr": 0.1}, tmp_path)
     assert (config.model.dim, config.training.optim.lr) == (16, 0.1)
     assert (config.cluster.workers, config.evaluation.evaluator, config.baselines) == (1, "inline", [])
     assert not config.tracking.enabled
+    assert config.training.checkpoint_store is None  # another tuning may try the same values
     assert run_folder(config) == tmp_path / TRIALS / trial_name({"model.dim": 16, "training.optim.lr": 0.1})
     with pytest.raises(FindRecError, match=r"a trial: model.dim"):
         trial_config(tree, {"model.dim": 1}, tmp_path)

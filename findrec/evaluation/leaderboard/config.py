@@ -223,6 +223,10 @@ def load_leaderboard(path: Path, overrides: Sequence[str] = (), only: Sequence[s
                 name = f"{folder_name(row)}-s{seed}"
                 own = {"training": {"seed": seed}, "evaluation": {"baselines": []}}
                 whole = merge(of_row, own) | {"name": name, "runs": folder}
+                if isinstance(store := whole["training"].get("checkpoint_store"), str):
+                    # Checkpoints are stored by their path below `runs`, here that of one data set.
+                    store = f"{store.rstrip('/')}/{config.name}/{folder_name(data)}"
+                    whole = merge(whole, {"training": {"checkpoint_store": store}})
                 parsed = parse_config(whole, source=where)
                 runs.append(Run(data, row, seed, whole, parsed))
     return Leaderboard(config, source, tuple(overrides), base, tuple(runs), baselines, tuple(only))

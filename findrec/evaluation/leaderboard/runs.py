@@ -72,7 +72,7 @@ def train_runs(
 ) -> None:
     """Train and evaluate the runs that are not finished, up to `jobs` of them at a time.
 
-    A run that fails does not keep the others from being trained. With several jobs the output of each goes to
+    After three runs that fail no further ones are started. With several jobs the output of each goes to
     `train.log` in its folder.
 
     Args:
@@ -84,7 +84,7 @@ def train_runs(
 
     Raises:
         FindRecError: if a run has checkpoints of another configuration or of other data, before anything is
-            trained; or if runs failed, after the others.
+            trained; or if runs failed, after the others that were started.
         Preempted: on SIGTERM, after the runs under way have saved their step.
     """
     pending = [run for run in runs if not is_finished(run.config, folders[run.data])]
@@ -94,14 +94,18 @@ def train_runs(
     if not pending:
         return
     if jobs == 1:
-        failed = _Processes(len(pending), 1, None).train(pending)
+        processes = _Processes(len(pending), 1, None)
+        failed = processes.train(pending)
     else:
         with share([run.config for run in pending]) as room:
-            failed = _Processes(len(pending), jobs or len(pending), room).train(pending)
+            processes = _Processes(len(pending), jobs or len(pending), room)
+            failed = processes.train(pending)
     if failed:
+        left = f", and then {processes.left} were not started" if processes.left else ""
         raise FindRecError(
-            f"{len(failed)} of {len(pending)} runs failed: {'; '.join(failed)}. There is no table without "
-            "them; correct the cause, or leave out their rows. The same command trains only what is missing"
+            f"{len(failed)} of {len(pending)} runs failed{left}: {'; '.join(failed)}. There is no table "
+            "without them; correct the cause, or leave out their rows. The same command trains only what is "
+            "missing"
         )
     for run in pending:
         if not is_finished(run.config, folders[run.data]):
@@ -164,6 +168,11 @@ class _Processes:
         self._stop = False
         self._started = self._done = 0
         self._begin = time.monotonic()
+
+    @property
+    def left(self) -> int:
+        """How many runs were not started."""
+        return self._total - self._started
 
     def train(self, runs: Sequence[Run]) -> list[str]:
         """Train all; returns a description of each failure."""

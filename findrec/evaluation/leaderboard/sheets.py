@@ -195,7 +195,9 @@ def _cost_notes(leaderboard: Leaderboard, table: DataTable) -> Iterator[str]:
     if (budget := leaderboard.config.budget) is not None:
         given = ", ".join(f"{value:g} {key}" for key, value in budget.given.items())
         if budget.trials is None:
-            yield f"budget of each training: {given}"
+            own = ", ".join(rows_with_own_epochs(leaderboard)) if budget.epochs is not None else ""
+            except_for = f"; {own}: earlier stages have epochs of their own" if own else ""
+            yield f"budget of each training: {given}{except_for}"
         else:
             yield f"budget of each row: {given}, with the first seed and by the validation metric"
     if any(cost for line in table.lines for cost in line.costs):
@@ -205,6 +207,18 @@ def _cost_notes(leaderboard: Leaderboard, table: DataTable) -> Iterator[str]:
             "the end, of all stages; peak memory of the worker that used most. Means over seeds, for memory "
             "the largest. They depend on the machine and on what else runs on it"
         )
+
+
+def rows_with_own_epochs(leaderboard: Leaderboard) -> list[str]:
+    """The rows whose models have stages that are trained for another number of epochs than the budget."""
+    return list(
+        dict.fromkeys(
+            run.row
+            for run in leaderboard.runs
+            for stage in run.config.model.stages()
+            if stage.training.get("epochs", run.config.training.epochs) != run.config.training.epochs
+        )
+    )
 
 
 def published_note(result: Published) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from findrec.errors import FindRecError
 from findrec.evaluation.leaderboard.config import folder_name, load_leaderboard
+from findrec.evaluation.leaderboard.sheets import rows_with_own_epochs
 from findrec.training.runs import run_folder
 
 Write = Callable[..., Path]
@@ -35,6 +36,19 @@ def test_runs_are_named_by_data_row_and_seed(write: Write, tmp_path: Path) -> No
     assert run_folder(baselines) == tmp_path / "runs" / "small" / "films" / "baselines"
     assert [one.title for one in baselines.baselines] == ["popularity"]
     assert loaded.of("films", "narrow")[1] is loaded.runs[1]
+
+
+def test_data_sets_do_not_share_stored_checkpoints(write: Write, tmp_path: Path) -> None:
+    data = {"films": {"data.folder": "films"}, "all shops": {"data.folder": "shops"}}
+    store = {"training.checkpoint_store": f"{tmp_path}/store/"}
+    runs = load_leaderboard(write(data=data, rows={"narrow": {}, "other": store}, seeds=[0]), []).runs
+    assert [run.config.training.checkpoint_store for run in runs] == [
+        None,
+        f"{tmp_path}/store/small/films",
+        None,
+        f"{tmp_path}/store/small/all-shops",
+    ]
+    assert runs[1].tree["training"]["checkpoint_store"] == f"{tmp_path}/store/small/films"
 
 
 def test_later_changes_win(write: Write, tmp_path: Path) -> None:
@@ -90,6 +104,14 @@ def test_a_budget_is_not_set_twice(write: Write) -> None:
         path = write(budget=budget)
         with pytest.raises(FindRecError, match=r"budget: set one of|greater than 0"):
             load_leaderboard(path)
+
+
+def test_rows_with_epochs_beside_the_budget_are_named(write: Write) -> None:
+    stages = {"model": {"name": "toy_models:TwoStages"}}
+    rows = {"narrow": {}, "longer": stages, "equal": stages | {"model.stage_epochs": 3}}
+    assert rows_with_own_epochs(load_leaderboard(write(rows=rows, budget={"epochs": 3}, base={}))) == [
+        "longer"
+    ]
 
 
 def test_only_keeps_the_reference(write: Write) -> None:

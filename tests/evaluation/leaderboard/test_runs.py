@@ -144,3 +144,21 @@ def test_runs_start_in_order_when_there_is_room(
     assert room.history == [1, 2, 3, 3, 2, 2]
     assert room.taken == {}
     assert most == 2
+
+
+def test_the_runs_that_three_failures_prevent_are_counted(
+    write: Write, folder: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Process:
+        """Stands for a training that fails at once."""
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            pass
+
+        def wait(self) -> int:
+            return 2
+
+    monkeypatch.setattr(runs_module.subprocess, "Popen", Process)
+    runs = load_leaderboard(write(seeds=[0, 1, 2])).runs
+    with pytest.raises(FindRecError, match="3 of 6 runs failed, and then 3 were not started: films, narrow"):
+        train_runs(runs, {"films": folder})
