@@ -13,6 +13,7 @@ import pytest
 
 import findrec
 from findrec import train_dist
+from findrec.config import RunConfig
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError
 
@@ -96,7 +97,12 @@ def test_mistakes_are_named(home: Path, events: object, keys: dict, message: str
 
 def test_the_model_of_a_file_may_be_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     trained = []
-    monkeypatch.setattr(train_dist, "train_run", lambda config, fresh: trained.append(config) or tmp_path)
+
+    def train_run(config: RunConfig, fresh: bool) -> Path:
+        trained.append(config)
+        return tmp_path
+
+    monkeypatch.setattr(train_dist, "train_run", train_run)
     (tmp_path / "run.yaml").write_text("model: sasrec\n")
     findrec.train(tmp_path / "run.yaml", model={"dim": 32})
     assert (trained[0].model.name, trained[0].model.dim) == ("sasrec", 32)
