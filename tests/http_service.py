@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from findrec.serving.http.server import listen
+from findrec.serving.http.app import Limits
+from findrec.serving.http.server import listen, server_config
 
 
 class Client:
@@ -29,7 +30,13 @@ class Client:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         self.headers: dict[str, str] = {}  # of the last response
 
-    def send(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] | None = None,
+        kind: str = "application/json",
+    ) -> Any:
         """Status and content, which is parsed if it is JSON."""
         self._connection.request(method, path, body, {"Content-Type": kind} if body is not None else {})
         response = self._connection.getresponse()
@@ -58,10 +65,10 @@ class Client:
 
 
 @contextmanager
-def served(app: FastAPI) -> Iterator[int]:
+def served(app: FastAPI, limits: Limits | None = None) -> Iterator[int]:
     """Serve an application in a thread; yields the port."""
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False))
+    server = uvicorn.Server(server_config(app, limits or Limits()))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -125,6 +132,11 @@ class Process:
         """Wait for its end; returns what else it printed."""
         output, _ = self._process.communicate(timeout=60)
         return output
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None before its end."""
+        return self._process.returncode
 
     def __enter__(self) -> Process:
         return self

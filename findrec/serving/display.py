@@ -15,7 +15,7 @@ from findrec.errors import FindRecError
 from findrec.evaluation.inspect.display import plain, shorten
 from findrec.files import replacing
 from findrec.progress import Console
-from findrec.serving.lists import POPULARITY, One, Recommended, as_table
+from findrec.serving.lists import POPULARITY, One, Recommended, as_table, json_value
 
 SHOWN = 20  # lists printed if all are written to a file
 
@@ -52,8 +52,9 @@ def print_lists(lists: Sequence[One]) -> None:
 
 
 def json_lines(lists: Sequence[One]) -> Iterator[str]:
-    """One JSON object and line for each listed item, with the columns of `as_table`."""
-    return (json.dumps(row, default=str) + "\n" for row in as_table(lists).to_pylist())
+    """One JSON object and line for each listed item, with the columns of `as_table`; NaN is null."""
+    for row in as_table(lists).to_pylist():
+        yield json.dumps({name: json_value(value) for name, value in row.items()}, allow_nan=False) + "\n"
 
 
 def check_ending(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar, overload
@@ -105,3 +106,12 @@ def as_table(lists: Sequence[One]) -> pa.Table:
 
 def _repeated(lists: Sequence[One], name: str) -> list[Any]:
     return [getattr(one, name) for one in lists for _ in one.items]
+
+
+def json_value(value: Any) -> Any:
+    """A value of a table for JSON; numbers that are not finite, which JSON has not, become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [json_value(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -137,9 +137,12 @@ class Recommender:
                 best, scores = self._ranker.rank(query).top(limit)
             for row, ids, found in zip(rows.tolist(), best.tolist(), scores.tolist(), strict=True):
                 lists[row] = self._recommended(asked, row, ids, found, self._scorer.name)
+        popular: dict[int, tuple[list[int], list[float]]] = {}  # by query time
         for row in np.flatnonzero(asked.length_B == 0).tolist():
-            ids, found = self._popular(candidates, int(asked.time_B[row]), k)
-            lists[row] = self._recommended(asked, row, ids, found, POPULARITY)
+            time = int(asked.time_B[row])
+            if time not in popular:
+                popular[time] = self._popular(candidates, time, k)
+            lists[row] = self._recommended(asked, row, *popular[time], POPULARITY)
         return Lists([lists[row] for row in range(len(asked.labels))])
 
     def candidates(
@@ -289,8 +292,9 @@ class Recommender:
         return max((int(block.timestamp.max(initial=0)) for block in self.folder.blocks()), default=0)
 
     @cached_property
-    def _popularity(self) -> NDArray[np.int64]:
-        return Popularity(self.folder).popularity
+    def _by_popularity(self) -> NDArray[np.int64]:
+        """The items 1..V, the one with the most training events first."""
+        return np.argsort(-Popularity(self.folder).popularity[1:], kind="stable") + 1
 
     def _item(self, raw: str) -> int:
         if raw not in self.id_of:
@@ -332,10 +336,9 @@ class Recommender:
 
     def _popular(self, candidates: Candidates, time: int, k: int) -> tuple[list[int], list[float]]:
         """The available items with the most training events, and their scores."""
-        available = np.flatnonzero(candidates.at(time, self.folder.num_items).numpy())
-        order = np.lexsort((available, -self._popularity[available]))[:k]
-        counts = self.folder.train_count[available[order]]
-        return available[order].tolist(), counts.astype(float).tolist()
+        available_V = candidates.at(time, self.folder.num_items).numpy()
+        best = self._by_popularity[available_V[self._by_popularity]][:k]
+        return best.tolist(), self.folder.train_count[best].astype(float).tolist()
 
     def _recommended(
         self, asked: Asked, row: int, ids: list[int], scores: list[float], ranked_by: str

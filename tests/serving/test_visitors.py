@@ -90,6 +90,14 @@ def test_unknown_items_are_left_out_and_empty_histories_get_popular_items(
         recommender.user_vectors(histories=[["new"]])
 
 
+def test_popular_items_are_available_ones_at_each_time(recommender: Recommender, data: DataFolder):
+    lists = recommender.recommend(histories=[[]] * 2, k=99)
+    ranked = sorted(range(1, data.num_items + 1), key=lambda item: (-data.train_count[item], item))
+    assert [list(map(int, one.items)) for one in lists] == [ranked[:99]] * 2
+    (early,) = recommender.recommend(histories=[[]], k=99, at=600)
+    assert list(map(int, early.items)) == [item for item in ranked if item <= 10]
+
+
 def test_filters(recommender: Recommender):
     history = [["5", "9", "12"]]
     (seen,) = recommender.recommend(histories=history, k=60, exclude_seen=False)

@@ -2,12 +2,14 @@
 
 Requests of clients that are served at the same time are answered in batches by one thread; if too many wait,
 further ones get status 429 with a header `Retry-After`. Errors are JSON with `detail`: 404 for unknown users
-and items, 422 for input that is not valid, 413 for too long a body, 503 if an event cannot be stored.
+and items, 422 for input that is not valid, 503 if events cannot be read or stored, 500 for faults of the
+service.
 """
 
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from findrec import __version__
 from findrec.errors import FindRecError
 from findrec.progress import warn
 from findrec.serving.http.batches import Batcher, BusyError
-from findrec.serving.http.events import Append, EventStore
+from findrec.serving.http.events import Append, EventStore, StoreError
 from findrec.serving.http.metrics import Metrics
 from findrec.serving.http.schemas import (
     AppendRequest,
@@ -67,11 +69,17 @@ class Limits:
         batch: lists of one pass of the model.
         wait_s: how long a batch waits for more requests, seconds.
         waiting: lists that may wait; more are refused.
+        connections: open connections, also those at rest; requests over further ones get status 503.
     """
 
     batch: int = 64
     wait_s: float = 0.002
     waiting: int = 1024
+
+    @property
+    def connections(self) -> int:
+        """As many as can have a list waiting, and as many again that wait for other answers or rest."""
+        return 2 * self.waiting + 256
 
 
 def create_app(
@@ -91,7 +99,10 @@ def create_app(
         make_lists, most=limits.batch, wait_s=limits.wait_s, waiting=limits.waiting
     )
     similar: Batcher[SimilarRequest, SimilarResponse] = Batcher(
-        lambda asked: [service.similar(one) for one in asked], most=1, wait_s=0, waiting=limits.waiting // 8
+        lambda asked: [service.similar(one) for one in asked],
+        most=1,
+        wait_s=0,
+        waiting=max(1, limits.waiting // 8),
     )
     # Events that arrive while the disk writes share the next commit.
     writes: Batcher[Append, int] = Batcher(store.append, most=256, wait_s=0, waiting=limits.waiting)
@@ -212,17 +223,22 @@ def _add_errors(app: FastAPI, recommender: Recommender) -> None:
         detail = "too many requests are waiting: come again after the seconds in Retry-After"
         return JSONResponse({"detail": detail}, 429, headers={"Retry-After": "1"})
 
-    @app.exception_handler(OSError)
-    async def disk(_: Request, error: OSError) -> JSONResponse:
-        warn(f"WARNING: events cannot be stored: {error}")
-        return JSONResponse({"detail": "the events could not be stored: send them again later"}, 503)
+    @app.exception_handler(StoreError)
+    async def disk(_: Request, error: StoreError) -> JSONResponse:
+        warn(f"WARNING: events cannot be read or stored: {error}")
+        detail = "events of users cannot be read or stored now: send the request again later"
+        return JSONResponse({"detail": detail}, 503)
 
 
 def _add_measurement(app: FastAPI, metrics: Metrics) -> None:
     @app.middleware("http")
     async def measure(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
         began = time.perf_counter()
-        response = await answer(request)
+        try:
+            response = await answer(request)
+        except Exception:
+            warn(f"ERROR: {request.method} {request.url.path} failed\n{traceback.format_exc()}")
+            response = JSONResponse({"detail": "an error of the service, which its log explains"}, 500)
         route = request.scope.get("route")
         path = getattr(route, "path", "other")  # not the path of the request, which a client chooses freely
         metrics.requests.labels(path, str(response.status_code)).inc()

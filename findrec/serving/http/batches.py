@@ -28,7 +28,7 @@ class Batcher(Generic[Task, Answer]):
         work: called in a thread of its own with 1 to `most` tasks; returns an answer or an error for each.
         most: the largest number of tasks of a batch.
         wait_s: how long a batch waits for more tasks, seconds.
-        waiting: the largest number of waiting tasks; more are refused with `BusyError`.
+        waiting: the largest number of waiting tasks of several callers; more are refused with `BusyError`.
     """
 
     def __init__(
@@ -60,8 +60,9 @@ class Batcher(Generic[Task, Answer]):
         """The answers to some tasks, which may be worked on in several batches.
 
         Raises `BusyError` if the tasks do not fit among the waiting ones, and the first error of a task.
+        Where nothing waits, any number of tasks is accepted: it would not fit later either.
         """
-        if self._closing or len(self._queue) + len(tasks) > self._waiting:
+        if self._closing or (self._queue and len(self._queue) + len(tasks) > self._waiting):
             raise BusyError
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[Answer]] = [loop.create_future() for _ in tasks]

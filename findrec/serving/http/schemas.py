@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_LISTS = 256  # of one request
 MOST_EVENTS = 10_000  # of one history
+MOST_LISTED = 20_000  # items of all lists of one response
 Raw = Annotated[str, Field(min_length=1, max_length=256)]  # a raw id
 Seconds = Annotated[int, Field(ge=-(2**53), le=2**53)]
 Conditions = Annotated[
@@ -15,6 +16,14 @@ Conditions = Annotated[
     Field(max_length=16, description="Conditions on the items, e.g. category=Comedy or price<20."),
 ]
 Length = Annotated[int, Field(ge=1, le=1000, description="Length of the lists.")]
+
+
+def _check_size(k: int, lists: int) -> None:
+    if k * lists > MOST_LISTED:
+        raise ValueError(
+            f"{lists} lists of {k} items are more than the {MOST_LISTED} items of one response: send several "
+            "requests"
+        )
 
 
 class Request(BaseModel):
@@ -55,6 +64,7 @@ class RecommendRequest(Request):
     def _one_of_both(self) -> RecommendRequest:
         if (self.users is None) == (self.histories is None):
             raise ValueError("give either users or histories")
+        _check_size(self.k, len(self.users or self.histories or ()))
         return self
 
 
@@ -64,6 +74,11 @@ class SimilarRequest(Request):
     items: Annotated[list[Raw], Field(min_length=1, max_length=MOST_LISTS)]
     k: Length = 10
     only: Conditions = []
+
+    @model_validator(mode="after")
+    def _of_bounded_size(self) -> SimilarRequest:
+        _check_size(self.k, len(self.items))
+        return self
 
 
 class NewEvent(Request):

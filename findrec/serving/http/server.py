@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 
 from findrec.errors import FindRecError
 from findrec.paths import resolve
@@ -45,13 +46,24 @@ def serve(
     recommender = Recommender.load(run_folder, index)
     name = recommender.config.name
     store = EventStore(resolve(f"serving/{name}.sqlite") if state is None else state)
+    limits = limits or Limits()
     app = create_app(recommender, store, limits, page=page)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_DRAIN_S
-    )
+    config = server_config(app, limits)
     address = f"[{host}]" if ":" in host else host
     place = f"http://{address}:{listening.getsockname()[1]}"
     _Server(config, f"serving {name} at {place} (appended events: {store.path})").run(sockets=[listening])
+
+
+def server_config(app: FastAPI, limits: Limits) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=limits.connections,
+        timeout_graceful_shutdown=_DRAIN_S,
+    )
 
 
 class _Server(uvicorn.Server):
@@ -78,6 +90,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         raise FindRecError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port"
         ) from None
     return listening

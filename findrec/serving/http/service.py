@@ -1,15 +1,16 @@
 """What the HTTP service computes: lists for users with their appended events, and for visitors.
 
-A user's history is that of the run's data followed by the appended events. Appended events before the user's
-last event in the data are left out: the model was trained again on data that already has them.
+A user's history is that of the run's data followed by the appended events. Appended events that are not later
+than the user's last event in the data are left out, if the data has them or they are earlier: the model was
+trained again on newer data.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -22,7 +23,7 @@ from findrec.errors import FindRecError, suggest
 from findrec.evaluation.scoring.allow_list import FILE
 from findrec.evaluation.scoring.candidates import Candidates
 from findrec.evaluation.scoring.users import UNKNOWN_USER, IntArray
-from findrec.serving.http.events import Append, Event, EventStore
+from findrec.serving.http.events import Append, Event, EventStore, SentEvent
 from findrec.serving.http.schemas import (
     AppendRequest,
     History,
@@ -36,13 +37,14 @@ from findrec.serving.http.schemas import (
     SimilarRequest,
     SimilarResponse,
 )
-from findrec.serving.lists import ItemList
+from findrec.serving.lists import ItemList, json_value
 from findrec.serving.query_blocks import Asked
 from findrec.serving.recommender import Recommender
 from findrec.serving.visitors import reader_of
 
 _CANDIDATES = 64  # allow-lists kept in memory
 _NAMED = 20  # unknown items that a response names
+_AHEAD_S = 86_400  # that events may be in the future: clocks and time zones may be wrong
 
 
 class UnknownError(FindRecError):
@@ -67,6 +69,7 @@ class _Past:
     items: IntArray
     times: IntArray
     events: IntArray | None
+    time: int  # of the query, seconds
     user: int = UNKNOWN_USER
     unknown: tuple[str, ...] = ()
 
@@ -112,7 +115,7 @@ class Service:
             try:
                 pasts = [self._past(questions[number]) for number in numbers]
                 labels = [questions[number].user or "" for number in numbers]
-                asked = _asked(labels, pasts, self.recommender.latest, typed=bool(self._types))
+                asked = _asked(labels, pasts, typed=bool(self._types))
                 lists = self.recommender.answer(asked, self.candidates(only), k, exclude_seen=exclude_seen)
             except FindRecError as error:
                 answers |= dict.fromkeys(numbers, error)
@@ -138,18 +141,21 @@ class Service:
         )
 
     def appended(self, request: AppendRequest) -> Append:
-        """The events of a request, with the time now where they have none.
+        """The events of a request.
 
-        Raises `UnknownError` for unknown items and `FindRecError` for unknown event types.
+        Raises `UnknownError` for unknown items, and `FindRecError` for unknown event types or times in the
+        future, after which no event with a true time could be appended.
         """
-        now = int(time.time())
+        end = max(int(time.time()), self.recommender.latest) + _AHEAD_S
         for one in request.events:
             self._check_item(one.item)
             self._check_type(one.event)
-        events = [
-            Event(one.item, now if one.time is None else one.time, one.event, one.key)
-            for one in request.events
-        ]
+            if one.time is not None and one.time > end:
+                raise FindRecError(
+                    f"the time {one.time} of item {one.item!r} is in the future: give seconds since 1970, "
+                    "not milliseconds"
+                )
+        events = [SentEvent(one.item, one.time, one.event, one.key) for one in request.events]
         return Append(request.user, events, self._last_time(request.user))
 
     def history(self, user: str, last: int) -> HistoryResponse:
@@ -193,7 +199,7 @@ class Service:
 
     def users(self, beginning: str, limit: int) -> list[str]:
         """Ids of users that begin with `beginning`: of the data, then new ones."""
-        known = [user for user in self._row_of if user.startswith(beginning)][:limit]
+        known = islice((user for user in self._row_of if user.startswith(beginning)), limit)
         return list(dict.fromkeys([*known, *self.store.users(beginning, limit)]))[:limit]
 
     def candidates(self, only: tuple[str, ...]) -> Candidates:
@@ -220,20 +226,20 @@ class Service:
             np.array(numbers, dtype=np.int64)[kept],
             np.array(times, dtype=np.int64)[kept],
             np.array(types, dtype=np.int64)[kept] if self._types else None,
+            times[-1] if times else self.recommender.latest,  # the last item may be unknown
             unknown=tuple(raw for raw, number in zip(history.items, numbers, strict=True) if not number),
         )
 
     def _past_of_user(self, user: str) -> _Past:
         row = self._row_of.get(user)
         empty = np.zeros(0, dtype=np.int64)
-        past = _Past(empty, empty, empty if self._types else None)
+        past = _Past(empty, empty, empty if self._types else None, self.recommender.latest)
         if row is not None:
             known = self.data.histories([row])
-            past = _Past(known.item, known.timestamp, known.event, row)
-        latest, id_of = self._last_time(user), self.recommender.id_of
-        more = [
-            one for one in self.store.of(user) if one.item in id_of and (latest is None or one.time >= latest)
-        ]
+            past = _Past(known.item, known.timestamp, known.event, int(known.timestamp[-1]), row)
+        id_of = self.recommender.id_of
+        stored = [one for one in self.store.of(user) if one.item in id_of]
+        more = stored if row is None else _later(stored, past, id_of)
         if not more:
             return past
         types = np.array([self._types.get(one.event or "", -1) for one in more], dtype=np.int64)
@@ -241,6 +247,7 @@ class Service:
             np.concatenate([past.items, np.array([id_of[one.item] for one in more], dtype=np.int64)]),
             np.concatenate([past.times, np.array([one.time for one in more], dtype=np.int64)]),
             None if past.events is None else np.concatenate([past.events, types]),
+            more[-1].time,
             past.user,
         )
 
@@ -268,6 +275,22 @@ class Service:
             raise FindRecError(f"unknown event type {kind!r}{suggest(kind, self._types)} (types: {known})")
 
 
+def _later(stored: Sequence[Event], past: _Past, id_of: Mapping[str, int]) -> list[Event]:
+    """The appended events that a history of the data does not have.
+
+    The data may end within a second in which several events were appended: its events of that second are
+    taken off by item, one for one.
+    """
+    in_data = Counter(past.items[past.times == past.time].tolist())
+    more = []
+    for one in stored:
+        if one.time == past.time and in_data[id_of[one.item]]:
+            in_data[id_of[one.item]] -= 1
+        elif one.time >= past.time:
+            more.append(one)
+    return more
+
+
 def listed(found: ItemList) -> list[ListedItem]:
     """The entries of a list, with values that JSON has."""
     return [
@@ -275,22 +298,13 @@ def listed(found: ItemList) -> list[ListedItem]:
             item=item,
             title=title,
             score=score if math.isfinite(score) else None,
-            columns={name: _plain(column[rank]) for name, column in found.more.items()},
+            columns={name: json_value(column[rank]) for name, column in found.more.items()},
         )
         for rank, (item, title, score) in enumerate(zip(found.items, found.titles, found.scores, strict=True))
     ]
 
 
-def _plain(value: Any) -> Any:
-    """A value of an item column for JSON; numbers that are not finite become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _asked(labels: list[str], pasts: Sequence[_Past], latest: int, *, typed: bool) -> Asked:
+def _asked(labels: list[str], pasts: Sequence[_Past], *, typed: bool) -> Asked:
     length_B = np.array([len(past.items) for past in pasts], dtype=np.int64)
     joined = Histories(
         np.concatenate([past.items for past in pasts]),
@@ -298,6 +312,6 @@ def _asked(labels: list[str], pasts: Sequence[_Past], latest: int, *, typed: boo
         np.concatenate([[0], np.cumsum(length_B)]).astype(np.int64),
         np.concatenate([past.events for past in pasts if past.events is not None]) if typed else None,
     )
-    times = [int(past.times[-1]) if len(past.times) else latest for past in pasts]
+    times = np.array([past.time for past in pasts], dtype=np.int64)
     users = np.array([past.user for past in pasts], dtype=np.int64)
-    return Asked(labels, length_B, np.array(times, dtype=np.int64), reader_of(joined), users)
+    return Asked(labels, length_B, times, reader_of(joined), users)

@@ -25,6 +25,7 @@ from findrec.config import dump_config
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.errors import FindRecError
 from findrec.evaluation.run import evaluate_run
+from findrec.serving.display import json_lines
 from findrec.serving.export.export import export_run
 from findrec.serving.recommender import Recommender
 from findrec.serving.streaming import load_streaming
@@ -243,6 +244,8 @@ def test_columns_with_nan_are_exported(tmp_path: Path):
     run = save_run(tmp_path / "run", with_columns(data, {"price": price}), evaluation={"baselines": []})
     (one,) = findrec.load(export_run(run, tmp_path / "export")).recommend(histories=[["5"]], k=2)
     assert np.isnan(one.more["price"]).all()
+    (line, _) = json_lines([one])
+    assert json.loads(line, parse_constant=pytest.fail)["price"] is None
 
 
 def test_the_target_is_not_overwritten_by_accident(

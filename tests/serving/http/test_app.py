@@ -1,33 +1,26 @@
-"""The HTTP service gives the lists of the `Recommender`, checks its input and refuses more than it can do."""
+"""The HTTP service gives the lists of the `Recommender`, checks its input."""
 
 from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from http_service import Client, served, wait_for
+from http_service import Client, served
 from saved_run import save_run
 
 from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.serving.export.export import export_run
-from findrec.serving.http.app import Limits, create_app
+from findrec.serving.http.app import create_app
 from findrec.serving.http.events import Append, Event, EventStore
 from findrec.serving.lists import Lists, Recommended
 from findrec.serving.recommender import Recommender
-
-
-@pytest.fixture(scope="module")
-def recommender(trained: Path) -> Recommender:
-    return Recommender.load(trained)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +62,7 @@ def test_lists_are_those_of_the_recommender(client: Client, recommender: Recomme
 
 def test_unknown_items_of_a_history_are_named(client: Client, recommender: Recommender):
     answer = client.post("/recommend", histories=[{"items": ["5", "no", "17", "nor"], "times": [1, 2, 3, 4]}])
-    same(answer, recommender.recommend(histories=[["5", "17"]], times=[[1, 3]]))
+    same(answer, recommender.recommend(histories=[["5", "no", "17", "nor"]], times=[[1, 2, 3, 4]]))
     assert answer["lists"][0]["unknown_items"] == ["no", "nor"]
 
 
@@ -129,6 +122,37 @@ def test_events_of_a_later_model_are_not_counted_twice(
     assert history["total"] == int(data.length[7]) + 1
 
 
+def test_events_that_the_data_has_by_now_are_not_counted_twice(
+    recommender: Recommender, data: DataFolder, tmp_path: Path
+):
+    """Also in the last second of the data, in which it may have some of the appended events only."""
+    past = data.histories([7])
+    last, item = int(past.timestamp[-1]), str(past.item[-1])
+    other = str(1 + int(past.item[-1]) % data.num_items)
+    store = EventStore(tmp_path / "events.sqlite")
+    store.append([Append("7", [Event(item, last), Event(other, last), Event(item, last)], None)])
+    with served(create_app(recommender, store)) as port:
+        history = Client(port).get("/history?user=7&last=3")
+        answer = Client(port).post("/recommend", users=["7"])
+    assert [(one["item"], one["appended"]) for one in history["events"]] == [
+        (item, False),
+        (other, True),
+        (item, True),
+    ]
+    items, times = [*map(str, past.item.tolist()), other, item], [*past.timestamp.tolist(), last, last]
+    same(answer, recommender.recommend(histories=[items], times=[times]))
+
+
+def test_the_time_of_an_event_is_bounded(client: Client, recommender: Recommender):
+    ahead = max(int(time.time()), recommender.latest) + 3600
+    status, detail = client.refused("/append", user="eve", events=[{"item": "5", "time": ahead * 1000}])
+    assert (status, "give seconds since 1970, not milliseconds" in detail) == (422, True)
+    assert client.post("/append", user="eve", events=[{"item": "5", "time": ahead}]) == {"stored": 1}
+    # After it, the time now would be refused as too early.
+    assert client.post("/append", user="eve", events=[{"item": "6"}, {"item": "7"}]) == {"stored": 2}
+    assert [one["time"] for one in client.get("/history?user=eve")["events"]] == [ahead] * 3
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -172,6 +196,13 @@ def test_events_of_a_later_model_are_not_counted_twice(
             422,
             "at most 256 characters",
         ),
+        (
+            "/recommend",
+            {"users": ["0"] * 21, "k": 1000},
+            422,
+            "21 lists of 1000 items are more than the 20000",
+        ),
+        ("/similar", {"items": ["1"] * 201, "k": 100}, 422, "201 lists of 100 items are more than the 20000"),
         ("/similar", {"items": ["ghost"]}, 404, "no item 'ghost'"),
         ("/similar", {"items": []}, 422, "at least 1 item"),
         ("/similar", {"items": ["1"], "only": ["file:x"]}, 422, "requests do not read files"),
@@ -211,86 +242,13 @@ def test_bodies_that_are_no_requests(client: Client):
     assert client.send("POST", "/recommend", b"\xff\xfe")[0] in (400, 422)
     assert client.send("POST", "/recommend", b'{"users": ["0"]}', kind="text/plain")[0] == 422
     assert client.send("POST", "/recommend", b" " * (5 << 20))[0] == 413
+    assert client.send("POST", "/recommend", (b" " * (1 << 20) for _ in range(5)))[0] == 413  # in chunks
     assert client.send("GET", "/recommend")[0] == 405
     assert client.send("GET", "/page/../app.py")[0] == 404
     assert client.send("GET", "/page/%2e%2e%2fapp.py")[0] == 404
     assert client.send("GET", "/history?user=ghost")[0] == 404
     assert client.send("GET", "/items?q=x&limit=1000")[0] == 422
     assert client.get("/health")["status"] == "ok"
-
-
-def value(metrics: str, name: str) -> float:
-    (line,) = [line for line in metrics.splitlines() if line.startswith(f"{name} ")]
-    return float(line.split()[-1])
-
-
-class Held(Recommender):
-    """A recommender whose lists wait until `go` is set."""
-
-    go: threading.Event
-
-    def answer(self, *arguments: Any, **keys: Any) -> Lists[Recommended]:
-        assert self.go.wait(20)
-        return super().answer(*arguments, **keys)
-
-
-@pytest.fixture
-def held(recommender: Recommender) -> Held:
-    made = Held(recommender.config, recommender.folder, recommender.scorer)
-    made.go = threading.Event()
-    return made
-
-
-def test_concurrent_requests_share_passes_and_get_their_own_lists(
-    held: Held, tmp_path: Path, data: DataFolder
-):
-    app = create_app(held, EventStore(tmp_path / "events.sqlite"), Limits(batch=64, wait_s=0))
-    users = [str(user) for user in range(data.num_users)]
-    with served(app) as port, ThreadPoolExecutor(len(users)) as threads:
-
-        def ask(user: str) -> dict[str, Any]:
-            answer: dict[str, Any] = Client(port).post("/recommend", users=[user], k=5)["lists"][0]
-            return answer
-
-        def arrived() -> float:
-            metrics = Client(port).get("/metrics")
-            return value(metrics, "findrec_batch_lists_sum") + value(metrics, "findrec_waiting_lists")
-
-        asked = {user: threads.submit(ask, user) for user in users}
-        wait_for(lambda: arrived() == len(users))
-        held.go.set()
-        answers = {user: one.result() for user, one in asked.items()}
-        metrics = Client(port).get("/metrics")
-    for user, want in zip(users, held.recommend(users, k=5), strict=True):
-        assert [one["item"] for one in answers[user]["items"]] == want.items
-        np.testing.assert_allclose([one["score"] for one in answers[user]["items"]], want.scores, atol=1e-4)
-    assert value(metrics, "findrec_batch_lists_sum") == len(users)
-    assert value(metrics, "findrec_batch_lists_count") <= 2  # the first began before the others came
-    assert value(metrics, 'findrec_requests_total{path="/recommend",status="200"}') == len(users)
-    assert value(metrics, 'findrec_request_seconds_count{path="/recommend"}') == len(users)
-
-
-def test_too_many_requests_are_refused(held: Held, tmp_path: Path):
-    app = create_app(held, EventStore(tmp_path / "events.sqlite"), Limits(batch=2, wait_s=0, waiting=4))
-    with served(app) as port, ThreadPoolExecutor(10) as threads:
-
-        def ask(users: Sequence[str]) -> Any:
-            client = Client(port)
-            body = json.dumps({"users": users}).encode()
-            return client.send("POST", "/recommend", body), client.headers.get("retry-after")
-
-        first = threads.submit(ask, ["0", "1"])
-        wait_for(lambda: "findrec_batch_lists_count 1.0" in Client(port).get("/metrics"))
-        waiting = [threads.submit(ask, [str(user), "3"]) for user in (1, 2)]
-        wait_for(lambda: "findrec_waiting_lists 4.0" in Client(port).get("/metrics"))
-        (status, content), retry = ask(["5"])
-        assert (status, retry) == (429, "1")
-        assert "come again" in content["detail"]
-        assert Client(port).get("/health")["status"] == "ok"  # alive all the while
-        held.go.set()
-        for one in (first, *waiting):
-            assert one.result()[0][0] == 200
-        assert ask(["5"])[0][0] == 200
 
 
 def test_a_client_that_goes_away_or_sends_half_a_request_disturbs_nobody(port: int, client: Client):

@@ -57,10 +57,17 @@ def test_the_page_by_keyboard(trained: Path, data: DataFolder, tmp_path: Path, w
             await tab.until("document.querySelectorAll('#past li.appended').length === 1")
             past = data.histories([3])
             items = [*map(str, past.item.tolist()), want.items[0]]
-            times = [*past.timestamp.tolist(), int(past.timestamp[-1])]
+            times = [*past.timestamp.tolist(), int(past.timestamp[-1]) + 1]
             (want,) = recommender.recommend(histories=[items], times=[times], k=20, exclude_seen=True)
             await tab.until(f"{ITEMS}.join() === '{','.join(want.items)}'")
             assert (await tab.value(PAST))[0] == items[-1]
+
+            # A user who does not exist is not chosen.
+            await fill(tab, "user", "ghost")
+            await tab.until("document.getElementById('message').textContent.includes(\"user 'ghost'\")")
+            assert await tab.value("state.user") == "3"
+            assert await tab.value(PAST) == items[::-1][:50]
+            tab.problems.clear()  # the browser reports the status 404
 
             # A filter, and one that is wrong.
             await fill(tab, "only", "price<20; category=third 1")

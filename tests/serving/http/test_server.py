@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import signal
 import threading
 import time
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_open_requests_are_answered_after_sigterm(trained: Path, tmp_path: Path)
         thread.join(30)
         assert len(answers[0]["lists"][0]["items"]) == 2
         assert "Traceback" not in server.wait()
+        assert server.code == -signal.SIGTERM  # as docs/troubleshooting.md says
         with pytest.raises(OSError, match="refused"):
             Client(server.port).get("/health")
 
@@ -72,5 +74,7 @@ def test_an_address_in_use_is_reported(trained: Path, tmp_path: Path, capsys: py
     with Process(trained, tmp_path / "events.sqlite") as server:
         assert main(["serve", str(trained), "--port", str(server.port)]) == 2
         assert f"cannot listen on 127.0.0.1:{server.port}" in capsys.readouterr().err
+    assert main(["serve", str(trained), "--host", "no.such.host.invalid"]) == 2
+    assert "Choose another --host or --port" in capsys.readouterr().err
     assert main(["serve", "nothing"]) == 2
     assert "no run called 'nothing'" in capsys.readouterr().err

@@ -3,7 +3,7 @@
 
 const LENGTH = 20; // of the list
 const at = (id) => document.getElementById(id);
-const state = { user: null, past: [], before: new Map(), number: 0 };
+const state = { user: null, past: [], before: new Map(), number: 0, chosen: 0 };
 
 async function call(path, body) {
   const options = body && {
@@ -12,7 +12,7 @@ async function call(path, body) {
     body: JSON.stringify(body),
   };
   const response = await fetch(path, options);
-  const answer = await response.json();
+  const answer = await response.json().catch(() => ({})); // a proxy may answer with text
   if (!response.ok) throw new Error(answer.detail || response.statusText);
   return answer;
 }
@@ -93,10 +93,14 @@ function showList(list) {
   state.before = new Map(list.items.map((one, index) => [one.item, index]));
 }
 
+function pastOf(user) {
+  return call(`history?last=50&user=${encodeURIComponent(user)}`);
+}
+
 async function refresh() {
   const number = ++state.number; // of this request: answers of earlier ones are dropped
   if (state.user !== null) {
-    const history = await call(`history?last=50&user=${encodeURIComponent(state.user)}`);
+    const history = await pastOf(state.user);
     if (number !== state.number) return;
     state.past = history.events;
   }
@@ -114,13 +118,18 @@ async function add(one) {
     state.past.push({ item: one.item, title: one.title, appended: true });
   } else {
     // Right after the last event: the data may be older than today.
-    const last = state.past.length ? state.past[state.past.length - 1].time : Math.floor(Date.now() / 1000);
-    await call("append", { user: state.user, events: [{ item: one.item, time: last }] });
+    const last = state.past.at(-1);
+    const time = last ? last.time + 1 : Math.floor(Date.now() / 1000);
+    await call("append", { user: state.user, events: [{ item: one.item, time }] });
   }
   await refresh();
 }
 
 async function choose(user) {
+  const chosen = ++state.chosen;
+  // Nothing changes for a user who does not exist: "Add" belongs to whoever is shown.
+  if (user !== null) await pastOf(user);
+  if (chosen !== state.chosen) return; // another one was chosen meanwhile
   state.user = user;
   state.past = [];
   state.before = new Map();
