@@ -1,4 +1,4 @@
-"""The HTTP service gives the lists of the `Recommender`, checks its input."""
+"""The HTTP service gives the lists of the `Recommender` and checks its input."""
 
 from __future__ import annotations
 
