@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,11 +77,8 @@ def run_study(config: RunConfig, space: Space, *, trials: int, fresh: bool = Fal
         trials = min(trials, space.size or trials)
         say(f"{len(ended)} of {trials} trials have ended; their folder is {folder}")
         if len(ended) < trials:
-            try:
-                with ray_session(config), _switches(), handles_sigterm(_terminate):
-                    _fit(config, space, data.location, folder, known, trials)
-            except _TerminatedError:
-                raise Preempted("trials under way continue from their checkpoints") from None
+            with ray_session(config), _switches(), _raises_preempted():
+                _fit(config, space, data.location, folder, known, trials)
         return read_trials(folder)
 
 
@@ -244,8 +242,26 @@ class _TerminatedError(BaseException):
     """SIGTERM. Not an `Exception`, as Ray Tune makes those an error of the trials."""
 
 
-def _terminate(*_: object) -> None:
-    raise _TerminatedError
+@contextmanager
+def _raises_preempted() -> Iterator[None]:
+    """Raise `Preempted` on SIGTERM, whatever Ray makes of the exception in its handler.
+
+    It becomes a `SystemError` if the signal arrives while compiled code of Ray waits.
+    """
+    received = threading.Event()
+
+    def terminate(*_: object) -> None:
+        received.set()
+        raise _TerminatedError
+
+    try:
+        with handles_sigterm(terminate):
+            yield
+    except BaseException:
+        if not received.is_set():
+            raise
+    if received.is_set():
+        raise Preempted("trials under way continue from their checkpoints")
 
 
 @contextmanager
