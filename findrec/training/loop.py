@@ -190,7 +190,7 @@ class _Run:
                     "train/targets_per_s": num_targets / seconds,
                     "train/data_wait_share": waited / seconds,
                     "train/targets": num_targets,
-                    "train/seconds": state.seconds + seconds,
+                    "train/seconds": seconds,
                 }
                 state = replace(
                     state,
@@ -198,7 +198,7 @@ class _Run:
                     epoch_step=index + 1,
                     epoch_loss=state.epoch_loss + values["train/loss"] * num_targets,
                     epoch_targets=state.epoch_targets + num_targets,
-                    seconds=state.seconds + seconds,
+                    seconds=0.0 if training.max_seconds is None else state.seconds + seconds,
                 )
                 train_seconds, wait_seconds = train_seconds + seconds, wait_seconds + waited
                 num_trained += num_targets
@@ -226,11 +226,11 @@ class _Run:
             **memory_values(worker),
         }
         self.write(state.step, state.epoch, epoch_values)
-        # Clocks differ between workers; all must decide alike whether time is left.
-        (seconds,) = largest_of_workers([state.seconds], worker, "time in steps")
-        state = replace(
-            state, epoch=state.epoch + 1, epoch_step=0, epoch_loss=0.0, epoch_targets=0, seconds=seconds
-        )
+        state = replace(state, epoch=state.epoch + 1, epoch_step=0, epoch_loss=0.0, epoch_targets=0)
+        if training.max_seconds is not None:
+            # Clocks differ between workers; all must decide alike whether time is left.
+            (seconds,) = largest_of_workers([state.seconds], worker, "time in steps")
+            state = replace(state, seconds=seconds)
         return state, epoch_values
 
     def _step(

@@ -42,24 +42,29 @@ def cost_of(config: RunConfig) -> Cost | None:
     """The cost of a run; None if its log has no times."""
     jobs = training_jobs(config, run_folder(config))
     logs = [read_lines(job.folder / "metrics.jsonl") for job in jobs]
-    times = [_last(lines, "train/seconds") for lines in logs]
-    steps = [line for line in logs[-1] if "train/seconds" in line and "train/targets" in line]
-    if not steps or any(seconds is None for seconds in times):
+    stages = [_steps(lines) for lines in logs]
+    if not all(stages):
         return None
-    seconds = [float(one or 0.0) for one in times]
+    seconds, steps = [_sum(stage, "train/seconds") for stage in stages], stages[-1]
     everything = [line for lines in logs for line in lines]
     until = _seconds_to_share(steps, _validations(logs[-1], jobs[-1].folder))
     return Cost(
         seconds=sum(seconds),
-        targets_per_s=sum(line["train/targets"] for line in steps) / seconds[-1],
+        targets_per_s=_sum(steps, "train/targets") / seconds[-1],
         seconds_to_share=None if until is None else sum(seconds[:-1]) + until,
         memory_gib=_largest(everything, "memory/worker_peak_gib"),
         gpu_gib=_largest(everything, "memory/gpu_peak_gib"),
     )
 
 
-def _last(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return next((float(line[key]) for line in reversed(lines) if key in line), None)
+def _steps(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of training steps with times; of a step that was trained again, the last one."""
+    timed = {int(line["step"]): line for line in lines if "train/seconds" in line and "train/targets" in line}
+    return list(timed.values())
+
+
+def _sum(lines: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(float(line[key]) for line in lines)
 
 
 def _largest(lines: Sequence[Mapping[str, Any]], key: str) -> float | None:
@@ -80,4 +85,4 @@ def _seconds_to_share(
         return None
     wanted = SHARE * max(value for _, value in validations)
     reached = next(step for step, value in validations if value >= wanted)
-    return max((float(line["train/seconds"]) for line in steps if line["step"] <= reached), default=None)
+    return _sum([line for line in steps if line["step"] <= reached], "train/seconds")

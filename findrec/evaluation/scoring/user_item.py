@@ -52,7 +52,7 @@ class UserItemScorer(InnerProductScorer):
     ) -> None:
         """Raises `FindRecError` if the rows of the users were left out (`findrec export`)."""
         assert isinstance(model, RanksUsers)
-        if USERS not in tables:
+        if tables and USERS not in tables:  # without tables, its vectors are those of an earlier stage
             raise FindRecError(
                 f"{name} ranks by a learned vector of each user, and there is no table of users: it "
                 "cannot be used without the users it was trained with"

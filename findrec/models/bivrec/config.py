@@ -38,13 +38,11 @@ class BiVRecConfig(SequenceConfig):
     implementation: ClassVar[str] = "findrec.models.bivrec.model:BiVRec"
 
     name: Literal["bivrec"] = "bivrec"
+    repeat: bool = False
     modalities: list[str] | Literal["all"] = "all"
     layers: int = Field(2, ge=1)
     heads: int = Field(2, ge=1)
-    scales: tuple[int, ...] = (
-        2,
-        4,
-    )  # lengths of patches that are added to events; empty: an ablation
+    scales: tuple[int, ...] = (2, 4)  # lengths of patches that are added to events; empty: an ablation
     gaussian: bool = True  # attention weights fall with the distance; false: an ablation
     interests: InterestsConfig = InterestsConfig()
     losses: LossesConfig = may_change("warm_start", LossesConfig())

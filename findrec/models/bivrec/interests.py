@@ -16,7 +16,7 @@ from findrec.devices import copy_to
 from findrec.models.bivrec.config import BiVRecConfig, InterestsConfig
 from findrec.models.parts.activation_checkpointing import CheckpointedModule
 from findrec.models.parts.layers import Dropout
-from findrec.models.parts.transformer import INIT_STD, initialise
+from findrec.models.parts.transformer import INIT_STD, LearnedPositions, initialise
 
 EMPTY = 0.01  # weight of no event at all: an interest without events is its token
 SPAN = 4.0  # events until the weight of an event has fallen to 1 / e, at first
@@ -150,7 +150,7 @@ class View(CheckpointedModule):
     def __init__(self, config: BiVRecConfig, max_length: int) -> None:
         super().__init__()
         self.patches = Patches(config.dim, config.scales)
-        self.position = nn.Embedding(max_length, config.dim)
+        self.position = LearnedPositions(max_length, config.dim)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             [
@@ -164,7 +164,7 @@ class View(CheckpointedModule):
 
     def forward(self, x_BLd: Tensor) -> tuple[Tensor, Tensor]:
         """Interests `[B, L, K, d]` and allocation logits `[B, L, K]` of inputs `[B, L, d]`."""
-        position_Ld = self.position(torch.arange(x_BLd.shape[1], device=x_BLd.device))
+        position_Ld = self.position(x_BLd.shape[1])
         x_BLd = self.dropout(self.patches(x_BLd) + position_Ld)
         for block in self.blocks:
             x_BLd = self.run_layer(block, x_BLd)

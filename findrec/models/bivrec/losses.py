@@ -22,17 +22,18 @@ def allocation_divergence(one_nK: Tensor, two_nK: Tensor, valid_n: Tensor) -> Te
 
 
 def maximum_loss(interest_nKd: Tensor, wanted_nd: Tensor, target_n: Tensor) -> Tensor:
-    """Cross-entropy of the targets `[n]` among each other, by the largest of the K inner products.
+    """Cross-entropy of the targets `[n]` among the distinct ones, by the largest of the K inner products.
 
     This is the score of the ranking. The loss over the catalogue sees only what is read out for the target,
-    so without this one an interest that the user does not have could score any item first. Equal targets are
-    no negatives of each other.
+    so without this one an interest that the user does not have could score any item first. An item is one
+    class, however often it is a target: otherwise frequent items would be negatives more often.
     """
     with torch.autocast(interest_nKd.device.type, enabled=False):
-        score_nn = torch.einsum("nkd,md->nmk", interest_nKd.float(), wanted_nd.float()).amax(-1)
-        same_nn = (target_n[:, None] == target_n).fill_diagonal_(False)
-        score_nn = score_nn.masked_fill(same_nn, -torch.inf)
-        return F.cross_entropy(score_nn, torch.arange(len(target_n), device=target_n.device))
+        distinct_m, class_n = torch.unique(target_n, return_inverse=True)
+        row_n = torch.arange(len(target_n), device=target_n.device)
+        first_m = torch.full_like(distinct_m, len(target_n)).scatter_reduce_(0, class_n, row_n, "amin")
+        score_nm = torch.einsum("nkd,md->nmk", interest_nKd.float(), wanted_nd[first_m].float()).amax(-1)
+        return F.cross_entropy(score_nm, class_n)
 
 
 def read_out(interest_TKd: Tensor, wanted_Td: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
-from findrec.errors import FindRecError
 from findrec.models.base import DataFacts, Out, SequenceModel, Term
 from findrec.models.bivrec.config import BiVRecConfig
 from findrec.models.bivrec.interests import View
@@ -37,7 +36,6 @@ class BiVRec(SequenceModel):
     def __init__(self, config: BiVRecConfig, facts: DataFacts) -> None:
         super().__init__()
         self.config = config
-        self.max_length = facts.max_length
         self.inputs = Inputs(config.dim, 0.0, gaps=config.gaps, num_event_types=facts.num_event_types)
         self.names = VIEWS if facts.feature_dims else VIEWS[:1]
         self.views = nn.ModuleList([View(config, facts.max_length) for _ in self.names])
@@ -50,7 +48,7 @@ class BiVRec(SequenceModel):
     @property
     def longest_history(self) -> int:
         """See `findrec.models.capabilities.LimitedHistory`: the number of learned positions."""
-        return self.max_length
+        return self.views[0].position.num_embeddings
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `SequenceModel`: `[T, K, S d]`, or in training `[T, S d]`, what is read out for the target.
@@ -58,12 +56,6 @@ class BiVRec(SequenceModel):
         Raises `FindRecError` for a history longer than `max_length`. Auxiliary terms are `maximum`,
         `view_id`, `view_content`, `overall` and `allocation`.
         """
-        length = batch.item.shape[1]
-        if length > self.max_length:
-            raise FindRecError(
-                f"a history of {length} events was given to a model with {self.max_length} learned "
-                "positions; cut histories to the last data.max_length events (its value in training)"
-            )
         items = [x_items, *self._content_vectors(features)]
         inputs = [self.inputs(batch, x_items)]
         inputs += [vector_Ud[batch.index] * self.inputs.scale for vector_Ud in items[1:]]
@@ -118,7 +110,8 @@ class BiVRec(SequenceModel):
             return {}
         if losses.overall:
             # Positions of one user are alike anyway, and no negatives of each other.
-            triple = [x_TKd.mean(1) for x_TKd in interests] + [batch.position // batch.item.shape[1]]
+            user_T = batch.user[batch.position // batch.item.shape[1]]
+            triple = [*(x_TKd.mean(1) for x_TKd in interests), user_T]
             chosen = sample_rows(len(batch.position), losses.rows, batch.position.device)
             if chosen is not None:
                 triple = [x[chosen] for x in triple]

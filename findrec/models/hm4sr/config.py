@@ -44,6 +44,7 @@ class HM4SRConfig(SequenceConfig):
     implementation: ClassVar[str] = "findrec.models.hm4sr.model:HM4SR"
 
     name: Literal["hm4sr"] = "hm4sr"
+    repeat: bool = False
     modalities: list[str] | Literal["all"] = "all"
     # A modality whose values are nonzero for the categories of an item, [V, C]: a target, never an input.
     categories: str | None = None

@@ -28,7 +28,7 @@ from findrec.models.parts.content import ContentProjections
 from findrec.models.parts.contrast import info_nce, sample_rows
 from findrec.models.parts.layers import Inputs, WaitTimeModulation, gather_positions
 from findrec.models.parts.repeat import RepeatHead
-from findrec.models.parts.transformer import Block, initialise
+from findrec.models.parts.transformer import Block, LearnedPositions, initialise
 
 
 class Encoder(CheckpointedModule):
@@ -60,11 +60,10 @@ class HM4SR(SequenceModel):
         super().__init__()
         self.config = config
         dim, tasks = config.dim, config.tasks
-        self.max_length = facts.max_length
         self.names = config.inputs(facts.feature_dims)
         streams = 1 + len(self.names)
         self.inputs = Inputs(dim, config.dropout, gaps=config.gaps, num_event_types=facts.num_event_types)
-        self.position = nn.Embedding(facts.max_length, dim)
+        self.position = LearnedPositions(facts.max_length, dim)
         self.encoders = nn.ModuleList([Encoder(config) for _ in range(streams)])
         self.interactive = self.temporal = self.time = None
         if config.interactive.experts:
@@ -89,7 +88,7 @@ class HM4SR(SequenceModel):
     @property
     def longest_history(self) -> int:
         """See `findrec.models.capabilities.LimitedHistory`: the number of learned positions."""
-        return self.max_length
+        return self.position.num_embeddings
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `SequenceModel`; raises `FindRecError` for a history longer than `max_length`.
@@ -119,15 +118,9 @@ class HM4SR(SequenceModel):
 
     def _streams(self, batch: Batch, x_items: Tensor, content: Mapping[str, Tensor]) -> Tensor:
         """The inputs `[B, L, S, d]`: id and content of each event, with its position added to each."""
-        length = batch.item.shape[1]
-        if length > self.max_length:
-            raise FindRecError(
-                f"a history of {length} events was given to a model with {self.max_length} learned "
-                "positions; cut histories to the last data.max_length events (its value in training)"
-            )
         streams = [self.inputs(batch, x_items)]
         streams += [latent_Ud[batch.index] * self.inputs.scale for latent_Ud in content.values()]
-        position_Ld = self.position(torch.arange(length, device=x_items.device))
+        position_Ld = self.position(batch.item.shape[1])
         x_BLSd: Tensor = torch.stack(streams, dim=2) + position_Ld[:, None]
         return x_BLSd
 
@@ -149,24 +142,27 @@ class HM4SR(SequenceModel):
         """The contrast of ids with targets, and of content with itself where times replace some of it."""
         tasks, terms = self.config.tasks, {}
         chosen_n = sample_rows(len(batch.target), tasks.rows, x_items.device)
-        target_n = batch.target if chosen_n is None else batch.target[chosen_n]
 
-        def term(name: str, one_Td: Tensor, two_Td: Tensor, weight: float, temperature: float) -> None:
-            pair = (x if chosen_n is None else x[chosen_n] for x in (one_Td, two_Td))
-            value = self.run_layer(info_nce, *pair, target_n, temperature)
+        def term(
+            name: str, one_Td: Tensor, two_Td: Tensor, group_T: Tensor, weight: float, temperature: float
+        ) -> None:
+            triple = (x if chosen_n is None else x[chosen_n] for x in (one_Td, two_Td, group_T))
+            value = self.run_layer(info_nce, *triple, temperature)
             terms[name] = Term(weight * value, value.detach())
 
         if tasks.id_contrast:
             assert batch.target_index is not None, "`reads_targets` is set"
             wanted_Td = x_items[batch.target_index]
-            term("id_contrast", vectors[0], wanted_Td, tasks.id_contrast, tasks.id_temperature)
+            term("id_contrast", vectors[0], wanted_Td, batch.target, tasks.id_contrast, tasks.id_temperature)
         if self.placeholders is not None:
             altered_BLSd = self.placeholders(x_BLSd[:, :, 1:], time_BLt)
             altered = self._encode(altered_BLSd, batch, first=1)
+            # Positions of one user are alike anyway, and no negatives of each other.
+            user_T = batch.user[batch.position // batch.item.shape[1]]
             for name, whole_Td, altered_Td in zip(self.names, vectors[1:], altered, strict=True):
                 weight = tasks.placeholder_contrast / len(self.names)
                 temperature = tasks.placeholder_temperature
-                term(f"placeholder_{name}", whole_Td, altered_Td, weight, temperature)
+                term(f"placeholder_{name}", whole_Td, altered_Td, user_T, weight, temperature)
         return terms
 
     def item_transform(self, rows: Tensor, features: Mapping[str, ModalRows]) -> Tensor:

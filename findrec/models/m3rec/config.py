@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import Field, field_validator
 
 from findrec.models.config import SequenceConfig
 from findrec.models.parts.stream_config import StreamConfig
+
+
+class LayersConfig(StreamConfig):
+    """The Mamba layers, with the published sizes; `heads` has no effect."""
+
+    d_state: int = Field(32, ge=1)
 
 
 class M3RecConfig(SequenceConfig):
@@ -17,14 +23,15 @@ class M3RecConfig(SequenceConfig):
     implementation: ClassVar[str] = "findrec.models.m3rec.model:M3Rec"
 
     name: Literal["m3rec"] = "m3rec"
+    repeat: bool = False
     modalities: list[str] | Literal["all"] = "all"
-    stream: StreamConfig = StreamConfig(d_state=32)
+    stream: LayersConfig = LayersConfig()
     shared: bool = True  # one set of Mamba layers for id and content; false: one each, an ablation
     weights: Literal["learned", "equal"] = "learned"  # of the modalities in the score
 
     @field_validator("stream")
     @classmethod
-    def _mamba(cls, stream: StreamConfig) -> StreamConfig:
+    def _mamba(cls, stream: LayersConfig) -> LayersConfig:
         if stream.kind != "mamba":
             raise ValueError(f"stream.kind={stream.kind!r} is not possible here: the layers are kind=mamba")
         return stream

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.models.parts.layers import Dropout, project_normed
+from findrec.models.parts.transformer import LearnedPositions
 
 
 class Guide(nn.Module):
@@ -35,13 +36,13 @@ class Guide(nn.Module):
             projection = self.projections[name]
             assert isinstance(projection, nn.Linear)
             nn.init.normal_(projection.weight, std=(width * len(feature_dims)) ** -0.5)
-        self.position = nn.Embedding(max_length, dim)
+        self.position = LearnedPositions(max_length, dim)
         nn.init.normal_(self.position.weight, std=0.1)
 
     def forward(self, batch: Batch, features: Mapping[str, ModalRows]) -> Tensor:
         """`[B, L, d]`."""
         rows, length = batch.item.shape
-        position_Ld: Tensor = self.position(torch.arange(length, device=batch.item.device))
+        position_Ld: Tensor = self.position(length)
         guide_BLd = position_Ld.expand(rows, -1, -1)
         for name, project in self.projections.items():
             norm, content = self.norms[name], features[name]

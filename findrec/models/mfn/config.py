@@ -16,6 +16,7 @@ class MFNConfig(SequenceConfig):
     implementation: ClassVar[str] = "findrec.models.mfn.model:MFN"
 
     name: Literal["mfn"] = "mfn"
+    repeat: bool = False
     modalities: list[str] | Literal["all"] = "all"
     layers: int = Field(2, ge=1)
     heads: int = Field(2, ge=1)

@@ -26,10 +26,15 @@ class MFN(SequenceModel):
     Config = MFNConfig
 
     def __init__(self, config: MFNConfig, facts: DataFacts) -> None:
+        """Raises `FindRecError` if the data have no content to attend by."""
         super().__init__()
         self.config = config
-        self.max_length = facts.max_length
         dims = {} if config.attend == "ids" else facts.feature_dims
+        if config.attend != "ids" and not dims:
+            raise FindRecError(
+                f"model.attend={config.attend} needs content to attend by, but there are no features: add "
+                "some with `findrec features`, or set model.attend=ids"
+            )
         self.inputs = Inputs(
             config.dim, config.dropout, gaps=config.gaps, num_event_types=facts.num_event_types
         )
@@ -47,16 +52,10 @@ class MFN(SequenceModel):
     @property
     def longest_history(self) -> int:
         """See `findrec.models.capabilities.LimitedHistory`: the number of learned positions."""
-        return self.max_length
+        return self.guide.position.num_embeddings
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `SequenceModel`; raises `FindRecError` for a history longer than `max_length`."""
-        length = batch.item.shape[1]
-        if length > self.max_length:
-            raise FindRecError(
-                f"a history of {length} events was given to a model with {self.max_length} learned "
-                "positions; cut histories to the last data.max_length events (its value in training)"
-            )
         guide_BLd = self.guide(batch, features)
         x_BLd = self.inputs.drop(self.inputs(batch, x_items))
         for block in self.blocks:

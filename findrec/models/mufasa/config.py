@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,7 +38,8 @@ class FusionConfig(Part):
     layers: int = Field(1, ge=1)  # of cross-attention from the anchor to all modalities
     heads: int = Field(4, ge=1)
     drop_modality: float = Field(0.2, ge=0, lt=1)  # share of modalities hidden from items in training
-    epochs: int = Field(20, ge=1)  # of the stage, over items
+    epochs: int = Field(50, ge=1)  # of the stage, over items
+    items: int = Field(256, ge=2)  # of a microbatch of the stage, whose losses compare all pairs of them
     reach: int = Field(3, ge=1)  # events between two items that count as consumed together
     losses: FusionLosses = FusionLosses()
 
@@ -86,7 +87,7 @@ class SequencesConfig(Part):
     """A stage of the sequence model with the frozen fusion layer, before both are trained together."""
 
     epochs: int = Field(10, ge=1)
-    lr: float = Field(1e-3, gt=0)  # its learning rate; that of the joint stage is training.optim.lr
+    lr: float = Field(1e-3, gt=0)  # of all stages before the joint one, whose rate is training.optim.lr
 
 
 class MufasaConfig(SequenceConfig):
@@ -95,6 +96,7 @@ class MufasaConfig(SequenceConfig):
     implementation: ClassVar[str] = "findrec.models.mufasa.model:Mufasa"
 
     name: Literal["mufasa"] = "mufasa"
+    repeat: bool = False
     modalities: list[str] | Literal["all"] = "all"
     anchor: str = "text"  # the modality that others are aligned to: titles; `mean` is that of all modalities
     collaborative_epochs: int = Field(10, ge=1)  # of the stage that learns which items are consumed together
@@ -151,16 +153,19 @@ class MufasaConfig(SequenceConfig):
         fusion = FusionStageConfig(
             dim=self.dim, modalities=self.modalities, anchor=self.anchor, fusion=self.fusion
         )
+        rate: dict[str, Any] = {} if self.sequences is None else {"optim": {"lr": self.sequences.lr}}
         before: tuple[StageSpec, ...] = ()
         if self.needs_collaborative:
             first = CollaborativeStageConfig(dim=self.dim, reach=self.fusion.reach)
-            before = (StageSpec(COLLABORATIVE, first, training={"epochs": self.collaborative_epochs}),)
+            training = {"epochs": self.collaborative_epochs} | rate
+            before = (StageSpec(COLLABORATIVE, first, training=training),)
         needs = tuple(stage.name for stage in before)
-        before += (StageSpec(FUSION, fusion, needs, training={"epochs": self.fusion.epochs}),)
+        training = {"epochs": self.fusion.epochs, "tokens": self.fusion.items} | rate
+        before += (StageSpec(FUSION, fusion, needs, training=training),)
         if self.sequences is None:
             return (*before, StageSpec("", self, needs=(FUSION,)))
         frozen = self.model_copy(update={"tuning": "frozen", "sequences": None})
-        training = {"epochs": self.sequences.epochs, "optim": {"lr": self.sequences.lr}}
+        training = {"epochs": self.sequences.epochs} | rate
         return (
             *before,
             StageSpec(SEQUENCES, frozen, needs=(FUSION,), training=training),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -29,6 +29,10 @@ class VBPRConfig(ModelConfig):
     def content(self) -> Literal["all"] | Sequence[str]:
         """See `ModelConfig`."""
         return self.modalities
+
+    def vector_dim(self, modalities: Collection[str]) -> int:
+        """See `ModelConfig`: factors of ids and of content, and the bias of the item."""
+        return self.dim + 1 + (self.content_dim if modalities else 0)
 
     @property
     def scores_content(self) -> bool:

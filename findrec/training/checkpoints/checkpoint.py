@@ -58,7 +58,7 @@ class TrainState:
     epoch_step: int = 0  # completed steps of the current epoch
     epoch_loss: float = 0.0  # summed token losses of these steps
     epoch_targets: int = 0
-    seconds: float = 0.0  # in all completed steps, including those before an interruption
+    seconds: float = 0.0  # in all completed steps, if training.max_seconds is set: it differs in every run
     catalogue: CatalogueFingerprint = field(default_factory=dict)  # identity of the data
     started_from: str = ""  # the checkpoint of another run used as warm start
 

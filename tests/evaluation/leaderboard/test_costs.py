@@ -29,8 +29,7 @@ def write(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
 def steps(first: int, last: int, seconds: float) -> list[dict[str, Any]]:
     """Steps of 30 targets, each of `seconds`."""
     return [
-        {"step": n, "epoch": 0, "train/targets": 30, "train/seconds": seconds * n}
-        for n in range(first, last + 1)
+        {"step": n, "epoch": 0, "train/targets": 30, "train/seconds": seconds} for n in range(first, last + 1)
     ]
 
 

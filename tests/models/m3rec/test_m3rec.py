@@ -15,6 +15,7 @@ from trained_model import train_model
 from findrec.datasets.batches.batch import Batch
 from findrec.datasets.folder.features import ModalRows
 from findrec.datasets.folder.in_memory import write_data_folder
+from findrec.models.m3rec.config import LayersConfig, M3RecConfig
 
 WIDTHS = {"text": 6, "image": 5}
 MODEL: dict[str, Any] = {"name": "m3rec", "stream": {"layers": 1, "d_state": 8}}
@@ -80,6 +81,11 @@ def test_content_tells_what_follows_where_ids_are_rare(tmp_path: Path) -> None:
 def test_users_are_learned_by_heart(tmp_path: Path) -> None:
     folder = planted_folder(tmp_path / "data", num_users=100)
     assert train_model(folder, tmp_path / "run", MODEL, epochs=12).hits() > 0.95
+
+
+def test_a_key_of_the_layers_leaves_the_others_at_their_published_values() -> None:
+    layers = M3RecConfig(stream=LayersConfig(layers=1)).stream
+    assert (layers.layers, layers.d_state) == (1, 32)
 
 
 def test_wrong_configurations_are_explained() -> None:

@@ -270,13 +270,14 @@ def user_vector(model: Any, items: Any, rows: torch.Tensor, catalogue: Catalogue
 def test_a_joint_stage_continues_the_frozen_one(folder: DataFolder, tmp_path: Path) -> None:
     """It starts as good as the stage before it ended, and trains the fusion layer too."""
     fusion = {"dim": 16, "epochs": 2, "losses": {"collaborative": 0}}
-    config = make_config(folder, tuning="tuned", sequences={"epochs": 4, "lr": 0.01}, fusion=fusion)
+    config = make_config(folder, tuning="tuned", sequences={"epochs": 4, "lr": 0.02}, fusion=fusion)
     training = config.training.model_copy(update={"epochs": 1})
     config = config.model_copy(update={"training": training})
     jobs, logs = train_jobs(config, folder, tmp_path)
     assert [job.name for job in jobs] == ["mufasa/fusion", "mufasa/sequences", "mufasa"]
     assert [job.ranked for job in jobs] == [False, True, True]
-    assert jobs[1].config.training.optim.lr == 0.01
+    assert [job.config.training.optim.lr for job in jobs] == [0.02, 0.02, 0.01]
+    assert jobs[0].config.training.tokens == config.model.fusion.items
     first, joint = (logs[name].curve("train/loss") for name in ("mufasa/sequences", "mufasa"))
     assert joint[0] < (first[0] + first[-1]) / 2
     artifacts = find_artifacts(config, jobs[2].needs | {"": jobs[2].folder})

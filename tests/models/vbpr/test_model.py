@@ -143,6 +143,7 @@ def test_ranked_vectors_have_the_scores_of_the_equations(modalities: list[str]) 
     with torch.no_grad():
         vectors = network.user_item_vectors(tables, features)
     assert vectors.known_U.tolist() == [False, True, True, False, True, True, True]
+    assert vectors.items_Vd.shape[1] == network.config.vector_dim(modalities)
     values[ITEMS][[6, 9]] = 0
     for user in range(1, small.NUM_USERS + 1):
         for item in range(1, small.NUM_ITEMS + 1):
