@@ -20,6 +20,7 @@ def restored() -> Iterator[None]:
 
 def test_the_end_of_a_terminal_is_handled_like_sigterm() -> None:
     received: list[int] = []
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where the tests themselves run under nohup
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
     with handles_sigterm(lambda number, _: received.append(number)):
         os.kill(os.getpid(), signal.SIGTERM)

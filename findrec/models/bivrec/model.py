@@ -36,6 +36,7 @@ class BiVRec(SequenceModel):
     def __init__(self, config: BiVRecConfig, facts: DataFacts) -> None:
         super().__init__()
         self.config = config
+        self.max_length = facts.max_length
         self.inputs = Inputs(config.dim, 0.0, gaps=config.gaps, num_event_types=facts.num_event_types)
         self.names = VIEWS if facts.feature_dims else VIEWS[:1]
         self.views = nn.ModuleList([View(config, facts.max_length) for _ in self.names])
@@ -48,7 +49,7 @@ class BiVRec(SequenceModel):
     @property
     def longest_history(self) -> int:
         """See `findrec.models.capabilities.LimitedHistory`: the number of learned positions."""
-        return self.views[0].position.num_embeddings
+        return self.max_length
 
     def forward(self, batch: Batch, x_items: Tensor, features: Mapping[str, ModalRows]) -> Out:
         """See `SequenceModel`: `[T, K, S d]`, or in training `[T, S d]`, what is read out for the target.

@@ -18,6 +18,7 @@ from findrec.datasets.folder.data_folder import DataFolder
 from findrec.datasets.folder.in_memory import write_data_folder
 from findrec.evaluation.scoring.load import load_scorer
 from findrec.evaluation.validation import validate
+from findrec.models.mufasa.config import FusionConfig
 from findrec.models.mufasa.fusion_stage import collapse_warnings
 from findrec.models.mufasa.item_pairs import ItemPairExamples
 from findrec.models.mufasa.model import Mufasa
@@ -277,7 +278,7 @@ def test_a_joint_stage_continues_the_frozen_one(folder: DataFolder, tmp_path: Pa
     assert [job.name for job in jobs] == ["mufasa/fusion", "mufasa/sequences", "mufasa"]
     assert [job.ranked for job in jobs] == [False, True, True]
     assert [job.config.training.optim.lr for job in jobs] == [0.02, 0.02, 0.01]
-    assert jobs[0].config.training.tokens == config.model.fusion.items
+    assert jobs[0].config.training.tokens == FusionConfig().items
     first, joint = (logs[name].curve("train/loss") for name in ("mufasa/sequences", "mufasa"))
     assert joint[0] < (first[0] + first[-1]) / 2
     artifacts = find_artifacts(config, jobs[2].needs | {"": jobs[2].folder})
